@@ -1,0 +1,89 @@
+"""The table of backends and the rule that chooses among them."""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastkl import errors
+from fastkl.backends import eager, triton
+from fastkl.state import RowState
+
+ENVIRONMENT_VARIABLE = "FASTKL_BACKEND"
+
+
+class Backend(Protocol):
+    """What a module of this package offers."""
+
+    NAME: str
+
+    def missing(
+        self, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> str | None:
+        """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
+
+    def kl_rows(self, circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+        """Return KL(reference ‖ circuit) (K, R) of K circuits (R, V) and a reference (R, V)."""
+
+    def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
+        """Return the same rows' states, each field (K, R), to be merged with other slices'."""
+
+
+# Fastest first: the first one that can run on the logits as they are is taken.
+_TABLE: tuple[Backend, ...] = (triton, eager)
+_BY_NAME = {backend.NAME: backend for backend in _TABLE}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Tell which backends can run here.
+
+    Returns
+    -------
+    dict
+        From each backend's name to None if it can run on this machine, else to what is missing.
+
+    Examples
+    --------
+    >>> import fastkl
+    >>> fastkl.available_backends()["eager"] is None
+    True
+    """
+    return {name: backend.missing() for name, backend in _BY_NAME.items()}
+
+
+def requested(name: str | None) -> Backend | None:
+    """Return the backend that the argument or the environment names; None if neither does.
+
+    Raises
+    ------
+    ValueError
+        There is no backend of that name.
+    RuntimeError
+        It can not run on this machine; the message says what is missing.
+    """
+    source = "backend"
+    if name is None:
+        name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
+    if name is None:
+        return None
+    backend = _BY_NAME.get(name)
+    if backend is None:
+        raise errors.unknown_backend(name, tuple(_BY_NAME), source)
+    if reason := backend.missing():
+        raise errors.unusable_backend(name, reason, source)
+    return backend
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Return the backend for logits of this device and dtype.
+
+    The argument decides, then the environment variable FASTKL_BACKEND, then the device.
+    """
+    if backend := requested(name):
+        if reason := backend.missing(device, dtype):
+            source = "backend" if name is not None else ENVIRONMENT_VARIABLE
+            raise errors.unusable_backend(backend.NAME, reason, source)
+        return backend
+    return next(backend for backend in _TABLE if not backend.missing(device, dtype))

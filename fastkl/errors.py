@@ -1,0 +1,127 @@
+"""Every check of what a user hands in, and every message.
+
+Checks run before any work and look at types, shapes, dtypes and devices, never at contents.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "sum", "mean")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse a reduction that is not in the table."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_logits(logits: object, name: str) -> None:
+    """Refuse what is not a tensor of logits (..., V)."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of logits, got {type(logits).__name__}")
+    if logits.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"{name} must hold logits of dtype {known}; got {logits.dtype}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have shape (..., V) with a vocabulary of at least one token, "
+            f"got {tuple(logits.shape)}"
+        )
+
+
+def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> None:
+    """Refuse logits that do not belong to one another; both are already known to be logits."""
+    if circuit.shape[-1] != reference.shape[-1]:
+        raise ValueError(
+            f"{name} and reference must have the same vocabulary, got {circuit.shape[-1]} tokens "
+            f"in shape {tuple(circuit.shape)} and {reference.shape[-1]} in "
+            f"{tuple(reference.shape)}; if one is padded, slice both to the tokens they share"
+        )
+    if circuit.shape != reference.shape:
+        raise ValueError(
+            f"{name} and reference must have the same shape, got {tuple(circuit.shape)} and "
+            f"{tuple(reference.shape)}"
+        )
+    if circuit.device != reference.device:
+        raise ValueError(
+            f"{name} and reference must be on the same device, got {circuit.device} and "
+            f"{reference.device}"
+        )
+
+
+def check_no_gradient(tensors: Sequence[Tensor]) -> None:
+    """Refuse to drop a gradient silently."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "logits require a gradient and fastkl does not differentiate: call it under "
+            "torch.no_grad() or on detached logits"
+        )
+
+
+def check_model(model: object) -> None:
+    """Refuse what is not a model with an out_slice."""
+    if not callable(model):
+        raise TypeError(f"model must be callable on a batch, got {type(model).__name__}")
+    if not hasattr(model, "out_slice"):
+        raise TypeError(
+            f"model must have an out_slice, the index that picks the logits from its output "
+            f"(for example (slice(None), -1)); {type(model).__name__} has none"
+        )
+
+
+def check_circuit_outs(circuit_outs: object) -> None:
+    """Refuse what is not {edge_count: {batch key: logits}}."""
+    if not isinstance(circuit_outs, Mapping):
+        raise TypeError(
+            "circuit_outs must be a mapping {edge_count: {batch key: logits}}, "
+            f"got {type(circuit_outs).__name__}"
+        )
+    for edge_count, outputs in circuit_outs.items():
+        if not isinstance(outputs, Mapping):
+            raise TypeError(
+                f"circuit_outs[{edge_count!r}] must be a mapping {{batch key: logits}}, "
+                f"got {type(outputs).__name__}"
+            )
+
+
+def check_batch(batch: object, inputs: str) -> None:
+    """Refuse a batch without a key or the prompts to run."""
+    for attribute in ("key", inputs):
+        if not hasattr(batch, attribute):
+            raise TypeError(
+                f"each batch of the dataloader must have the attributes key and {inputs}; "
+                f"{type(batch).__name__} has no {attribute}"
+            )
+
+
+def missing_batch_key(edge_count: object, key: Hashable, outputs: Mapping[Any, Any]) -> KeyError:
+    """Build the error of a batch for which a circuit has no output."""
+    return KeyError(
+        f"circuit_outs[{edge_count!r}] has no output for batch key {key!r} "
+        f"(it has {len(outputs)} other keys). The dataloader must give the same batches as when the "
+        f"circuits were run: the usual cause is a loader with shuffle=True"
+    )
+
+
+def no_rows(n_batches: int) -> ValueError:
+    """Build the error of a loader with nothing to average over."""
+    return ValueError(
+        f"the dataloader gave {n_batches} batches and no rows: there is no KL divergence to average "
+        f"(an iterator that was already used up gives none)"
+    )
+
+
+def unknown_backend(name: object, names: Sequence[str], source: str) -> ValueError:
+    """Build the error of a backend that is not in the table."""
+    return ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}")
+
+
+def unusable_backend(name: str, reason: str, source: str) -> RuntimeError:
+    """Build the error of a backend that was asked for and can not run here."""
+    return RuntimeError(f"{source} asks for {name}, which can not run here: {reason}")

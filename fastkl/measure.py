@@ -1,0 +1,156 @@
+"""measure_kl_div: the auto_circuit contract."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastkl import backends, errors, functional
+
+EdgeCount = TypeVar("EdgeCount", bound=Hashable)
+
+
+class Model(Protocol):
+    """Anything that turns prompts into outputs, and knows which part of them are the logits."""
+
+    @property
+    def out_slice(self) -> Any:
+        """The index that picks the logits (B, V) or (B, S, V) from an output."""
+
+    def __call__(self, prompts: Any, /) -> Tensor:
+        """Run the model."""
+
+
+class Batch(Protocol):
+    """A batch of prompt pairs."""
+
+    @property
+    def key(self) -> Hashable:
+        """What the circuits' outputs for this batch are filed under."""
+
+    @property
+    def clean(self) -> Any:
+        """The clean prompts."""
+
+    @property
+    def corrupt(self) -> Any:
+        """The corrupt prompts."""
+
+
+def measure_kl_div(
+    model: Model,
+    dataloader: Iterable[Batch],
+    circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]],
+    compare_to_clean: bool = True,
+    *,
+    backend: str | None = None,
+    progress: bool = True,
+) -> list[tuple[EdgeCount, float]]:
+    r"""Average KL divergence between the full model and its circuits, for every circuit size.
+
+    For each circuit, the sum over all rows of
+
+    .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v)
+
+    over the number of rows, with P the softmax of the full model's logits and Q that of the
+    circuit's; a row is one distribution, so that all positions of `(B, S, V)` logits count alike,
+    padding too. A drop-in for auto_circuit's function of the same name: the loader is iterated once,
+    the model run once a batch under :func:`torch.inference_mode`, all circuits of a batch are measured
+    in one call, sums are kept in float64, and the device is waited for once, at the end.
+
+    Parameters
+    ----------
+    model : Model
+        The full model: called with a batch's prompts; `model.out_slice` picks the logits
+        `(B, V)` or `(B, S, V)` from its output.
+    dataloader : iterable of Batch
+        Batches with the attributes `key`, `clean` and `corrupt`: the same as when the circuits were
+        run, in any order.
+    circuit_outs : mapping {edge_count: {batch key: Tensor}}
+        Logits of each circuit for each batch, of the reference's shape and device: float32, float16,
+        bfloat16 or float64. Outputs that belong to no batch are left alone.
+    compare_to_clean : bool
+        Whether the full model runs on the clean (True) or the corrupt (False) prompts.
+    backend : str, optional
+        "eager" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the device,
+        decide. See :func:`fastkl.available_backends`.
+    progress : bool
+        Show a progress bar over batches, if the output is a terminal.
+
+    Returns
+    -------
+    list of (edge_count, float)
+        Nats a row, in the order of `circuit_outs`; `[]` for no circuits, without running the model.
+        Never negative, 0 exactly for a circuit whose logits are the model's; NaN and infinities are
+        kept (see :func:`fastkl.kl_div` for when they arise).
+
+    Raises
+    ------
+    KeyError
+        A circuit has no output for a batch.
+    TypeError
+        The model, a batch, or logits are not of the kind described above.
+    ValueError
+        Shapes, vocabularies or devices differ, or the loader gave no rows.
+    RuntimeError
+        The backend asked for can not run here.
+
+    Examples
+    --------
+    >>> import torch, fastkl
+    >>> from types import SimpleNamespace
+    >>> class Doubler:
+    ...     out_slice = (slice(None), -1)
+    ...     def __call__(self, prompts):
+    ...         return 2 * prompts
+    >>> prompts = torch.tensor([[[1.0, 2.0, 3.0], [2.0, 0.0, 1.0]]])
+    >>> loader = [SimpleNamespace(key=7, clean=prompts, corrupt=-prompts)]
+    >>> outs = {0: {7: torch.zeros(1, 3)}, 2: {7: torch.tensor([[4.0, 0.0, 2.0]])}}
+    >>> [(edges, round(kl, 4)) for edges, kl in fastkl.measure_kl_div(Doubler(), loader, outs)]
+    [(0, 0.6655), (2, 0.0)]
+    """
+    errors.check_circuit_outs(circuit_outs)
+    if not circuit_outs:
+        return []
+    errors.check_model(model)
+    backends.requested(backend)
+
+    inputs = "clean" if compare_to_clean else "corrupt"
+    totals: Tensor | None = None
+    n_batches = n_rows = 0
+    with torch.inference_mode():
+        # disable=None: silent where the output is no terminal.
+        for batch in tqdm(dataloader, desc="KL divergence", disable=None if progress else True):
+            n_batches += 1
+            errors.check_batch(batch, inputs)
+            circuits = _outputs_for(batch.key, circuit_outs)
+            reference = model(getattr(batch, inputs))[model.out_slice]
+            errors.check_logits(reference, "the model's output")
+            for edge_count, circuit in zip(circuit_outs, circuits, strict=True):
+                name = f"circuit_outs[{edge_count!r}][{batch.key!r}]"
+                errors.check_pair(circuit, reference, name)
+            rows = functional.kl_rows(circuits, reference, backend=backend)
+            sums = rows.sum(dim=1, dtype=torch.float64)
+            totals = sums if totals is None else totals.add_(sums.to(totals.device))
+            n_rows += rows.shape[1]
+            # The next forward pass must not find this batch's logits still alive.
+            del reference, rows
+    if totals is None or n_rows == 0:
+        raise errors.no_rows(n_batches)
+    return list(zip(circuit_outs, (totals / n_rows).tolist(), strict=True))
+
+
+def _outputs_for(
+    key: Hashable, circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]]
+) -> list[Tensor]:
+    """Return all circuits' logits for a batch, checked as far as they can be without the reference."""
+    circuits = []
+    for edge_count, outputs in circuit_outs.items():
+        # Asked first: a defaultdict would make up an entry.
+        if key not in outputs:
+            raise errors.missing_batch_key(edge_count, key, outputs)
+        errors.check_logits(outputs[key], f"circuit_outs[{edge_count!r}][{key!r}]")
+        circuits.append(outputs[key])
+    return circuits

@@ -1,0 +1,96 @@
+"""The KL of circuits against their size, as a picture."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+_KL_COLOR = "tab:blue"
+_AGREEMENT_COLOR = "tab:orange"
+
+
+def plot_kl_curve(
+    path: Path,
+    sizes: Sequence[int],
+    kl: Sequence[float],
+    agreement: Sequence[float],
+    *,
+    added: Sequence[str],
+    title: str,
+) -> None:
+    """Draw KL (log axis) and top-1 agreement against circuit size, into a PNG file.
+
+    An exact 0 has no place on a log axis: it stands in a linear strip below the last decade, with a
+    tick of its own and a hollow marker.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write.
+    sizes : sequence of int
+        Parts in each circuit, ascending.
+    kl : sequence of float
+        KL(full model ‖ circuit) of each circuit, in nats, not negative.
+    agreement : sequence of float
+        Share of predictions with the full model's most probable token.
+    added : sequence of str
+        What each circuit has beyond the one before it; one less than `sizes`.
+    title : str
+        The picture's title.
+    """
+    # No pyplot: a library should leave the user's figures and backend alone.
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+
+    _scale(top, kl)
+    top.plot(sizes, kl, color=_KL_COLOR)
+    for zero, face in ((False, _KL_COLOR), (True, "white")):
+        chosen = [
+            (size, value) for size, value in zip(sizes, kl, strict=True) if (value == 0) == zero
+        ]
+        x, y = zip(*chosen, strict=True) if chosen else ((), ())
+        # Not clipped: half of a marker at 0 lies on the axis.
+        top.plot(x, y, "o", color=_KL_COLOR, markerfacecolor=face, clip_on=False, zorder=3)
+        if zero and chosen:
+            top.annotate(
+                "exactly 0",
+                (x[-1], 0),
+                (-8, 6),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+            )
+    top.set_ylabel("KL(full model ‖ circuit), nats")
+    top.set_title(title)
+    top.grid(alpha=0.3)
+
+    bottom.plot(sizes, agreement, "s-", color=_AGREEMENT_COLOR, markersize=4)
+    bottom.set_ylim(-0.05, 1.05)
+    bottom.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bottom.set_ylabel("top-1 agreement")
+    names = ("", *(f"+{name}" for name in added))
+    bottom.set_xticks(sizes, [f"{size}\n{name}" for size, name in zip(sizes, names, strict=True)])
+    bottom.set_xlabel("heads in the circuit, all others ablated; below: the head added last")
+    bottom.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _scale(axes: Axes, kl: Sequence[float]) -> None:
+    """Set a log axis; with a linear strip for 0 below the smallest decade, if there is a 0."""
+    positive = [value for value in kl if value > 0]
+    if not positive:
+        return
+    if len(positive) == len(kl):
+        axes.set_yscale("log")
+        return
+    lowest, highest = (math.floor(math.log10(f(positive))) for f in (min, max))
+    axes.set_yscale("symlog", linthresh=10.0**lowest, linscale=0.5)
+    axes.set_yticks([0, *(10.0**decade for decade in range(lowest, highest + 1))])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_ylim(bottom=0, top=1.6 * max(positive))
+    axes.axhspan(0, 10.0**lowest, color="0.94", zorder=0)

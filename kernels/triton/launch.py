@@ -1,0 +1,189 @@
+"""Launching the kernels: which rows lie alike, which circuits form a group, how big a tile is."""
+
+import contextlib
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import kernels
+
+# Whether the kernels were built for Triton's interpreter, which runs them on CPU tensors.
+INTERPRETED = not isinstance(kernels.partial_kernel, triton.runtime.JITFunction)
+
+# Bytes of the widest load; rows that lie alike modulo this can share tiles.
+WIDEST = 16
+# Tokens of a slice, at the most. Enough programs to fill a card with 64 rows of GPT-2's vocabulary,
+# and enough tokens each that merging the lanes is a small part of the work.
+SLICE = 16384
+# The fields of a slice's state, as partial_kernel writes them.
+N_FIELDS = 9
+# Arguments that table_kernel takes at a time.
+TABLE_CHUNK = 8
+
+
+class Tile(NamedTuple):
+    """How a kernel is built for circuits in groups of G."""
+
+    lanes: int
+    vec: int
+    warps: int
+    accurate: bool  # both sums in the loop; else small divergences are always looked at twice
+
+
+# By bytes an element and group size. VEC is one 128-bit load; a lane a thread keeps every reduction
+# within a tile in a thread; four warps leave the scheduler many small programs to balance.
+TILES = {
+    # float32 takes 70 instructions of an H100's time a pair to read: both sums fit with any group.
+    (4, 4): Tile(128, 4, 4, True),
+    (4, 2): Tile(128, 4, 4, True),
+    (4, 1): Tile(128, 4, 4, True),
+    # Half precision takes 35, but only 22 in a group of four, where the second sum does not fit.
+    (2, 4): Tile(128, 8, 4, False),
+    (2, 2): Tile(128, 8, 4, True),
+    (2, 1): Tile(128, 8, 4, True),
+}
+# Circuits that share a tile of the reference: as many fours as there are, then what is left.
+GROUPS = (4, 2, 1)
+
+
+class Layout(NamedTuple):
+    """Where rows start modulo WIDEST bytes, in elements: the first one, and each next one."""
+
+    lead: int
+    step: int
+
+
+def launch(circuits, reference, *, keep_states=False):
+    """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
+
+    Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
+    float32, or, to keep the states, those of all slices (N_FIELDS, K, R, slices).
+    """
+    reference, alike = _reference_like_most(circuits, reference)
+    apart = [k for k in range(len(circuits)) if k not in alike]
+    parts = [
+        (picked, _launch_part([circuits[k] for k in picked], reference, aligned, keep_states))
+        for picked, aligned in ((sorted(alike), 1), (apart, 0))
+        if picked
+    ]
+    if len(parts) == 1:
+        return parts[0][1]
+    dim = 1 if keep_states else 0
+    order = torch.tensor([k for picked, _ in parts for k in picked]).argsort().tolist()
+    joined = torch.cat([result for _, result in parts], dim=dim).unbind(dim)
+    return torch.stack([joined[k] for k in order], dim=dim)
+
+
+def slices(n_cols, tile):
+    """Return into how many slices a vocabulary is cut, and their size; it depends on V alone."""
+    n_slices = triton.cdiv(n_cols, SLICE)
+    size = triton.cdiv(n_cols + tile.vec - 1, n_slices)
+    step = tile.lanes * tile.vec
+    return n_slices, triton.cdiv(size, step) * step
+
+
+def groups(n_circuits):
+    """Yield (first circuit, group size, number of groups) until all circuits are covered."""
+    first = 0
+    for size in GROUPS:
+        count = (n_circuits - first) // size
+        if count:
+            yield first, size, count
+        first += count * size
+
+
+def layout(rows):
+    """Return where the rows of a tensor (R, V) start."""
+    vec = WIDEST // rows.itemsize
+    step = rows.stride(0) % vec if rows.shape[0] > 1 else 0
+    return Layout(rows.data_ptr() // rows.itemsize % vec, step)
+
+
+def _reference_like_most(circuits, reference):
+    """Return the reference, and the set of circuits whose rows lie as its do.
+
+    If more circuits lie otherwise, it is copied once to lie as most do. For a single circuit the copy
+    costs more than loads of single elements.
+    """
+    layouts = [layout(circuit) for circuit in circuits]
+    most, count = Counter(layouts).most_common(1)[0]
+    own = layout(reference)
+    if most != own and count > max(1, layouts.count(own)):
+        reference, own = _copy(reference, most), most
+    return reference, {k for k, other in enumerate(layouts) if other == own}
+
+
+def _copy(rows, wanted):
+    """Copy rows (R, V) to where they start as wanted."""
+    n_rows, n_cols = rows.shape
+    vec = WIDEST // rows.itemsize
+    stride = n_cols + (wanted.step - n_cols) % vec
+    buffer = torch.empty(n_rows * stride + vec, dtype=rows.dtype, device=rows.device)
+    start = (wanted.lead - layout(buffer[None]).lead) % vec
+    copy = buffer.as_strided((n_rows, n_cols), (stride, 1), start)
+    return copy.copy_(rows)
+
+
+def _launch_part(circuits, reference, aligned, keep_states):
+    """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
+    n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
+    device, itemsize = reference.device, reference.itemsize
+    n_slices, slice_size = slices(n_cols, TILES[itemsize, 1])
+    states = torch.empty(
+        (N_FIELDS, n_circuits, n_rows, n_slices), dtype=torch.float32, device=device
+    )
+    rows = {
+        "p_ptr": reference,
+        "p_row_stride": reference.stride(0),
+        "n_rows": n_rows,
+        "n_cols": n_cols,
+        "n_circuits": n_circuits,
+        "n_slices": n_slices,
+        "lead": layout(reference).lead,
+        "aligned": aligned,
+        "state_ptr": states,
+    }
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        rows["table_ptr"] = _table(circuits, device)
+        for first, size, count in groups(n_circuits):
+            tile = TILES[itemsize, size]
+            kernels.partial_kernel[(n_rows * n_slices * count,)](
+                **rows,
+                first_circuit=first,
+                n_groups=count,
+                slice_size=slice_size,
+                G=size,
+                LANES=tile.lanes,
+                VEC=tile.vec,
+                ACCURATE=tile.accurate or keep_states,
+                num_warps=tile.warps,
+            )
+        if keep_states:
+            return states
+        divergence = torch.empty((n_circuits, n_rows), dtype=torch.float32, device=device)
+        tile = TILES[itemsize, 1]
+        kernels.finish_kernel[(n_circuits * n_rows,)](
+            **rows,
+            kl_ptr=divergence,
+            LANES=tile.lanes,
+            VEC=tile.vec,
+            num_warps=tile.warps,
+        )
+    return divergence
+
+
+def _table(circuits, device):
+    """Return a table (K, 2) on the device of the circuits' addresses and row strides."""
+    numbers = [n for circuit in circuits for n in (circuit.data_ptr(), circuit.stride(0))]
+    table = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    for first in range(0, len(numbers), TABLE_CHUNK):
+        chunk = numbers[first : first + TABLE_CHUNK]
+        padded = chunk + [0] * (TABLE_CHUNK - len(chunk))
+        arguments = {f"a{i}": number for i, number in enumerate(padded)}
+        kernels.table_kernel[(1,)](
+            table_ptr=table, first=first, n=len(chunk), **arguments, num_warps=1
+        )
+    return table
