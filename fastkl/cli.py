@@ -89,7 +89,7 @@ def _seed(text: str) -> int:
 
 
 def _backends() -> int:
-    found = fastkl.backends()
+    found = fastkl.available_backends()
     width = max(map(len, found))
     for name, missing in found.items():
         print(f"{name:{width}}  {missing or 'can run here'}")
@@ -108,7 +108,7 @@ def _demo(seed: int, backend: str | None, out: Path) -> int:
     from rich.console import Console  # noqa: PLC0415
 
     console = Console(highlight=False)
-    console.print("Training a small transformer to copy from its context, then taking it apart.")
+    console.print("Training a small transformer to copy from its context, to take it apart then.")
     try:
         result = demo.run(seed, place)
         _show(result, console)
@@ -138,29 +138,26 @@ def _show(result: demo.Result, console: "Console") -> None:
     """Print the tables, and what to see in them."""
     training = result.training
     console.print(
-        f"After {training.steps} steps ({training.seconds:.0f} s) its {len(result.layers)} layers of "
-        f"attention copy {training.accuracy:.1%} of held-out tokens.\n"
+        f"After {training.steps} steps, {training.seconds:.0f} s, its {len(result.heads)} heads "
+        f"copy {training.accuracy:.1%} of held-out tokens.\n"
     )
 
-    layers = _table("Layers, each ablated alone", "layer", "KL (nats)")
+    console.print("[bold]Layers[/bold], each ablated alone")
+    layers = _table("layer", "KL (nats)")
     for layer, kl in result.layers:
         layers.add_row(f"L{layer}", _nats(kl))
     console.print(layers)
 
-    heads = _table("Heads, each ablated alone", "head", "KL (nats)", "induction", "previous token")
+    console.print("[bold]Heads[/bold], each ablated alone, and what they attend to")
+    heads = _table("head", "KL (nats)", "induction", "previous token")
     heads.add_column("role")
     for head in result.heads:
         scores = (f"{head.induction:.2f}", f"{head.previous_token:.2f}")
         heads.add_row(head.name, _nats(head.kl), *scores, head.role)
     console.print(heads)
 
-    circuits = _table(
-        "Circuits: the first n of these heads, all others ablated",
-        "last added",
-        "size",
-        "KL (nats)",
-        "top-1 agreement",
-    )
+    console.print("[bold]Circuits[/bold], the first n of these heads and all others ablated")
+    circuits = _table("last added", "size", "KL (nats)", "top-1 agreement")
     added = ("none", *(head.name for head in result.heads))
     for row in zip(added, result.sizes, result.kl, result.agreement, strict=True):
         name, size, kl, share = row
@@ -168,18 +165,18 @@ def _show(result: demo.Result, console: "Console") -> None:
     console.print(circuits)
 
     console.print(
-        f"KL(full model ‖ circuit), a mean over {result.rows} predictions of {result.n_vocab} tokens, "
-        f"by fastkl.measure_kl_div (backend {result.backend} on {result.device})."
+        f"KL(full model ‖ circuit), a mean over {result.rows} predictions among {result.n_vocab} "
+        f"tokens, by fastkl.measure_kl_div (backend {result.backend} on {result.device})."
     )
     for role, score in (("induction", "induction"), ("previous token", "previous_token")):
         found = [f"{h.name} ({getattr(h, score):.2f})" for h in result.heads if h.role == role]
         console.print(f"{role.capitalize()} heads: {', '.join(found) or 'none found'}")
 
 
-def _table(title: str, name: str, *numbers: str) -> "Table":
+def _table(name: str, *numbers: str) -> "Table":
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column(name)
     for column in numbers:
         table.add_column(column, justify="right")
@@ -194,19 +191,20 @@ def _nats(kl: float) -> str:
 
 def _write_files(result: demo.Result, folder: Path, console: "Console") -> None:
     """Write kl_curve.json and kl_curve.png to a folder."""
-    from fastkl.plot import plot_kl_curve  # noqa: PLC0415
+    from fastkl.plot import kl_curve  # noqa: PLC0415
 
     as_json, as_png = folder / "kl_curve.json", folder / "kl_curve.png"
     as_json.write_text(result.to_json(), encoding="utf-8")
-    plot_kl_curve(
-        as_png,
+    figure = kl_curve(
         result.sizes,
         result.kl,
         result.agreement,
         added=[head.name for head in result.heads],
         title=f"How many heads does copying take? (fastkl demo, seed {result.seed})",
     )
-    console.print(f"Wrote {as_png} and {as_json}", soft_wrap=True)
+    figure.savefig(as_png)
+    # A folder's name may hold brackets, which are markup to rich.
+    console.print(f"Wrote {as_png} and {as_json}", soft_wrap=True, markup=False)
 
 
 def _complain(error: Exception, code: int) -> int:

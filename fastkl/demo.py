@@ -1,4 +1,4 @@
-"""The package's main job on a model that needs no download: how many heads does copying take?
+"""The package's main job on a model that needs no download: how many heads copying takes.
 
 A small transformer is trained to copy from its context. Its heads are ranked by what ablating each
 one alone does to the predictions, circuits of the most important heads are run with all the others
@@ -6,9 +6,10 @@ ablated, and `fastkl.measure_kl_div` tells how far each circuit is from the full
 """
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -35,13 +36,14 @@ Place = tuple[torch.device, str]
 _ROLE_SCORE = 0.3
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """An attention head and what was found out about it.
 
     Attributes
     ----------
     layer, index : int
-        Its place.
+        Its place, both from 0.
     kl : float
         KL divergence of the full model from the model without this head, in nats.
     induction : float
@@ -58,7 +60,7 @@ class Head(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name, both numbers from 0."""
+        """Layer and index, for people."""
         return f"L{self.layer}H{self.index}"
 
     @property
@@ -78,7 +80,7 @@ class Result:
     heads : list of Head
         The most important first.
     layers : list of (int, float)
-        Layers, and the KL divergence (nats) of ablating all heads of each; the most important first.
+        Layers, and the KL divergence (nats) of ablating all heads of each; most important first.
     sizes : list of int
         Heads in each circuit: circuit n is the first n of `heads`.
     kl : list of float
@@ -102,7 +104,7 @@ class Result:
     rows: int
 
     def to_json(self) -> str:
-        """Return all of it but the training's seconds: the same seed gives the same text."""
+        """Return all of it but the training's seconds, which no seed decides."""
         facts = {
             "fastkl": fastkl.__version__,
             "torch": torch.__version__,
@@ -184,14 +186,15 @@ def run(
     task, shape = task or Task(), shape or Shape()
     device, backend = place
     generator = torch.Generator().manual_seed(seed)
-    model = CopyModel(task, shape, generator).to(device)
-    training = train(model, task, generator, progress=progress)
-    batches = draw_batches(task, n_prompts, generator, device)
-
-    heads = rank_heads(model, batches, backend)
-    layers = rank_layers(model, batches, backend)
-    outs = run_circuits(model, batches, growing_circuits(model, heads))
-    kl = fastkl.measure_kl_div(model, batches, outs, backend=backend, progress=False)
+    with _one_thread():
+        model = CopyModel(task, shape, generator).to(device)
+        training = train(model, task, generator, progress=progress)
+        batches = draw_batches(task, n_prompts, generator, device)
+        heads = rank_heads(model, batches, backend)
+        layers = rank_layers(model, batches, backend)
+        outs = run_circuits(model, batches, growing_circuits(model, heads))
+        kl = fastkl.measure_kl_div(model, batches, outs, backend=backend, progress=False)
+        agreement = top1_agreement(model, batches, outs)
     return Result(
         seed=seed,
         backend=backend,
@@ -202,7 +205,7 @@ def run(
         layers=layers,
         sizes=[size for size, _ in kl],
         kl=[value for _, value in kl],
-        agreement=top1_agreement(model, batches, outs),
+        agreement=agreement,
         rows=n_prompts * (task.n_passage - 1),
     )
 
@@ -324,6 +327,21 @@ def top1_agreement(
     return shares
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread.
+
+    Tensors this small gain little from a second one and lose much to waiting where cores are
+    shared; and a seed's figures then do not depend on the number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _no_heads(model: CopyModel) -> Tensor:
-    shape = (len(model.layers), model.layers[0].n_heads)
+    shape = (len(model.attention), model.attention[0].n_heads)
     return torch.zeros(shape, dtype=torch.bool, device=model.embedding.device)

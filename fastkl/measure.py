@@ -109,7 +109,7 @@ def measure_kl_div(
     >>> loader = [SimpleNamespace(key=7, clean=prompts, corrupt=-prompts)]
     >>> outs = {0: {7: torch.zeros(1, 3)}, 2: {7: torch.tensor([[4.0, 0.0, 2.0]])}}
     >>> [(edges, round(kl, 4)) for edges, kl in fastkl.measure_kl_div(Doubler(), loader, outs)]
-    [(0, 0.6655), (2, 0.0)]
+    [(0, 0.6576), (2, 0.0)]
     """
     errors.check_circuit_outs(circuit_outs)
     if not circuit_outs:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,24 +12,21 @@ _KL_COLOR = "tab:blue"
 _AGREEMENT_COLOR = "tab:orange"
 
 
-def plot_kl_curve(
-    path: Path,
+def kl_curve(
     sizes: Sequence[int],
     kl: Sequence[float],
     agreement: Sequence[float],
     *,
     added: Sequence[str],
     title: str,
-) -> None:
-    """Draw KL (log axis) and top-1 agreement against circuit size, into a PNG file.
+) -> Figure:
+    """Draw KL (log axis) and top-1 agreement against circuit size.
 
     An exact 0 has no place on a log axis: it stands in a linear strip below the last decade, with a
     tick of its own and a hollow marker.
 
     Parameters
     ----------
-    path : Path
-        The file to write.
     sizes : sequence of int
         Parts in each circuit, ascending.
     kl : sequence of float
@@ -41,6 +37,11 @@ def plot_kl_curve(
         What each circuit has beyond the one before it; one less than `sizes`.
     title : str
         The picture's title.
+
+    Returns
+    -------
+    Figure
+        Ready for `savefig`; it belongs to no window and no pyplot state.
     """
     # No pyplot: a library should leave the user's figures and backend alone.
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
@@ -50,20 +51,19 @@ def plot_kl_curve(
     _scale(top, kl)
     top.plot(sizes, kl, color=_KL_COLOR)
     for zero, face in ((False, _KL_COLOR), (True, "white")):
-        chosen = [
-            (size, value) for size, value in zip(sizes, kl, strict=True) if (value == 0) == zero
-        ]
+        chosen = [point for point in zip(sizes, kl, strict=True) if (point[1] == 0) == zero]
         x, y = zip(*chosen, strict=True) if chosen else ((), ())
         # Not clipped: half of a marker at 0 lies on the axis.
         top.plot(x, y, "o", color=_KL_COLOR, markerfacecolor=face, clip_on=False, zorder=3)
         if zero and chosen:
+            # To the left of the line, which comes down steeply.
             top.annotate(
                 "exactly 0",
                 (x[-1], 0),
-                (-8, 6),
+                (-50, 8),
                 textcoords="offset points",
                 ha="right",
-                va="bottom",
+                arrowprops={"arrowstyle": "->", "color": "0.4", "shrinkB": 6},
             )
     top.set_ylabel("KL(full model ‖ circuit), nats")
     top.set_title(title)
@@ -77,7 +77,7 @@ def plot_kl_curve(
     bottom.set_xticks(sizes, [f"{size}\n{name}" for size, name in zip(sizes, names, strict=True)])
     bottom.set_xlabel("heads in the circuit, all others ablated; below: the head added last")
     bottom.grid(alpha=0.3)
-    figure.savefig(path)
+    return figure
 
 
 def _scale(axes: Axes, kl: Sequence[float]) -> None:
@@ -88,9 +88,10 @@ def _scale(axes: Axes, kl: Sequence[float]) -> None:
     if len(positive) == len(kl):
         axes.set_yscale("log")
         return
-    lowest, highest = (math.floor(math.log10(f(positive))) for f in (min, max))
+    top = 1.6 * max(positive)
+    lowest, highest = (math.floor(math.log10(value)) for value in (min(positive), top))
     axes.set_yscale("symlog", linthresh=10.0**lowest, linscale=0.5)
     axes.set_yticks([0, *(10.0**decade for decade in range(lowest, highest + 1))])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.set_ylim(bottom=0, top=1.6 * max(positive))
+    axes.set_ylim(bottom=0, top=top)
     axes.axhspan(0, 10.0**lowest, color="0.94", zorder=0)

@@ -105,7 +105,7 @@ def _blocks(
         n = rows.stop - rows.start
         p = reference[rows].to(dtype)
         m_p = p.amax(-1, keepdim=True)
-        torch.sub(p, m_p, out=a[:n])
+        torch.sub(p, _finite_or_zero(m_p), out=a[:n])
         torch.exp(a[:n], out=w[:n])
         ref = _Reference(p, a[:n], w[:n], m_p, w[:n].sum(-1, keepdim=True))
         yield rows, ref, (b[:n], e[:n])
@@ -115,9 +115,14 @@ def _exponentials(q: Tensor, b: Tensor, e: Tensor) -> _Circuit:
     """Set b to q - m_q and e to its exponential."""
     q = q.to(b.dtype)
     m_q = q.amax(-1, keepdim=True)
-    torch.sub(q, m_q, out=b)
+    torch.sub(q, _finite_or_zero(m_q), out=b)
     torch.exp(b, out=e)
     return _Circuit(q, e, m_q, e.sum(-1, keepdim=True))
+
+
+def _finite_or_zero(m: Tensor) -> Tensor:
+    """Return the maximum to subtract: of a row of nothing but -inf, 0, so that its sum is 0."""
+    return m.masked_fill(m == -torch.inf, 0.0)
 
 
 def _block_kl(circuit: Tensor, ref: _Reference, buffers: tuple[Tensor, Tensor]) -> Tensor:
@@ -162,7 +167,11 @@ def _state(cir: _Circuit, ref: _Reference) -> RowState:
         near = size < state.NEAR
         h = torch.where(near, _near_terms(t, d, state.NEAR), t - ref.w).sum(-1)
         g = torch.where(near, 0.0, cir.e).sum(-1)
-    return RowState(m_p, z_p, m_q, z_q, s, h.double(), g.double(), c.double())
+    h, g = h.double(), g.double()
+    # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
+    accurate = h + g * (z_p / z_q)
+    s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)
+    return RowState(m_p, z_p, m_q, z_q, s, h, g, c.double())
 
 
 def _near_terms(t: Tensor, d: Tensor, largest: float) -> Tensor:

@@ -71,12 +71,12 @@ def absorb_reference(m, z, p):
 def absorb_circuit(state, p, weight, old_m_p, new_m_p, scale_p, q, ACCURATE: tl.constexpr):
     """Absorb a tile q (LANES, VEC) into (m_q, z_q, s, h, g, c) of every lane.
 
-    A lane without mass so far takes this tile's difference of maxima as its pivot.
+    A lane without reference mass so far takes this tile's difference of maxima as its pivot.
     """
     old_m, z, s, h, g, c = state
     m, z, circuit_weight, scale = absorb_reference(old_m, z, q)
-    fresh = (old_m_p == -float("inf")) | ((scale_p == 0.0) & (scale == 0.0))
-    c = tl.where(fresh, (finite_or_zero(new_m_p) - finite_or_zero(m)) * LN_2, c)
+    pivot = (finite_or_zero(new_m_p) - finite_or_zero(m)) * LN_2
+    c = tl.where(old_m_p == -float("inf"), pivot, c)
     d = p - q - c[:, None]
     d = tl.where(d > FAR_BELOW, d, FAR_BELOW)
     t = weight * d

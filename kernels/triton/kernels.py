@@ -42,6 +42,7 @@ def sweep(
     G: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
     """Absorb tokens [begin, end) into the states of LANES lanes.
@@ -58,7 +59,7 @@ def sweep(
 
     lane = tl.arange(0, LANES)
     offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-    for tile in tl.range(0, n_tiles):
+    for tile in tl.range(0, n_tiles, loop_unroll_factor=UNROLL):
         start = tl.multiple_of(body_begin + tile * TILE, VEC)
         p = load_tile(p_ptr + start, offsets)
         qs = ()
@@ -113,6 +114,7 @@ def partial_kernel(
     G: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
@@ -145,7 +147,7 @@ def partial_kernel(
         q_rows = q_rows + (row_pointer(table_ptr, circuit + i, row, shift, p_ptr.dtype.element_ty),)
         states = states + ((empty, zero, zero, zero, zero, zero),)
     m_p, z_p, states = sweep(
-        empty, zero, states, p_row, q_rows, begin, end, aligned, G, LANES, VEC, ACCURATE
+        empty, zero, states, p_row, q_rows, begin, end, aligned, G, LANES, VEC, UNROLL, ACCURATE
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
@@ -222,12 +224,12 @@ def finish_kernel(
             1,
             LANES,
             VEC,
+            1,
             True,
         )
-        _, sums_q, _, h, g, _ = states[0]
-        divergence = tl.sum(h, axis=0) / tl.sum(sums_p, axis=0) + tl.sum(g, axis=0) / tl.sum(
-            sums_q, axis=0
-        )
+        _, sums_q, _, near_sums, far_sums, _ = states[0]
+        divergence = tl.sum(near_sums, axis=0) / tl.sum(sums_p, axis=0)
+        divergence += tl.sum(far_sums, axis=0) / tl.sum(sums_q, axis=0)
     tl.store(kl_ptr + program, divergence)
 
 

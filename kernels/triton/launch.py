@@ -23,26 +23,36 @@ N_FIELDS = 9
 TABLE_CHUNK = 8
 
 
+# Registers a thread: eight blocks of 128 threads fit on an SM, half of what it can hold at the most.
+MAX_REGISTERS = 64
+
+
 class Tile(NamedTuple):
-    """How a kernel is built for circuits in groups of G."""
+    """How partial_kernel is built for circuits in groups of G."""
 
     lanes: int
     vec: int
+    unroll: int
     warps: int
     accurate: bool  # both sums in the loop; else small divergences are always looked at twice
 
 
-# By bytes an element and group size. VEC is one 128-bit load; a lane a thread keeps every reduction
-# within a tile in a thread; four warps leave the scheduler many small programs to balance.
+# By bytes an element and group size. VEC is one 128-bit load; one lane a thread keeps every reduction
+# within a tile in the thread; four warps a program leave the scheduler many small ones to balance.
+# The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
 TILES = {
-    # float32 takes 70 instructions of an H100's time a pair to read: both sums fit with any group.
-    (4, 4): Tile(128, 4, 4, True),
-    (4, 2): Tile(128, 4, 4, True),
-    (4, 1): Tile(128, 4, 4, True),
-    # Half precision takes 35, but only 22 in a group of four, where the second sum does not fit.
-    (2, 4): Tile(128, 8, 4, False),
-    (2, 2): Tile(128, 8, 4, True),
-    (2, 1): Tile(128, 8, 4, True),
+    # 25 of 44: both sums fit.
+    (4, 4): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    # 27 of 53.
+    (4, 2): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    # 31 of 70.
+    (4, 1): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    # 13 of 22, where 25 with the second sum would not fit.
+    (2, 4): Tile(lanes=128, vec=8, unroll=1, warps=4, accurate=False),
+    # 26 of 26: no better than the limit, but two single circuits would take 35 each.
+    (2, 2): Tile(lanes=128, vec=8, unroll=2, warps=4, accurate=True),
+    # 30 of 35; unrolled because the loop's own 2 a pair would push it past 85 %.
+    (2, 1): Tile(lanes=128, vec=8, unroll=4, warps=4, accurate=True),
 }
 # Circuits that share a tile of the reference: as many fours as there are, then what is left.
 GROUPS = (4, 2, 1)
@@ -145,6 +155,8 @@ def _launch_part(circuits, reference, aligned, keep_states):
         "aligned": aligned,
         "state_ptr": states,
     }
+    # AMD's compiler has no such option.
+    limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         rows["table_ptr"] = _table(circuits, device)
@@ -158,8 +170,10 @@ def _launch_part(circuits, reference, aligned, keep_states):
                 G=size,
                 LANES=tile.lanes,
                 VEC=tile.vec,
+                UNROLL=tile.unroll,
                 ACCURATE=tile.accurate or keep_states,
                 num_warps=tile.warps,
+                **limits,
             )
         if keep_states:
             return states
@@ -171,6 +185,7 @@ def _launch_part(circuits, reference, aligned, keep_states):
             LANES=tile.lanes,
             VEC=tile.vec,
             num_warps=tile.warps,
+            **limits,
         )
     return divergence
 

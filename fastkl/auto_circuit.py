@@ -1,0 +1,293 @@
+"""Let an installed auto_circuit measure its KL divergences with fastkl."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastkl.backends import requested
+from fastkl.measure import Batch, EdgeCount, Model, measure_kl_div
+
+__all__ = ["Patch", "patch", "unpatch"]
+
+_TESTED = "1.0.1"
+_KL_DIV = "auto_circuit.metrics.prune_metrics.kl_div"
+_PRUNE_METRICS = "auto_circuit.metrics.prune_metrics.prune_metrics"
+_FUNCTION = "measure_kl_div"
+_METRICS = ("CLEAN_KL_DIV_METRIC", "CORRUPT_KL_DIV_METRIC")
+_PARAMETERS = ("model", "dataloader", "circuit_outs", "compare_to_clean")
+
+_Measure = Callable[..., Any]
+
+
+class _Site(NamedTuple):
+    """One attribute to swap: where it is, and what it held before."""
+
+    name: str
+    owner: object
+    attribute: str
+    before: Any
+
+    def write(self, value: object) -> None:
+        # A PruneMetric is frozen, and PRUNE_METRIC_DICT, PRUNE_METRICS and users' code all hold
+        # the same object: it has to stay that object, so its field is written past the freeze.
+        object.__setattr__(self.owner, self.attribute, value)
+
+
+class Patch:
+    """What one call of :func:`patch` swapped; a context manager that swaps it back on exit.
+
+    Attributes
+    ----------
+    sites : tuple of str
+        The dotted name of every attribute that was swapped.
+    backend : str or None
+        The backend asked for; None leaves the choice to fastkl at each call.
+    """
+
+    def __init__(self, sites: list[_Site], replacement: _Measure, backend: str | None) -> None:
+        self.sites = tuple(site.name for site in sites)
+        self.backend = backend
+        self._saved = sites
+        self._replacement = replacement
+
+    def __enter__(self) -> Patch:
+        if self not in _active:
+            raise RuntimeError("this patch has been undone: call fastkl.auto_circuit.patch() again")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self in _active:
+            _undo(_active.index(self))
+
+    def __repr__(self) -> str:
+        state = "active" if self in _active else "undone"
+        backend = self.backend or "chosen at each call"
+        title = f"fastkl's patch of auto_circuit {_version()} ({state}, backend: {backend})"
+        return "\n  ".join([title, *self.sites])
+
+
+# Oldest first. Each patch has saved what the one before it put in place.
+_active: list[Patch] = []
+
+
+def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
+    """Make auto_circuit measure KL divergence with :func:`fastkl.measure_kl_div`.
+
+    Swaps ``measure_kl_div`` in the module that defines it, every copy of it in a module of
+    auto_circuit that is already imported, and the ``metric_func`` of ``CLEAN_KL_DIV_METRIC`` and
+    ``CORRUPT_KL_DIV_METRIC``, which ``PRUNE_METRICS``, ``PRUNE_METRIC_DICT`` and
+    ``measure_prune_metrics`` use. The metric objects stay the same objects.
+
+    The patch holds for the whole process until :func:`unpatch`, or until the end of the block
+    when used in a ``with`` statement, whether it ends by an exception or not. It imports
+    auto_circuit, which takes seconds, unless that has been done.
+
+    Parameters
+    ----------
+    backend : str, optional
+        The backend to measure with, one of :func:`fastkl.available_backends`; None leaves the
+        choice to each call, as for :func:`fastkl.measure_kl_div`.
+    progress : bool, default True
+        Whether to show a progress bar, as auto_circuit does.
+
+    Returns
+    -------
+    Patch
+        Says what was swapped (``sites``), and restores the state before this call when left as
+        a context manager.
+
+    Raises
+    ------
+    ImportError
+        If auto_circuit is not installed, or one of its own dependencies is not.
+    RuntimeError
+        If the installed auto_circuit is not what fastkl knows how to patch: the message names
+        each place that is missing or different, and nothing has been changed. Also if the
+        backend can not run on this machine.
+    ValueError
+        If there is no such backend.
+
+    See Also
+    --------
+    unpatch : Restore auto_circuit.
+
+    Notes
+    -----
+    Patches nest. A later one (``backend="eager"``, say) holds until it is left, and leaving it
+    restores the earlier one; leaving the earlier one first undoes both. Calling ``patch()`` again
+    and again is harmless: one ``unpatch()`` undoes them all.
+
+    Only modules of auto_circuit are touched: a name that another module has imported, such as
+    ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div`` before the patch,
+    keeps the function it had. ``multibatch_kl_div``, which auto_circuit's searches and
+    completeness metrics call and which needs gradients, is left alone.
+
+    A ``PruneMetric`` hashes by its fields, so its hash differs while it is patched; auto_circuit
+    itself looks metrics up by ``key``.
+
+    Examples
+    --------
+    >>> import fastkl.auto_circuit
+    >>> with fastkl.auto_circuit.patch() as patched:  # doctest: +SKIP
+    ...     measurements = measure_prune_metrics(...)
+    >>> patched  # doctest: +SKIP
+    fastkl's patch of auto_circuit 1.0.1 (undone, backend: chosen at each call)
+      auto_circuit.metrics.prune_metrics.kl_div.measure_kl_div
+      auto_circuit.metrics.prune_metrics.prune_metrics.measure_kl_div
+      auto_circuit.metrics.prune_metrics.prune_metrics.CLEAN_KL_DIV_METRIC.metric_func
+      auto_circuit.metrics.prune_metrics.prune_metrics.CORRUPT_KL_DIV_METRIC.metric_func
+    """
+    # Refused here, not by the first measurement, which may be hours of circuit search away.
+    requested(backend)
+    sites = _find_sites()
+    replacement = _replacement(backend, progress)
+    patched = Patch(sites, replacement, backend)
+    # Known as active before the first write, so that an interrupt in between can be undone.
+    _active.append(patched)
+    for site in sites:
+        if isinstance(site.before, functools.partial):
+            site.write(functools.partial(replacement, *site.before.args, **site.before.keywords))
+        else:
+            site.write(replacement)
+    return patched
+
+
+def unpatch() -> tuple[str, ...]:
+    """Undo every :func:`patch`: auto_circuit holds its own objects again, the very same ones.
+
+    Returns
+    -------
+    tuple of str
+        The dotted name of every attribute that was restored; empty if nothing was patched.
+
+    Examples
+    --------
+    >>> import fastkl.auto_circuit
+    >>> fastkl.auto_circuit.unpatch()
+    ()
+    """
+    return _undo(0)
+
+
+def _replacement(backend: str | None, progress: bool) -> _Measure:
+    """Build the function that stands in for auto_circuit's, with auto_circuit's parameters."""
+
+    def measure(
+        model: Model,
+        dataloader: Iterable[Batch],
+        circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]],
+        compare_to_clean: bool = True,
+    ) -> list[tuple[EdgeCount, float]]:
+        return measure_kl_div(
+            model, dataloader, circuit_outs, compare_to_clean, backend=backend, progress=progress
+        )
+
+    measure.__name__ = measure.__qualname__ = _FUNCTION
+    measure.__doc__ = measure_kl_div.__doc__
+    return measure
+
+
+def _find_sites() -> list[_Site]:
+    """List every attribute to swap, or raise and say which is not as it should be."""
+    # The package itself first, so that its absence is not taken for that of a module in it.
+    _, kl_div, prune_metrics = map(_import, ("auto_circuit", _KL_DIV, _PRUNE_METRICS))
+    original = getattr(kl_div, _FUNCTION, None)
+    if original is None:
+        raise _mismatch([f"{_KL_DIV}.{_FUNCTION} is missing"])
+    parameters = tuple(inspect.signature(original).parameters)
+    if parameters != _PARAMETERS:
+        raise _mismatch([f"{_KL_DIV}.{_FUNCTION} takes ({', '.join(parameters)})"])
+
+    problems = []
+    sites = list(_copies(original))
+    if getattr(prune_metrics, _FUNCTION, None) is not original:
+        problems.append(_problem(prune_metrics, _FUNCTION))
+    for name in _METRICS:
+        metric = getattr(prune_metrics, name, None)
+        before = getattr(metric, "metric_func", None)
+        if isinstance(before, functools.partial) and before.func is original:
+            sites.append(
+                _Site(f"{_PRUNE_METRICS}.{name}.metric_func", metric, "metric_func", before)
+            )
+        else:
+            problems.append(_problem(prune_metrics, name))
+    if problems:
+        raise _mismatch(problems)
+    return sites
+
+
+def _copies(function: _Measure) -> Iterator[_Site]:
+    """Yield every attribute of a module of auto_circuit that is this very function."""
+    for module_name, module in sorted(sys.modules.items()):
+        if module_name.partition(".")[0] != "auto_circuit" or not isinstance(module, ModuleType):
+            continue
+        for attribute, value in vars(module).items():
+            if value is function:
+                yield _Site(f"{module_name}.{attribute}", module, attribute, function)
+
+
+def _undo(first: int) -> tuple[str, ...]:
+    """Undo the active patches from `first` on, newest first; return the names restored."""
+    names: list[str] = []
+    while len(_active) > first:
+        patched = _active[-1]
+        for site in patched._saved:
+            site.write(site.before)
+            names.append(site.name)
+        # What was imported meanwhile has copied the replacement: put the function there too that
+        # it would have found without the patch.
+        original = patched._saved[0].before
+        for late in list(_copies(patched._replacement)):
+            late.write(original)
+            names.append(late.name)
+        _active.pop()
+    return tuple(dict.fromkeys(names))
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == "auto_circuit":
+            raise ModuleNotFoundError(
+                "auto_circuit is not installed: pip install 'fastkl[auto-circuit]'", name=missing
+            ) from error
+        if missing.startswith("auto_circuit."):
+            raise _mismatch([f"{missing} is missing"]) from error
+        raise
+
+
+def _problem(module: ModuleType, attribute: str) -> str:
+    name = f"{module.__name__}.{attribute}"
+    if not hasattr(module, attribute):
+        return f"{name} is missing"
+    return f"{name} does not hold {_KL_DIV}.{_FUNCTION}"
+
+
+def _mismatch(problems: list[str]) -> RuntimeError:
+    return RuntimeError(
+        f"cannot patch auto_circuit {_version()} (fastkl is tested with {_TESTED}), "
+        f"nothing was changed: {'; '.join(problems)}"
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("auto-circuit")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -1,0 +1,112 @@
+"""The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+# Without a card the kernels run in Triton's interpreter, which has to be chosen before triton is
+# imported; the tests of compiled code undo it for themselves.
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastkl
+from fastkl import functional
+
+if sys.platform == "linux" and not ON_GPU:
+    # Imported before any interpreted kernel has run, as it asks.
+    import ptx_emulator  # noqa: F401
+
+BACKENDS = ("eager", "triton")
+# |KL - KL64| <= RELATIVE * KL64 + ABSOLUTE, a row.
+# RELATIVE: float32 rounds sums of 50k terms to a few 1e-6 at worst; a plain result is at least 0.1
+# and off by at most a few 1e-7.
+RELATIVE = 1e-5
+# ABSOLUTE: below what the logits' own rounding to float32 does to a divergence of 1e-3.
+ABSOLUTE = 1e-8
+# The same for float64 logits, from its epsilon of 2e-16.
+RELATIVE_64, ABSOLUTE_64 = 1e-12, 1e-15
+
+
+def oracle(circuit: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return KL(reference ‖ circuit) of every row in float64, without cancellation.
+
+    Σ P φ(log P - log Q), and Q_v where P_v = 0; φ(x) = e^(-x) - 1 + x as a series near 0.
+    """
+    log_p, log_q = reference.double().log_softmax(-1), circuit.double().log_softmax(-1)
+    d = log_p - log_q
+    series = torch.zeros_like(d)
+    for n in range(14, 1, -1):
+        series = (1 - d * series) / n
+    phi = torch.where(d.abs() < 0.25, d * d * series, torch.expm1(-d) + d)
+    p, q = log_p.exp(), log_q.exp()
+    terms = torch.where(p == 0, q, p * phi)
+    finite_p = reference > -torch.inf
+    infinite = (finite_p & (circuit == -torch.inf)).any(-1)
+    nan = log_p.isnan().any(-1) | log_q.isnan().any(-1)
+    divergence = torch.where(infinite, torch.inf, terms.sum(-1))
+    return torch.where(nan, torch.nan, divergence)
+
+
+def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert that divergences are within the tolerance of the oracle's, NaN and inf in their places."""
+    wide = divergence.dtype == torch.float64
+    rtol, atol = (RELATIVE_64, ABSOLUTE_64) if wide else (RELATIVE, ABSOLUTE)
+    torch.testing.assert_close(
+        divergence.double().cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True
+    )
+    assert not (divergence < 0).any()
+
+
+def kl_rows(
+    circuits: list[torch.Tensor], reference: torch.Tensor, backend: str
+) -> torch.Tensor:
+    """Return the divergences (K, R) by a backend, on the device it runs on, back on the CPU."""
+    if backend == "triton" and ON_GPU:
+        circuits, reference = [to_device(c) for c in circuits], to_device(reference)
+    return functional.kl_rows(circuits, reference, backend=backend).cpu()
+
+
+def to_device(rows: torch.Tensor) -> torch.Tensor:
+    """Return a copy on the GPU that lies in memory as the rows do: same strides, same offset."""
+    storage = torch.empty(0, dtype=rows.dtype).set_(rows.untyped_storage()).cuda()
+    return storage.as_strided(rows.shape, rows.stride(), rows.storage_offset())
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; skipped, with what is missing, where it can not run."""
+    if reason := fastkl.available_backends()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def largest_vocabulary(backend: str) -> int:
+    """The largest vocabulary that a test of many cases can afford: the interpreter is slow."""
+    return 1600 if backend == "triton" and not ON_GPU else 50257
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20261123)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill torch.empty with NaN, so that an element that nobody writes is seen."""
+
+    def poisoned(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def empty(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            if tensor.is_floating_point() and tensor.device.type != "meta":
+                tensor.fill_(torch.nan)
+            return tensor
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))

@@ -1,0 +1,252 @@
+"""Execution: the threads of a CTA in lock step, CTA after CTA.
+
+A register is an array with one element a thread, and an instruction a closure over such arrays (see
+`instructions.builder`), so the whole CTA executes an instruction in one NumPy call. Threads that
+part at a branch are run in groups that share a program counter, lowest program counter first; they
+meet again at labels, where paths join.
+"""
+
+import math
+import re
+import time
+from collections import ChainMap
+
+import numpy as np
+
+from .errors import LaneFault, MemoryFault, PtxError, SyncFault, Unsupported
+from .instructions import CONTROL, SYNC, Builder
+from .instructions.control import DONE, PARKED, READY
+from .memory import Allocation, Memory
+from .numbers import F32, F64, I64, TYPE_NAME, U8, U32, U64, ptx_type
+from .parser import Kernel
+from .stats import Stats
+
+# On hardware, too, the system has the first kilobyte of shared memory.
+_SHARED_BASE = 1024
+
+_APPROXIMATE = {
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "rcp": np.reciprocal,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "div": np.divide,
+}
+
+
+class Machine:
+    """A kernel bound to its registers and threads, and the state of the CTA that runs.
+
+    Attributes
+    ----------
+    registers, values : name -> array of the register's bits; `values` has the special registers,
+        parameters and shared memory symbols too, as addresses.
+    code : for each instruction its Builder, or None for a label.
+    pc, status : of each thread: its next instruction; READY, PARKED or DONE.
+    groups : asynchronous copies not waited for, in groups; the last one is still open.
+    """
+
+    def __init__(self, kernel: Kernel, n: int):
+        self.name = kernel.name
+        self.n = n
+        self.threads = np.arange(n)
+        self.cta = None
+        self.pc = np.zeros(n, I64)
+        self.status = np.zeros(n, U8)
+        self.registers: dict[str, np.ndarray] = {}
+        self.values = ChainMap(self.registers, self._special_registers(kernel))
+        self.banks: list[np.ndarray] = []
+        body = [i for i in kernel.body if not i.name.startswith(".reg")]
+        self.labels = {i.ops[0]: at for at, i in enumerate(body) if i.name == ":"}
+        self.code: list[Builder | None] = []
+        for i in kernel.body:
+            if i.name == ":":
+                self.code.append(None)
+            elif i.name.startswith(".reg"):
+                self._declare(i)
+            else:
+                self.code.append(Builder(self, i))
+
+    def _special_registers(self, kernel: Kernel) -> dict[str, np.ndarray]:
+        special = {}
+        for axis in "xyz":
+            # Threads have one dimension. The CTA's place is filled in when it runs.
+            special |= {f"%{name}.{axis}": np.zeros(self.n, U32) for name in ("tid", "ctaid")}
+            special |= {f"%{name}.{axis}": np.ones(self.n, U32) for name in ("ntid", "nctaid")}
+        special["%tid.x"] = self.threads.astype(U32)
+        special["%ntid.x"] = np.full(self.n, self.n, U32)
+        special["%laneid"] = (self.threads % 32).astype(U32)
+        special["%warpid"] = (self.threads // 32).astype(U32)
+        for name in kernel.shared_symbols:
+            special[name] = np.full(self.n, _SHARED_BASE, U32)
+        for i, (name, _) in enumerate(kernel.params):
+            special[name] = np.full(self.n, 16 * i, U32)
+        return special
+
+    def _declare(self, declaration) -> None:
+        """Registers of `.reg .b32 %r<7>` or `.reg .b32 %a, %b`: rows of one bank."""
+        type_name = declaration.name.removeprefix(".reg .")
+        for stem, count in re.findall(r"([^<,\s]+)(?:<(\d+)>)?", ",".join(declaration.ops)):
+            if not TYPE_NAME.fullmatch(type_name):
+                raise Unsupported(f"{self.name}, {declaration}")
+            bank = np.empty((int(count or 1), self.n), ptx_type(type_name).raw)
+            self.banks.append(bank)
+            for k, row in enumerate(bank):
+                self.registers[f"{stem}{k}" if count else stem] = row
+
+    def approximate(self, base: str, x, *y):
+        """The float64 result of an approximate instruction.
+
+        If approx_ulp asks for it, with an error that depends on the operands and the seed alone.
+        """
+        r = _APPROXIMATE[base](x.astype(F64), *y)
+        if not self.approx_ulp or x.dtype != F32:
+            return r
+        size = self.approx_ulp * np.abs(np.spacing(r.astype(F32))).astype(F64)
+        if base == "lg2":
+            # Documented as an absolute error of 2^-22 around 1.
+            size = np.where((x > 0.5) & (x < 2), np.maximum(size, 2.0**-22), size)
+        # The constants and shifts are splitmix64's, a hash; its upper 53 bits become [-1, 1).
+        h = (sum(y, x).view(U32).astype(U64) + U64(self.seed)) * U64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> U64(29))) * U64(0xBF58476D1CE4E5B9)
+        error = size * ((h >> U64(11)) * 2.0**-52 - 1)
+        return np.where(np.isfinite(size) & (r != 0) & (x != 0), r + error, r)
+
+    def access(self, ins, space, addresses, lanes, *, unit=1, count, values=None, align=None):
+        """Load, or store values, for the threads numbered `lanes`; see Memory.access."""
+        if space == "global":
+            size = addresses.size * unit * count
+            warp = (lanes >> 5).astype(U64)
+            sectors = np.unique(warp << U64(59) | addresses >> U64(5)).size
+            if values is None:
+                self.stats.bytes_loaded += size
+                self.stats.sectors_loaded += sectors
+            else:
+                self.stats.bytes_stored += size
+                self.stats.sectors_stored += sectors
+        try:
+            return self.spaces[space].access(addresses, unit, count, values=values, align=align)
+        except LaneFault as fault:
+            thread = f"thread {lanes[fault.lane]} of CTA {self.cta}"
+            raise MemoryFault(f"{self.name}, {ins}: {thread}: {fault.reason}") from None
+
+    def run(
+        self, grid, params, memory, *, shared_bytes, approx_ulp, seed, max_instructions
+    ) -> Stats:
+        """Run all CTAs of a grid; `params` are the bytes of the parameters, 16 for each."""
+        begin = time.perf_counter()
+        self.stats, self.approx_ulp, self.seed = Stats(), approx_ulp, seed
+        shared = np.empty(shared_bytes, U8)
+        self.spaces = {"global": memory, "shared": Memory(), "param": Memory()}
+        self.spaces["shared"].allocations.append(Allocation("shared memory", _SHARED_BASE, shared))
+        self.spaces["param"].allocations.append(Allocation("parameters", 0, params, writable=False))
+        # See _count.
+        self.counts = np.zeros((2, len(self.code) + 1), I64)
+        for place in np.ndindex(*grid[::-1]):
+            self.cta, self.budget, self.groups = place[::-1], max_instructions, [[]]
+            for axis, index, size in zip("xyz", self.cta, grid, strict=True):
+                self.values[f"%ctaid.{axis}"][:] = index
+                self.values[f"%nctaid.{axis}"][:] = size
+            # All ones: a NaN in every float type, and no plausible address.
+            for bits in (*self.banks, shared):
+                bits[...] = ~np.zeros((), bits.dtype)
+            self.pc[:] = 0
+            self.status[:] = READY
+            with np.errstate(all="ignore"):
+                while (self.status != DONE).any():
+                    at, mask, met = self._next()
+                    self._execute(at, None if mask.all() else mask, met)
+        totals = self.counts.cumsum(1)[:, :-1].tolist()
+        for op, threads, warps in zip(self.code, *totals, strict=True):
+            if op and threads:
+                self.stats.threads[op.ins.name] += threads
+                self.stats.warps[op.ins.name] += warps
+        self.stats.ctas, self.stats.seconds = math.prod(grid), time.perf_counter() - begin
+        return self.stats
+
+    def _warp_bits(self, flags):
+        """For each thread, the lanes of its warp whose flag is set, as bits."""
+        bits = np.packbits(flags.reshape(-1, 32), axis=1, bitorder="little").view("<u4")
+        return np.repeat(bits[:, 0], 32)
+
+    def _next(self):
+        """A program counter, the threads to run from there, and if they have met for a SYNC."""
+        ready = self.status == READY
+        if ready.any():
+            at = int(self.pc[ready].min())
+            return at, ready & (self.pc == at), False
+        # Everyone waits.
+        alive = self.status != DONE
+        places = {at: self.code[at] for at in sorted(set(self.pc[alive].tolist()))}
+        for at, op in places.items():
+            if op.kind != SYNC:
+                continue
+            here = alive & (self.pc == at)
+            runs = op.enabled(here)
+            missing = op.members & self._warp_bits(alive) & ~self._warp_bits(runs) != 0
+            # A lane may not execute it for others only.
+            not_named = op.members >> self.values["%laneid"] & 1 == 0
+            waits = runs & (missing | not_named)
+            if not waits[here].all():
+                self.status[here & ~waits] = READY
+                return at, here & ~waits, True
+        self._complete_barrier(alive, list(places.values()))
+        return self._next()
+
+    def _complete_barrier(self, alive, ops) -> None:
+        """All threads that have not ended wait at `ops`: release them if that is one barrier."""
+        warps = self.threads.reshape(-1, 32)
+        parted = any(len(set(self.pc[w][alive[w]])) > 1 for w in warps)
+        if parted or any(op.kind == SYNC for op in ops) or len({op.barrier_id for op in ops}) > 1:
+            where = [str(op.ins) for op in ops]
+            raise SyncFault(f"{self.name}: CTA {self.cta} is stuck at {where}")
+        self.status[alive] = READY
+        self.pc[alive] += 1
+        self.stats.barriers += 1
+
+    def _count(self, start: int, end: int, mask) -> None:
+        """Count the instructions from `start` up to `end`, as executed by the threads in mask.
+
+        Only the steps at both ends are noted: their running sum is the count of each instruction.
+        """
+        if mask is None:
+            n = (self.n, self.n // 32)
+        else:
+            n = (mask.sum(), mask.reshape(-1, 32).any(1).sum())
+        self.counts[:, start] += n
+        self.counts[:, end] -= n
+        self.budget -= end - start
+        if self.budget < 0:
+            raise PtxError(f"{self.name}: CTA {self.cta} does not end")
+
+    def _execute(self, at: int, mask, met: bool) -> None:
+        """Run the threads in mask from `at` until they part, wait, end or may meet others."""
+        start, here = at, slice(None) if mask is None else mask
+        while True:
+            op = self.code[at]
+            if op is None:
+                # A label, where others may be waiting or yet to come.
+                if mask is not None and at != start:
+                    break
+            elif op.kind == CONTROL:
+                self._count(start, at + 1, mask)
+                start = at = op.run(at, mask)
+                if at is None:
+                    return
+                continue
+            elif op.kind == SYNC and not (met and at == start) and self._must_meet(op, mask):
+                self.status[here] = PARKED
+                break
+            else:
+                m = op.enabled(mask)
+                active = self.n if m is None else np.count_nonzero(m)
+                if active:
+                    op.run(None if active == self.n else m)
+            at += 1
+        self.pc[here] = at
+        self._count(start, at, mask)
+
+    @staticmethod
+    def _must_meet(op: Builder, mask) -> bool:
+        """If threads have to wait for others at this SYNC: not if the whole CTA is there."""
+        return mask is not None or op.guard is not None or op.members.min() < 0xFFFFFFFF

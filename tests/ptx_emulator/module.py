@@ -1,0 +1,129 @@
+"""Modules (kernels ready to run) and their launch."""
+
+import numpy as np
+
+from .errors import Unsupported
+from .machine import Machine
+from .memory import Memory, address_of
+from .numbers import U8, ptx_type
+from .parser import parse
+from .stats import Stats
+
+
+class Module:
+    """One kernel of PTX, parsed, checked, and compiled to closures.
+
+    Parameters
+    ----------
+    ptx : str
+    num_warps : int, optional
+        Warps of a CTA; must be given if the PTX has no .reqntid.
+    shared_bytes : int, optional
+        Dynamic shared memory that a launch provides.
+    divisible : sequence of int, optional
+        Places of the arguments that the compiler was promised to be multiples of 16.
+
+    Raises
+    ------
+    Unsupported
+        Some instruction, even one that would never be executed, is not modeled.
+    """
+
+    def __init__(self, ptx: str, *, num_warps: int = 0, shared_bytes: int = 0, divisible=()):
+        self.ptx = ptx
+        self.shared_bytes = shared_bytes
+        self.divisible = divisible
+        kernel = parse(ptx)
+        self.name, self.params = kernel.name, kernel.params
+        self.num_warps = kernel.num_warps or num_warps
+        if not self.num_warps:
+            raise Unsupported(f"{self.name}: no .reqntid, and num_warps was not given")
+        self.machine = Machine(kernel, 32 * self.num_warps)
+
+    def _parameters(self, args, memory: Memory) -> np.ndarray:
+        """The bytes of the parameters, each at a multiple of 16; arrays are added to `memory`."""
+        params = np.zeros(16 * len(self.params), U8)
+        # The compiler appends up to two scratch pointers, null if they are left out.
+        missing = [kind for _, kind in self.params[len(args) :]]
+        if len(args) > len(self.params) or missing not in ([], ["u64"], ["u64"] * 2):
+            raise ValueError(f"{self.name} takes {self.params}, got {len(args)} arguments")
+        values = [*args, *[0] * len(missing)]
+        for i, ((name, kind), arg) in enumerate(zip(self.params, values, strict=True)):
+            if isinstance(arg, np.ndarray) or hasattr(arg, "data_ptr"):
+                value = address_of(arg)
+                if not memory.find(value, arg.nbytes):
+                    memory.add(arg, name)
+            else:
+                value = arg
+            t = ptx_type(kind)
+            fits = t.float or -(1 << t.bits - 1) <= value < 1 << t.bits
+            if not fits or (i in self.divisible and value % 16):
+                raise ValueError(
+                    f"{self.name}: argument {i} = {value} is no .{kind}, "
+                    "or not divisible by 16 as declared"
+                )
+            if t.float:
+                bits = np.array([value], t.store)
+            else:
+                bits = np.array([value % (1 << t.bits)], t.raw)
+            params[16 * i :][: t.bits // 8] = bits.view(U8)
+        return params
+
+
+def launch(
+    module: Module,
+    grid,
+    args,
+    *,
+    num_warps: int | None = None,
+    shared_bytes: int | None = None,
+    memory: Memory | None = None,
+    approx_ulp: float = 0,
+    seed: int = 0,
+    max_instructions: int = 50_000_000,
+) -> Stats:
+    """Run a kernel, one CTA after the other.
+
+    Parameters
+    ----------
+    module : Module
+    grid : tuple of one to three int
+    args : sequence
+        The run-time arguments: numbers, addresses, or arrays and CPU tensors, which stand for their
+        address and are registered in `memory` unless they lie in it. The scratch pointers that
+        Triton appends may be left out.
+    num_warps : int, optional
+        Only checked against the module's.
+    shared_bytes : int, optional
+        Dynamic shared memory; the module's own number if left out.
+    memory : Memory, optional
+        What else the kernel may touch, behind addresses in tables for example.
+    approx_ulp : float, optional
+        Largest error, in units in the last place, added to approximate float32 instructions.
+    seed : int, optional
+        Of those errors.
+    max_instructions : int, optional
+        What one CTA may execute.
+
+    Returns
+    -------
+    Stats
+
+    Raises
+    ------
+    MemoryFault, SyncFault, PtxError, ValueError
+    """
+    memory = Memory() if memory is None else memory
+    if num_warps not in (None, module.num_warps):
+        raise ValueError(f"{module.name} has {module.num_warps} warps, not {num_warps}")
+    params = module._parameters(args, memory)
+    grid = (*grid, 1, 1)[:3]
+    return module.machine.run(
+        grid,
+        params,
+        memory,
+        shared_bytes=module.shared_bytes if shared_bytes is None else shared_bytes,
+        approx_ulp=approx_ulp,
+        seed=seed,
+        max_instructions=max_instructions,
+    )

@@ -1,0 +1,139 @@
+"""Which backend is taken, and what is said of one that can not run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import backends
+from fastkl.backends import eager, native, triton
+
+CPU = torch.device("cpu")
+ROWS = torch.zeros(2, 5)
+
+
+def chosen(name=None, device=CPU, dtype=torch.float32):
+    return backends.choose(name, device, dtype).NAME
+
+
+@pytest.fixture
+def only_eager(monkeypatch):
+    monkeypatch.setattr(native, "missing", lambda *_: "not built")
+    monkeypatch.setattr(triton, "missing", lambda *_: "not installed")
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    monkeypatch.delenv("FASTKL_BACKEND", raising=False)
+    monkeypatch.setattr(native, "missing", lambda device=None, dtype=None: None)
+    monkeypatch.setattr(triton, "missing", lambda device=None, dtype=None: None)
+
+
+def test_by_device(everything):
+    assert chosen() == "native"
+    assert chosen(device=torch.device("cuda")) == "triton"
+
+
+def test_argument_over_environment_over_device(everything, monkeypatch):
+    monkeypatch.setenv("FASTKL_BACKEND", "eager")
+    assert chosen() == "eager"
+    assert chosen("triton") == "triton"
+    monkeypatch.setenv("FASTKL_BACKEND", "")
+    assert chosen() == "native"
+
+
+def test_what_can_not_run_is_passed_over(only_eager):
+    assert chosen() == "eager"
+    assert chosen(device=torch.device("cuda")) == "eager"
+
+
+def test_the_environment_reaches_the_call(monkeypatch):
+    monkeypatch.setenv("FASTKL_BACKEND", "nonsense")
+    text = "FASTKL_BACKEND must be one of triton, native, eager; got 'nonsense'"
+    with pytest.raises(ValueError, match=text):
+        fastkl.kl_div(ROWS, ROWS)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="backend must be one of triton, native, eager; got 'cuda'"):
+        fastkl.kl_div(ROWS, ROWS, backend="cuda")
+
+
+def test_unknown_name_before_the_model_runs():
+    model = type("Model", (), {"out_slice": 0, "__call__": lambda *_: pytest.fail("was run")})()
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        fastkl.measure_kl_div(model, [1], {1: {}}, backend="cuda")
+
+
+def test_asking_for_what_is_missing(only_eager):
+    text = "backend asks for triton, which can not run here: not installed"
+    with pytest.raises(RuntimeError, match=text):
+        fastkl.kl_div(ROWS, ROWS, backend="triton")
+
+
+def test_float64_needs_eager():
+    rows = ROWS.double()
+    for name in ("triton", "native"):
+        if fastkl.available_backends()[name] is None:
+            with pytest.raises(RuntimeError, match="float64"):
+                fastkl.kl_div(rows, rows, backend=name)
+    assert fastkl.kl_div(rows, rows).dtype == torch.float64
+
+
+def test_available_backends():
+    available = fastkl.available_backends()
+    assert list(available) == ["triton", "native", "eager"]
+    assert available["eager"] is None
+    assert all(reason is None or isinstance(reason, str) for reason in available.values())
+    assert eager.missing(CPU, torch.float64) is None
+
+
+WITHOUT_TRITON = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+sys.modules["triton"] = None
+import torch, fastkl
+print(fastkl.available_backends()["triton"])
+rows = torch.zeros(2, 5)
+print(float(fastkl.kl_div(rows, rows)))
+try:
+    fastkl.kl_div(rows, rows, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+WITHOUT_INTERPRETER = """
+import torch, fastkl
+rows = torch.zeros(2, 5)
+try:
+    fastkl.kl_div(rows, rows, backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def run(script):
+    environment = {"PATH": "", "TRITON_INTERPRET": "0", "HOME": "/nonexistent"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_without_triton():
+    missing, value, error = run(WITHOUT_TRITON)
+    assert missing == "the package triton is not installed (pip install 'fastkl[triton]')"
+    assert value == "0.0"
+    assert error == f"backend asks for triton, which can not run here: {missing}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_cpu_tensors_without_the_interpreter():
+    if triton.missing():
+        pytest.skip("triton is not installed")
+    (error,) = run(WITHOUT_INTERPRETER)
+    assert error.endswith("can not run here: PyTorch sees no CUDA or ROCm device")

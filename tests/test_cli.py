@@ -1,0 +1,223 @@
+"""The command line: what it prints, writes and returns; what it refuses before it trains."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkl
+from fastkl import cli, demo
+from fastkl.demo_model import NotLearnedError, Shape, Task
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Make the test fail if the job is begun."""
+
+    def begun(*_args, **_keywords):
+        pytest.fail("the training was begun")
+
+    monkeypatch.delenv("FASTKL_BACKEND", raising=False)
+    monkeypatch.setattr(demo, "run", begun)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fastkl {fastkl.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: command"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["demo", "--seed", "one"], "argument --seed: invalid"),
+        (["demo", "--seed", "-1"], "argument --seed: must be from 0 to 2^63 - 1, got -1"),
+    ],
+)
+def test_bad_usage_exits_with_2(arguments, complaint, capsys, no_training):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_backends_lists_what_can_run_and_what_is_missing(capsys, monkeypatch):
+    found = {"quick": None, "slow": "no card"}
+    monkeypatch.setattr(fastkl, "available_backends", lambda: found)
+    assert cli.main(["backends"]) == 0
+    assert capsys.readouterr().out == "quick  can run here\nslow   no card\n"
+
+
+def test_backends_lists_the_real_ones(capsys):
+    assert cli.main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(fastkl.available_backends())
+    assert re.search(r"^eager +can run here$", "\n".join(lines), re.MULTILINE)
+
+
+def test_unknown_backend_is_refused_before_training(tmp_path, capsys, no_training):
+    assert cli.main(["demo", "--backend", "abacus", "--out", str(tmp_path / "new")]) == 2
+    assert re.search(r"^fastkl: error: backend must be one of .*'abacus'", capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_unknown_backend_in_the_environment_is_refused_too(
+    tmp_path, capsys, monkeypatch, no_training
+):
+    monkeypatch.setenv("FASTKL_BACKEND", "abacus")
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "FASTKL_BACKEND must be one of" in capsys.readouterr().err
+
+
+def test_unwritable_folder_is_refused_before_training(tmp_path, capsys, no_training):
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / "below"
+    assert cli.main(["demo", "--out", str(folder), "--backend", "eager"]) == 2
+    assert str(folder) in capsys.readouterr().err
+
+
+def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypatch, no_training):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    # Not by chmod: whoever runs the tests as root may write anywhere.
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
+    assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 2
+    assert f"Permission denied: '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path):
+    """In a process of its own, where neither rich nor matplotlib can be imported."""
+    program = (
+        "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None\n"
+        "from fastkl.cli import main\n"
+        "print(main(['backends']), main(['demo']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(Path(fastkl.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "0 2"
+    assert done.stderr == (
+        "fastkl: error: fastkl demo needs rich and matplotlib: pip install 'fastkl[demo]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_learning_returns_1_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    def give_up(*_args, **_keywords):
+        raise NotLearnedError("the model did not learn to copy: 4.0%")
+
+    monkeypatch.setattr(demo, "run", give_up)
+    assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 1
+    assert "fastkl: error: the model did not learn to copy: 4.0%" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_prints_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
+    run, results = demo.run, []
+
+    def run_small(seed, place):
+        task, shape = Task(n_vocab=32, n_passage=12, n_filler=3), Shape(2, 2, 32)
+        results.append(run(seed, place, task=task, shape=shape, n_prompts=40))
+        return results[0]
+
+    monkeypatch.setattr(demo, "run", run_small)
+    monkeypatch.setenv("COLUMNS", "120")
+    out = tmp_path / "a" / "[b]"
+    assert cli.main(["demo", "--seed", "2", "--backend", "eager", "--out", str(out)]) == 0
+    (result,) = results
+    printed = capsys.readouterr().out
+
+    assert sorted(path.name for path in out.iterdir()) == ["kl_curve.json", "kl_curve.png"]
+    facts = json.loads((out / "kl_curve.json").read_text())
+    assert (facts["seed"], facts["backend"], facts["kl_nats"]) == (2, "eager", result.kl)
+    assert (out / "kl_curve.png").read_bytes().startswith(PNG_SIGNATURE)
+
+    # The table of circuits has a row a size, the last of them of no divergence.
+    for size, kl, share in zip(result.sizes, result.kl, result.agreement, strict=True):
+        shown = "0 exactly" if size == 4 else f"{kl:.4f}" if kl >= 1e-3 else f"{kl:.1e}"
+        row = rf"│ +{size} │ +{re.escape(shown)} │ +{share:.1%} │"
+        assert re.search(row, printed), (row, printed)
+    for head in result.heads:
+        assert f"{head.induction:.2f}" in printed
+    named = [f"{h.name} ({h.induction:.2f})" for h in result.heads if h.role == "induction"]
+    assert named
+    assert f"Induction heads: {', '.join(named)}\n" in printed
+    assert f"Wrote {out / 'kl_curve.png'} and {out / 'kl_curve.json'}" in printed
+
+
+class TestPlot:
+    """What the picture shows."""
+
+    @pytest.fixture
+    def draw(self):
+        pytest.importorskip("matplotlib")
+        from fastkl.plot import kl_curve  # noqa: PLC0415
+
+        def draw(kl):
+            sizes = list(range(len(kl)))
+            added = [f"L0H{i}" for i in sizes[1:]]
+            return kl_curve(sizes, kl, [0.5] * len(kl), added=added, title="a title")
+
+        return draw
+
+    @staticmethod
+    def markers(axes):
+        return {
+            line.get_markerfacecolor(): list(zip(*line.get_data(), strict=True))
+            for line in axes.lines
+            if line.get_marker() == "o"
+        }
+
+    def test_zeros_stand_below_the_last_decade_and_are_marked(self, draw):
+        figure = draw([9.3, 0.5, 2e-4, 0.0])
+        top, bottom = figure.axes
+        markers = self.markers(top)
+        assert markers["white"] == [(3, 0.0)]
+        assert [x for x, _ in markers["tab:blue"]] == [0, 1, 2]
+        assert [text.get_text() for text in top.texts] == ["exactly 0"]
+        figure.canvas.draw()
+        ticks = [tick.get_text() for tick in top.get_yticklabels()]
+        assert ticks == ["0", "0.0001", "0.001", "0.01", "0.1", "1", "10"]
+        # Every point lies inside the axes, and zero is the lowest.
+        low, high = top.get_ylim()
+        assert low <= 0
+        assert high > 9.3
+        to_pixels = top.transData.transform
+        assert to_pixels((3, 0.0))[1] + 10 < to_pixels((2, 2e-4))[1]
+        assert bottom.get_ylabel() == "top-1 agreement"
+        assert top.get_ylabel() == "KL(full model ‖ circuit), nats"
+        assert top.get_title() == "a title"
+
+    def test_without_zeros_the_axis_is_logarithmic(self, draw):
+        top, _ = draw([9.3, 0.5]).axes
+        assert top.get_yscale() == "log"
+        assert self.markers(top)["tab:blue"] == [(0, 9.3), (1, 0.5)]
+        assert not top.texts
+
+    def test_zeros_alone_can_be_drawn(self, draw, tmp_path):
+        figure = draw([0.0, 0.0])
+        figure.savefig(tmp_path / "zeros.png")
+        assert self.markers(figure.axes[0])["white"] == [(0, 0.0), (1, 0.0)]
+        assert (tmp_path / "zeros.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_the_place_is_a_gpu_only_if_there_is_one(monkeypatch):
+    monkeypatch.delenv("FASTKL_BACKEND", raising=False)
+    device, backend = demo.pick_place("eager")
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert backend == "eager"

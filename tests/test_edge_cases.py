@@ -1,0 +1,112 @@
+"""The table of edge cases, for every backend; what it says is part of the contract."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_matches, kl_rows, oracle
+
+INF, NAN = math.inf, math.nan
+N_COLS = 1100
+# Where the odd logits are put: in the head, the body and the tail of a row of N_COLS.
+PLACES = {"first": 0, "body": 300, "last": N_COLS - 1}
+
+
+def pair(generator):
+    reference = torch.randn(3, N_COLS, generator=generator)
+    return reference + 0.1 * torch.randn(3, N_COLS, generator=generator), reference
+
+
+# (p_v, q_v) and the divergence of the row they are in: None for what the oracle says of the rest.
+TABLE = {
+    "p masked, q finite": (-INF, 0.3, None),
+    "p masked, q finite and large": (-INF, 9.0, None),
+    "q masked, p finite": (0.3, -INF, INF),
+    "q masked, p finite but of no mass": (-1e4, -INF, INF),
+    "q masked, p the lowest float": (torch.finfo(torch.float32).min, -INF, INF),
+    "both masked": (-INF, -INF, None),
+    "p masked with a large finite number": (-1e9, 0.3, None),
+    "both masked with a large finite number": (-1e9, -1e9, None),
+    "p NaN": (NAN, 0.3, NAN),
+    "q NaN": (0.3, NAN, NAN),
+    "p NaN, q masked": (NAN, -INF, NAN),
+    "p masked, q NaN": (-INF, NAN, NAN),
+    "p +inf": (INF, 0.3, NAN),
+    "q +inf": (0.3, INF, NAN),
+    "both +inf": (INF, INF, NAN),
+    "p masked, q +inf": (-INF, INF, NAN),
+    "p +inf, q masked": (INF, -INF, NAN),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", TABLE)
+def test_one_token(backend, generator, case, place):
+    p_v, q_v, expected = TABLE[case]
+    circuit, reference = pair(generator)
+    untouched = oracle(circuit, reference)
+    reference[1, PLACES[place]], circuit[1, PLACES[place]] = p_v, q_v
+    divergence = kl_rows([circuit], reference, backend)[0]
+    row = oracle(circuit, reference)[1] if expected is None else torch.tensor(expected)
+    assert_matches(divergence, torch.stack([untouched[0], row.double(), untouched[2]]))
+
+
+@pytest.mark.parametrize(
+    ("p_row", "q_row"), [(-INF, None), (None, -INF), (-INF, -INF), (NAN, NAN), (INF, None)]
+)
+def test_whole_row(backend, generator, p_row, q_row):
+    circuit, reference = pair(generator)
+    untouched = oracle(circuit, reference)
+    if p_row is not None:
+        reference[1] = p_row
+    if q_row is not None:
+        circuit[1] = q_row
+    untouched[1] = NAN
+    assert_matches(kl_rows([circuit], reference, backend)[0], untouched)
+
+
+@pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min], ids=["inf", "finfo.min"])
+@pytest.mark.parametrize("n_masked", [1, 600, N_COLS - 1])
+@pytest.mark.parametrize("end", ["prefix", "suffix"])
+def test_masked_run(backend, generator, mask, n_masked, end):
+    """A run masked on both sides is as if it were not there, however many tiles it covers."""
+    circuit, reference = pair(generator)
+    # Shifted: only a pivot taken after the mask keeps this accurate.
+    circuit += 50
+    masked = slice(None, n_masked) if end == "prefix" else slice(N_COLS - n_masked, None)
+    kept = slice(n_masked, None) if end == "prefix" else slice(None, N_COLS - n_masked)
+    expected = oracle(circuit[:, kept], reference[:, kept])
+    reference[:, masked] = circuit[:, masked] = mask
+    assert_matches(kl_rows([circuit], reference, backend)[0], expected)
+
+
+def test_truncated_reference(backend, generator):
+    """Top-k sampling's reference: all but 50 tokens masked, the circuit whole."""
+    circuit, reference = pair(generator)
+    reference[reference < reference.topk(50).values[:, -1:]] = -INF
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+def test_infinite_divergence_survives_a_rising_maximum(backend, generator):
+    """A token of infinite divergence stays, though its weight later becomes 0."""
+    circuit, reference = pair(generator)
+    reference[:, 0], circuit[:, 0] = -200.0, -INF
+    reference[:, 1000] = 300.0
+    divergence = kl_rows([circuit], reference, backend)[0]
+    assert divergence.tolist() == [INF] * 3
+
+
+def test_odd_rows_do_not_touch_their_neighbors(backend, generator):
+    circuit, reference = pair(generator)
+    alone = kl_rows([circuit], reference, backend)[0]
+    reference[1, 5] = NAN
+    together = kl_rows([circuit], reference, backend)[0]
+    assert together[1].isnan()
+    assert torch.equal(together[[0, 2]], alone[[0, 2]])
+
+
+def test_large_shift_between_the_rows(backend, generator):
+    """Softmax does not see a constant, and neither may a small divergence."""
+    circuit, reference = pair(generator)
+    circuit += 64
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))

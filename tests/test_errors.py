@@ -1,0 +1,145 @@
+"""The table of errors: what is wrong, which error it is, and the facts its text carries."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastkl
+
+F32 = torch.zeros(2, 5)
+
+KL_DIV = {
+    "not a tensor": ([0.0], F32, TypeError, "circuit must be a torch.Tensor of logits, got list"),
+    "reference not a tensor": (F32, None, TypeError, "reference must be .* got NoneType"),
+    "integers": (F32.long(), F32, TypeError, "circuit must hold logits of dtype .* torch.int64"),
+    "booleans": (F32, F32.bool(), TypeError, "reference must hold logits .* torch.bool"),
+    "complex": (F32.cfloat(), F32, TypeError, "got torch.complex64"),
+    "sparse": (F32.to_sparse(), F32, TypeError, "circuit must be a dense tensor, .*sparse"),
+    "a scalar": (F32[0, 0], F32[0, 0], ValueError, r"shape \(\.\.\., V\) .* got \(\)"),
+    "no vocabulary": (F32[:, :0], F32[:, :0], ValueError, r"at least one token, got \(2, 0\)"),
+    "vocabularies": (
+        torch.zeros(1, 151936),
+        torch.zeros(1, 152064),
+        ValueError,
+        r"same vocabulary, got 151936 tokens in shape \(1, 151936\) and 152064 in \(1, 152064\)",
+    ),
+    "rows": (F32, F32[:1], ValueError, r"same shape, got \(2, 5\) and \(1, 5\)"),
+    "dimensions": (F32, F32[None], ValueError, r"same shape, got \(2, 5\) and \(1, 2, 5\)"),
+    "devices": (F32.to("meta"), F32, ValueError, "same device, got meta and cpu"),
+}
+
+
+@pytest.mark.parametrize("case", KL_DIV)
+def test_kl_div(case):
+    circuit, reference, error, text = KL_DIV[case]
+    with pytest.raises(error, match=text):
+        fastkl.kl_div(circuit, reference)
+
+
+def test_kl_div_many_names_the_circuit():
+    with pytest.raises(ValueError, match=r"circuits\[1\] and reference must have the same shape"):
+        fastkl.kl_div_many([F32, F32[:1]], F32)
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.kl_div_many])
+def test_reduction(function):
+    with pytest.raises(ValueError, match=r"one of \('none', 'sum', 'mean'\), got 'batchmean'"):
+        function(F32, F32, reduction="batchmean")
+
+
+def test_a_gradient_is_not_dropped_silently():
+    with pytest.raises(ValueError, match=r"does not differentiate: call it under torch\.no_grad"):
+        fastkl.kl_div(F32.clone().requires_grad_(), F32)
+
+
+class Model:
+    out_slice = (slice(None), -1)
+
+    def __init__(self, output=None):
+        self.output = output if output is not None else torch.zeros(2, 3, 5)
+        self.calls = 0
+
+    def __call__(self, prompts):
+        self.calls += 1
+        return self.output
+
+
+def batch(key=7):
+    return SimpleNamespace(key=key, clean="clean prompts", corrupt="corrupt prompts")
+
+
+OUTS = {30: {7: F32}, 20: {7: F32}}
+
+MEASURE = {
+    "no out_slice": (lambda p: p, [batch()], OUTS, TypeError, "out_slice, .* function has none", 0),
+    "not callable": ("gpt2", [batch()], OUTS, TypeError, "model must be callable .* got str", 0),
+    "circuit_outs a list": (Model(), [batch()], [F32], TypeError, "mapping {edge_count: ", 0),
+    "outputs a tensor": (
+        Model(), [batch()], {30: F32}, TypeError, r"circuit_outs\[30\] must be a mapping", 0,
+    ),
+    "missing key": (
+        Model(), [batch(8)], OUTS, KeyError,
+        r"circuit_outs\[30\] has no output for batch key 8 .* shuffle=True", 0,
+    ),
+    "missing key in one circuit": (
+        Model(), [batch()], {30: {7: F32}, 20: {1: F32}}, KeyError, r"circuit_outs\[20\] .* key 7", 0,
+    ),
+    "no key": (
+        Model(), [SimpleNamespace(clean=1)], OUTS, TypeError, "SimpleNamespace has no key", 0,
+    ),
+    "no clean prompts": (
+        Model(), [SimpleNamespace(key=7)], OUTS, TypeError, "SimpleNamespace has no clean", 0,
+    ),
+    "output not a tensor": (
+        Model(), [batch()], {30: {7: "logits"}}, TypeError, r"circuit_outs\[30\]\[7\] .* got str", 0,
+    ),
+    "integer output": (
+        Model(), [batch()], {30: {7: F32.int()}}, TypeError, r"circuit_outs\[30\]\[7\] .*int32", 0,
+    ),
+    "shape": (
+        Model(), [batch()], {30: {7: F32[:1]}}, ValueError,
+        r"circuit_outs\[30\]\[7\] and reference .* got \(1, 5\) and \(2, 5\)", 1,
+    ),
+    "vocabulary": (
+        Model(torch.zeros(2, 3, 152064)), [batch()], {30: {7: torch.zeros(2, 151936)}}, ValueError,
+        "151936 tokens in shape .* and 152064", 1,
+    ),
+    "device": (
+        Model(), [batch()], {30: {7: F32.to("meta")}}, ValueError, "got meta and cpu", 1,
+    ),
+    "integer model": (
+        Model(torch.zeros(2, 3, 5).long()), [batch()], OUTS, TypeError,
+        "the model's output must hold logits", 1,
+    ),
+    "empty loader": (Model(), [], OUTS, ValueError, "gave 0 batches and no rows", 0),
+    "batches without rows": (
+        Model(torch.zeros(0, 3, 5)), [batch()], {30: {7: F32[:0]}}, ValueError,
+        "gave 1 batches and no rows", 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEASURE)
+def test_measure(case):
+    model, loader, outs, error, text, calls = MEASURE[case]
+    if isinstance(model, Model):
+        model.calls = 0
+    with pytest.raises(error, match=text):
+        fastkl.measure_kl_div(model, loader, outs)
+    if isinstance(model, Model):
+        assert model.calls == calls
+
+
+def test_a_used_up_iterator():
+    loader = iter([batch()])
+    fastkl.measure_kl_div(Model(), loader, OUTS)
+    with pytest.raises(ValueError, match="an iterator that was already used up"):
+        fastkl.measure_kl_div(Model(), loader, OUTS)
+
+
+def test_messages_never_hold_contents():
+    secret = torch.full((1, 4), 31337.0)
+    with pytest.raises(ValueError, match="same shape") as raised:
+        fastkl.kl_div(secret, secret[None])
+    assert "31337" not in str(raised.value)

@@ -1,0 +1,136 @@
+"""Who may import whom, what an import brings along, and that the examples in docstrings run."""
+
+import ast
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastkl"
+
+# Lower may not import higher. measure → functional → backends → (state, fastkl._triton).
+LAYERS = {
+    "errors": 0,
+    "state": 0,
+    "_triton": 0,
+    "_native": 0,
+    "backends.eager": 1,
+    "backends.triton": 1,
+    "backends.native": 1,
+    "backends": 2,
+    "functional": 3,
+    "measure": 4,
+    "": 5,
+    "auto_circuit": 6,
+    "plot": 6,
+    "demo_model": 6,
+    "demo": 7,
+    "cli": 8,
+}
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path):
+    """Every module of fastkl that a file imports, at its top or within a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if known(name) else node.module for name in names)
+
+
+def known(name):
+    return name.removeprefix("fastkl").removeprefix(".") in LAYERS
+
+
+def files():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_a_layer():
+    assert {module_name(path) for path in files()} <= LAYERS.keys()
+
+
+@pytest.mark.parametrize("path", files(), ids=module_name)
+def test_imports_run_one_way(path):
+    layer = LAYERS[module_name(path)]
+    for name in imports(path):
+        if name.split(".")[0] == "fastkl":
+            target = name.removeprefix("fastkl").removeprefix(".")
+            assert LAYERS[target] < layer, f"{module_name(path)} imports {target}"
+        assert name.split(".")[0] != "triton", f"{path}: only device code imports triton"
+
+
+def test_device_code_never_imports_fastkl():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert not any(name.split(".")[0] == "fastkl" for name in names), path
+
+
+def test_only_device_functions_beside_the_launcher():
+    """A file of kernels holds @triton.jit functions and constants, nothing that launches."""
+    for path in (ROOT / "kernels/triton").glob("*.py"):
+        if path.name in ("__init__.py", "launch.py"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                assert any("triton.jit" in ast.unparse(d) for d in node.decorator_list), node.name
+
+
+def test_kernels_is_no_package():
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+LIGHT = """
+import sys
+import torch, numpy, tqdm
+before = set(sys.modules)
+import fastkl
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def test_importing_fastkl_is_light():
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True
+    )
+    brought = set(result.stdout.split())
+    assert "fastkl" in brought
+    assert not brought & {"triton", "matplotlib", "rich", "auto_circuit", "hypothesis", "scipy"}
+
+
+@pytest.mark.parametrize("name", ["functional", "measure", "backends", "auto_circuit"])
+def test_examples_in_docstrings(name):
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    module = importlib.import_module(f"fastkl.{name}")
+    result = doctest.testmod(module, optionflags=flags)
+    assert result.failed == 0
+    if name != "auto_circuit":
+        assert result.attempted > 0
+
+
+def test_public_names():
+    import fastkl
+
+    assert sorted(fastkl.__all__) == [
+        "__version__",
+        "available_backends",
+        "kl_div",
+        "kl_div_many",
+        "measure_kl_div",
+    ]

@@ -1,0 +1,120 @@
+"""Laws that hold whatever the numbers are."""
+
+import pytest
+import torch
+from conftest import ABSOLUTE, RELATIVE, assert_matches, kl_rows, oracle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+LOGIT = st.one_of(
+    st.floats(-60, 60, width=32),
+    st.sampled_from([0.0, -torch.inf, -1e9, torch.finfo(torch.float32).min, 1e4, -1e4]),
+)
+relaxed = settings(
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def rows(draw):
+    """A reference and a circuit of up to 40 tokens: ordinary, masked, huge, or the very same."""
+    n_cols = draw(st.integers(1, 40))
+    reference = draw(st.lists(LOGIT, min_size=n_cols, max_size=n_cols))
+    same = draw(st.booleans())
+    noise = st.floats(-(2.0**-10), 2.0**-10, width=32)
+    circuit = [
+        p + draw(noise) if same and abs(p) < 100 else p if same else draw(LOGIT) for p in reference
+    ]
+    return torch.tensor([circuit]), torch.tensor([reference])
+
+
+@relaxed
+@given(rows())
+def test_any_row(backend, pair):
+    circuit, reference = pair
+    divergence = kl_rows([circuit], reference, backend)[0]
+    expected = oracle(circuit, reference)
+    if expected.isnan().any():
+        assert divergence.isnan().all()
+        return
+    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite.
+    torch.testing.assert_close(
+        divergence.double(), expected.float().double(), rtol=RELATIVE, atol=ABSOLUTE
+    )
+    assert (divergence >= 0).all()
+
+
+@relaxed
+@given(rows())
+def test_identical_rows_measure_exactly_zero(backend, pair):
+    _, reference = pair
+    if (reference > -torch.inf).any():
+        assert kl_rows([reference.clone()], reference, backend)[0].tolist() == [0.0]
+
+
+def make(generator, noise, n_rows=2, n_cols=1531):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * 2
+    return reference + noise * torch.randn(n_rows, n_cols, generator=generator), reference
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-2])
+def test_never_negative(backend, generator, noise):
+    circuits, reference = [], torch.randn(3, 1200, generator=generator) * 4
+    for _ in range(4):
+        circuits.append(reference + noise * torch.randn(3, 1200, generator=generator))
+    divergence = kl_rows(circuits, reference, backend)
+    assert (divergence >= 0).all()
+    assert (divergence == 0).all() or noise > 0
+
+
+@pytest.mark.parametrize("shift", [-7.0, 1.0, 100.0])
+def test_a_constant_changes_nothing(backend, generator, shift):
+    circuit, reference = make(generator, 0.05)
+    for moved, still in ((circuit + shift, reference), (circuit, reference + shift)):
+        assert_matches(kl_rows([moved], still, backend)[0], oracle(moved, still))
+        # The shifted logits are themselves rounded: half an ulp of the shift, of first order in d.
+        torch.testing.assert_close(
+            oracle(moved, still), oracle(circuit, reference), rtol=1e-3, atol=1e-8
+        )
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1.0])
+def test_the_order_of_tokens_changes_nothing(backend, generator, noise):
+    circuit, reference = make(generator, noise)
+    order = torch.randperm(reference.shape[1], generator=generator)
+    straight = kl_rows([circuit], reference, backend)
+    permuted = kl_rows([circuit[:, order]], reference[:, order], backend)
+    torch.testing.assert_close(permuted, straight, rtol=RELATIVE, atol=ABSOLUTE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [1e-3, 1.0])
+def test_bits_do_not_depend_on_the_batch(backend, generator, dtype, noise):
+    """A row alone and the same row among others: the same bits, in memory that lies alike."""
+    n_cols = 2504
+    circuit, reference = (t.to(dtype) for t in make(generator, noise, n_rows=3, n_cols=n_cols))
+    together = kl_rows([circuit], reference, backend)[0]
+    for row in range(3):
+        alone = kl_rows([circuit[row : row + 1].clone()], reference[row : row + 1], backend)[0]
+        assert torch.equal(alone, together[row : row + 1])
+
+
+def test_bits_do_not_depend_on_the_neighbors_among_circuits(backend, generator):
+    circuit, reference = make(generator, 0.3)
+    others = [reference, circuit * 5, -reference]
+    together = kl_rows([circuit, *others], reference, backend)
+    again = kl_rows([circuit, *others[::-1]], reference, backend)
+    assert torch.equal(together[0], again[0])
+
+
+def test_inputs_are_left_alone(backend, generator):
+    circuit, reference = make(generator, 1.0)
+    before = circuit.clone(), reference.clone()
+    versions = circuit._version, reference._version
+    kl_rows([circuit], reference, backend)
+    assert torch.equal(circuit, before[0])
+    assert torch.equal(reference, before[1])
+    assert (circuit._version, reference._version) == versions

@@ -1,0 +1,89 @@
+"""Every backend against the float64 oracle, on random logits over the range of divergences."""
+
+import pytest
+import torch
+from conftest import assert_matches, kl_rows, oracle
+
+NOISES = (0, 1e-5, 1e-3, 0.1, 1, 5)
+
+
+def logits(generator, n_rows, n_cols, scale, noise, dtype=torch.float32):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * scale
+    circuit = reference + noise * torch.randn(n_rows, n_cols, generator=generator)
+    return circuit.to(dtype), reference.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_all_noises(backend, largest_vocabulary, generator, dtype, scale):
+    # One circuit a noise: six make a group of four and one of two.
+    reference = (torch.randn(2, largest_vocabulary, generator=generator) * scale).to(dtype)
+    circuits = [
+        (reference + noise * torch.randn(reference.shape, generator=generator)).to(dtype)
+        for noise in NOISES
+    ]
+    divergence = kl_rows(circuits, reference, backend)
+    expected = torch.stack([oracle(circuit, reference) for circuit in circuits])
+    assert_matches(divergence, expected)
+    assert (divergence[0] == 0).all()
+    assert (divergence[1:] > 0)[expected[1:] > 0].all()
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_single_circuit(backend, largest_vocabulary, generator, noise):
+    circuit, reference = logits(generator, 2, largest_vocabulary, 3, noise)
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_float64(generator, noise):
+    reference = torch.randn(4, 50257, generator=generator, dtype=torch.float64) * 3
+    circuit = reference + noise * torch.randn(
+        reference.shape, generator=generator, dtype=torch.float64
+    )
+    divergence = kl_rows([circuit], reference, "eager")
+    assert divergence.dtype == torch.float64
+    assert_matches(divergence[0], oracle(circuit, reference))
+
+
+def test_gpt2_vocabulary(backend, generator):
+    """The real vocabulary in every backend: several slices, an odd number of tokens."""
+    circuit, reference = logits(generator, 2, 50257, 3, 0.1)
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("n_cols", [128256, 151936])
+def test_large_vocabularies(backend, generator, n_cols):
+    n_rows = 1 if backend == "triton" else 4
+    circuit, reference = logits(generator, n_rows, n_cols, 3, 0.5)
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+def test_confident_rows(backend, generator):
+    """One token holds nearly all mass, the tail differs: first-order errors would drown the result."""
+    reference = torch.randn(4, 2000, generator=generator)
+    reference[torch.arange(4), torch.tensor([0, 3, 700, 1999])] = 25.0
+    tails = torch.randn(4, 2000, generator=generator)
+    circuits = [reference + size * tails for size in (1e-3, 0.5, 2)]
+    for circuit in circuits:
+        top = reference == 25.0
+        circuit[top] = 25.0
+    divergence = kl_rows(circuits, reference, backend)
+    assert_matches(divergence, torch.stack([oracle(c, reference) for c in circuits]))
+
+
+def test_disjoint_peaks(backend):
+    """The two distributions live on different tokens: e^(q - p) overflows, the divergence does not."""
+    reference = torch.zeros(2, 1500)
+    circuit = torch.zeros(2, 1500)
+    reference[:, 7] = 300.0
+    circuit[:, 1203] = 300.0
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+def test_mixed_dtypes(backend, generator):
+    """A half-precision circuit against a float32 reference: neither is rounded to the other's."""
+    reference = torch.randn(3, 700, generator=generator)
+    circuits = [reference.half(), reference.bfloat16(), reference]
+    divergence = kl_rows(circuits, reference, backend)
+    assert_matches(divergence, torch.stack([oracle(c, reference) for c in circuits]))

@@ -1,0 +1,84 @@
+"""The algebra: slices of a vocabulary merge to what the whole gives, in any order."""
+
+import functools
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import oracle
+
+from fastkl import backends, state
+
+
+def states(backend, circuit, reference, cuts):
+    """The states of the slices between the cuts, by a backend."""
+    parts = zip((0, *cuts), (*cuts, reference.shape[1]), strict=True)
+    compute = backends.choose(backend, reference.device, reference.dtype).row_states
+    return [
+        state.RowState(*(f[0] for f in compute([circuit[:, a:b]], reference[:, a:b])))
+        for a, b in parts
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the tensors of these tests are on the CPU")
+
+
+@pytest.mark.parametrize("noise", [0, 1e-5, 1e-3, 0.1, 1, 5])
+@pytest.mark.parametrize("cuts", [(), (700,), (1, 2, 699), (350, 351)])
+def test_slices_merge(backend, generator, noise, cuts):
+    reference = torch.randn(3, 700 + 500, generator=generator) * 3
+    circuit = reference + noise * torch.randn(reference.shape, generator=generator)
+    merged = functools.reduce(state.merge, states(backend, circuit, reference, cuts))
+    expected = oracle(circuit, reference)
+    divergence = state.finalize(merged)
+    torch.testing.assert_close(divergence, expected, rtol=1e-5, atol=1e-8)
+    if noise == 0:
+        assert (divergence == 0).all()
+
+
+def test_merging_is_associative_and_commutative(backend, generator):
+    reference = torch.randn(2, 900, generator=generator)
+    circuit = reference + 0.3 * torch.randn(2, 900, generator=generator)
+    a, b, c = states(backend, circuit, reference, (300, 600))
+    left = state.merge(state.merge(a, b), c)
+    right = state.merge(a, state.merge(c, b))
+    for name, x, y in zip(state.RowState._fields, left, right, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_masked_slices(backend, generator):
+    """A slice without any mass, of one side or of both, and one of infinite divergence."""
+    reference = torch.randn(4, 600, generator=generator)
+    circuit = reference + 0.1 * torch.randn(4, 600, generator=generator)
+    reference[0, :300] = circuit[0, :300] = -torch.inf
+    reference[1, 300:] = -torch.inf
+    circuit[2, :300] = -torch.inf
+    reference[3] = -torch.inf
+    expected = oracle(circuit, reference)
+    assert expected.isinf().tolist() == [False, False, True, False]
+    first, second = states(backend, circuit, reference, (300,))
+    for merged in (state.merge(first, second), state.merge(second, first)):
+        torch.testing.assert_close(
+            state.finalize(merged), expected, rtol=1e-5, atol=1e-8, equal_nan=True
+        )
+
+
+def test_phi():
+    """Against the exact series, on both sides of the switch, in both precisions."""
+    x = torch.cat([-torch.logspace(-9, 1.2, 200), torch.logspace(-9, 1.2, 200), torch.zeros(1)])
+    exact = torch.tensor([phi_exact(float(v)) for v in x.double()], dtype=torch.float64)
+    torch.testing.assert_close(state.phi(x.double()), exact, rtol=1e-14, atol=0)
+    torch.testing.assert_close(state.phi(x).double(), exact, rtol=2e-6, atol=0)
+
+
+def phi_exact(x):
+    """e^(-x) - 1 + x in rational arithmetic of the series."""
+    total, term = Fraction(0), Fraction(1)
+    for n in range(1, 120):
+        term *= Fraction(-x) / n
+        if n > 1:
+            total += term
+    return float(total)
