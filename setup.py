@@ -1,13 +1,86 @@
-"""Where the packages lie; everything else is in pyproject.toml.
+"""Where the packages lie, and how the compiled kernel is built; the rest is in pyproject.toml.
 
 The device code lives in kernels/triton and installs as fastkl._triton: a top-level package called
-`kernels` belongs to somebody else.
+`kernels` belongs to somebody else. The CPU kernel in kernels/cpu becomes fastkl._native, one file for
+all Pythons from 3.10 on; where it can not be built, the package works without it.
 """
 
-from setuptools import setup
+import platform
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# Each level of the kernel is compiled for its own instructions, and chosen at run time.
+LEVEL_FLAGS = {
+    "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "level_avx512.cpp": [
+        *("-mavx2", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+        # Some compilers warn about their own header's deliberately undefined vectors.
+        "-Wno-maybe-uninitialized",
+    ],
+}
+# No contraction: which products are fused with which sums is written in the source.
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+
+
+class BuildNative(build_ext):
+    """Compiles every level with its own flags, and carries on without a compiler."""
+
+    def build_extension(self, ext):
+        """Build it or say, once, what its absence means."""
+        compiler = self.compiler
+        compile_one = getattr(compiler, "_compile", None)
+        try:
+            if compiler.compiler_type != "unix" or compile_one is None:
+                raise RuntimeError(f"the kernel needs GCC or Clang, not {compiler.compiler_type}")
+
+            def with_level_flags(obj, src, suffix, cc_args, postargs, pp_opts):
+                flags = next((f for name, f in LEVEL_FLAGS.items() if src.endswith(name)), [])
+                args = [*postargs, *(flags if X86 else [])]
+                compile_one(obj, src, suffix, cc_args, args, pp_opts)
+
+            compiler._compile = with_level_flags
+            super().build_extension(ext)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            self.warn(
+                f"fastkl._native was not built ({reason}): CPU tensors are measured by the slower "
+                "PyTorch backend, with the same results. Install a C++17 compiler (GCC or Clang) "
+                "and reinstall fastkl for the fast one."
+            )
+        finally:
+            if compile_one is not None:
+                compiler._compile = compile_one
+
+
+NATIVE = Extension(
+    "fastkl._native",
+    sources=[
+        f"kernels/cpu/{name}.cpp"
+        for name in ("module", "run", "state", "level_baseline", "level_avx2", "level_avx512")
+    ],
+    depends=[
+        f"kernels/cpu/{name}.hpp" for name in ("kl", "slice", "looks", "functions", "simd")
+    ],
+    extra_compile_args=FLAGS,
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    language="c++",
+    optional=True,
+    py_limited_api=True,
+)
+# A free-threaded Python has no limited API yet: it is built for that Python alone.
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    NATIVE.py_limited_api = False
+    NATIVE.define_macros = []
 
 setup(
     packages=["fastkl", "fastkl.backends", "fastkl._triton"],
     package_dir={"fastkl._triton": "kernels/triton"},
     package_data={"fastkl": ["py.typed"]},
+    ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if NATIVE.py_limited_api else {},
 )

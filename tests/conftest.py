@@ -1,7 +1,7 @@
 """The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
 
+import importlib.util
 import os
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,11 +16,11 @@ if not ON_GPU:
 import fastkl
 from fastkl import functional
 
-if sys.platform == "linux" and not ON_GPU:
+if importlib.util.find_spec("triton") and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
     import ptx_emulator  # noqa: F401
 
-BACKENDS = ("eager", "triton")
+BACKENDS = ("eager", "native", "triton")
 # |KL - KL64| <= RELATIVE * KL64 + ABSOLUTE, a row.
 # RELATIVE: float32 rounds sums of 50k terms to a few 1e-6 at worst; a plain result is at least 0.1
 # and off by at most a few 1e-7.

@@ -105,7 +105,8 @@ def merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt):
     sum_q = tl.sum(z_q * scale_q, axis=0)
 
     apart = (base_p - base_q) * LN_2
-    ratio = tl.log2(sum_p / sum_q) * LN_2
+    # Identical rows: x / x is not 1 in every quick division.
+    ratio = tl.where(sum_p == sum_q, 0.0, tl.log2(sum_p / sum_q) * LN_2)
     pivot = apart + ratio
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     x = (apart - pivot) + ratio

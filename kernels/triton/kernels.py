@@ -10,6 +10,22 @@ import triton.language as tl
 
 from .algebra import absorb_circuit, absorb_reference, finalize, merge_lanes
 
+# Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
+# of 16, runs the code that was compiled for any other.
+SIZES = (
+    "p_row_stride",
+    "n_rows",
+    "n_cols",
+    "n_circuits",
+    "first_circuit",
+    "n_groups",
+    "n_slices",
+    "slice_size",
+    "lead",
+    "aligned",
+)
+TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+
 
 @triton.jit
 def load_tile(pointer, offsets):
@@ -96,21 +112,21 @@ def row_pointer(table_ptr, circuit, row, shift, DTYPE: tl.constexpr):
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + (row * stride - shift), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def partial_kernel(
     p_ptr,
     table_ptr,
     state_ptr,
-    p_row_stride,
-    n_rows,
-    n_cols,
-    n_circuits,
-    first_circuit,
-    n_groups,
-    n_slices,
-    slice_size,
-    lead,
-    aligned,
+    p_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    first_circuit: tl.int32,
+    n_groups: tl.int32,
+    n_slices: tl.int32,
+    slice_size: tl.int32,
+    lead: tl.int32,
+    aligned: tl.int32,
     G: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -161,19 +177,19 @@ def partial_kernel(
             tl.store(out + field * field_stride, merged[field])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     p_ptr,
     table_ptr,
     state_ptr,
     kl_ptr,
-    p_row_stride,
-    n_rows,
-    n_cols,
-    n_circuits,
-    n_slices,
-    lead,
-    aligned,
+    p_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    n_slices: tl.int32,
+    lead: tl.int32,
+    aligned: tl.int32,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -233,18 +249,24 @@ def finish_kernel(
     tl.store(kl_ptr + program, divergence)
 
 
-@triton.jit(do_not_specialize=["first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7"])
-def table_kernel(table_ptr, first, n, a0, a1, a2, a3, a4, a5, a6, a7):
+@triton.jit(do_not_specialize=TABLE_NUMBERS)
+def table_kernel(
+    table_ptr,
+    first: tl.int32,
+    n: tl.int32,
+    a0: tl.int64,
+    a1: tl.int64,
+    a2: tl.int64,
+    a3: tl.int64,
+    a4: tl.int64,
+    a5: tl.int64,
+    a6: tl.int64,
+    a7: tl.int64,
+):
     """Write up to 8 numbers to the table, from `first` on.
 
     Numbers travel as arguments: a copy from the host would make it wait, or outlive a captured graph.
     """
-    lane = tl.arange(0, 8)
-    value = tl.where(lane == 0, a0, a1)
-    value = tl.where(lane == 2, a2, value)
-    value = tl.where(lane == 3, a3, value)
-    value = tl.where(lane == 4, a4, value)
-    value = tl.where(lane == 5, a5, value)
-    value = tl.where(lane == 6, a6, value)
-    value = tl.where(lane == 7, a7, value)
-    tl.store(table_ptr + first + lane, value, mask=lane < n)
+    numbers = (a0, a1, a2, a3, a4, a5, a6, a7)
+    for i in tl.static_range(8):
+        tl.store(table_ptr + first + i, numbers[i], mask=i < n)

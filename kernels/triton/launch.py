@@ -33,26 +33,25 @@ class Tile(NamedTuple):
     lanes: int
     vec: int
     unroll: int
-    warps: int
     accurate: bool  # both sums in the loop; else small divergences are always looked at twice
 
 
 # By bytes an element and group size. VEC is one 128-bit load; one lane a thread keeps every reduction
-# within a tile in the thread; four warps a program leave the scheduler many small ones to balance.
+# within a tile in the thread, and four warps of 32 leave the scheduler many small programs to balance.
 # The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
 TILES = {
     # 25 of 44: both sums fit.
-    (4, 4): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    (4, 4): Tile(lanes=128, vec=4, unroll=1, accurate=True),
     # 27 of 53.
-    (4, 2): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    (4, 2): Tile(lanes=128, vec=4, unroll=1, accurate=True),
     # 31 of 70.
-    (4, 1): Tile(lanes=128, vec=4, unroll=1, warps=4, accurate=True),
+    (4, 1): Tile(lanes=128, vec=4, unroll=1, accurate=True),
     # 13 of 22, where 25 with the second sum would not fit.
-    (2, 4): Tile(lanes=128, vec=8, unroll=1, warps=4, accurate=False),
+    (2, 4): Tile(lanes=128, vec=8, unroll=1, accurate=False),
     # 26 of 26: no better than the limit, but two single circuits would take 35 each.
-    (2, 2): Tile(lanes=128, vec=8, unroll=2, warps=4, accurate=True),
+    (2, 2): Tile(lanes=128, vec=8, unroll=2, accurate=True),
     # 30 of 35; unrolled because the loop's own 2 a pair would push it past 85 %.
-    (2, 1): Tile(lanes=128, vec=8, unroll=4, warps=4, accurate=True),
+    (2, 1): Tile(lanes=128, vec=8, unroll=4, accurate=True),
 }
 # Circuits that share a tile of the reference: as many fours as there are, then what is left.
 GROUPS = (4, 2, 1)
@@ -102,6 +101,11 @@ def groups(n_circuits):
         if count:
             yield first, size, count
         first += count * size
+
+
+def n_warps(tile, warp_size):
+    """Return how many warps make a lane a thread: AMD's data-center cards have 64 threads in one."""
+    return max(1, tile.lanes // warp_size)
 
 
 def layout(rows):
@@ -155,6 +159,7 @@ def _launch_part(circuits, reference, aligned, keep_states):
         "aligned": aligned,
         "state_ptr": states,
     }
+    warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     # AMD's compiler has no such option.
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -172,7 +177,7 @@ def _launch_part(circuits, reference, aligned, keep_states):
                 VEC=tile.vec,
                 UNROLL=tile.unroll,
                 ACCURATE=tile.accurate or keep_states,
-                num_warps=tile.warps,
+                num_warps=n_warps(tile, warp_size),
                 **limits,
             )
         if keep_states:
@@ -184,7 +189,7 @@ def _launch_part(circuits, reference, aligned, keep_states):
             kl_ptr=divergence,
             LANES=tile.lanes,
             VEC=tile.vec,
-            num_warps=tile.warps,
+            num_warps=n_warps(tile, warp_size),
             **limits,
         )
     return divergence

@@ -43,13 +43,6 @@ def _leave_nothing_patched():
     fastkl.auto_circuit.unpatch()
 
 
-@pytest.fixture(autouse=True)
-def _eager_unless_told(monkeypatch):
-    # The other tests turn Triton's interpreter on; it would be chosen here too, and is too slow.
-    if "FASTKL_BACKEND" not in os.environ:
-        monkeypatch.setenv("FASTKL_BACKEND", "eager")
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     # The model is tiny: threads that wait for each other took six times the processor time.

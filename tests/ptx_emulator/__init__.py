@@ -29,7 +29,7 @@ Where to start reading: module.py (building and launching), machine.py (how a CT
 instructions/builder.py (how an instruction becomes a closure), then the instructions themselves.
 """
 
-from .compile import compile_kernel, compile_ptx
+from .compile import as_compiled, compile_kernel, compile_ptx
 from .errors import MemoryFault, PtxError, SyncFault, Unsupported
 from .memory import Memory
 from .module import Module, launch
@@ -43,6 +43,7 @@ __all__ = [
     "Stats",
     "SyncFault",
     "Unsupported",
+    "as_compiled",
     "compile_kernel",
     "compile_ptx",
     "launch",

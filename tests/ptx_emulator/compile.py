@@ -100,6 +100,11 @@ def _reach(function: Callable) -> Iterator[dict]:
                     todo.append(value.fn.__globals__)
 
 
+def as_compiled(fn: JITFunction | InterpretedFunction) -> JITFunction:
+    """The function as the compiler's launcher sees it, also if it was made for the interpreter."""
+    return _twin(fn) if isinstance(fn, InterpretedFunction) else fn
+
+
 @contextlib.contextmanager
 def compiler_mode(function: Callable) -> Iterator[None]:
     """While it is entered, a kernel's Python function and all it calls can be compiled."""
@@ -172,7 +177,7 @@ def compile_kernel(
     names = list(fn.arg_names)
     with compiler_mode(fn.fn):
         source = ASTSource(
-            fn=_twin(fn) if isinstance(fn, InterpretedFunction) else fn,
+            fn=as_compiled(fn),
             signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
             constexprs={(names.index(n),): value for n, value in constexprs.items()},
             attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},

@@ -1,0 +1,144 @@
+"""KL divergence on CPU tensors by the compiled kernel, in vector instructions and many threads.
+
+The kernel comes in one version for each instruction-set level of the processor's architecture, and
+the best one that this processor has is taken; FASTKL_NATIVE_ISA forces another one.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastkl.state import RowState
+
+NAME = "native"
+LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _extension() -> ModuleType | None:
+    try:
+        return importlib.import_module("fastkl._native")
+    except ImportError:
+        return None
+
+
+def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Say what is missing to run: at all, or on this device and in this dtype; None if nothing.
+
+    Raises
+    ------
+    RuntimeError
+        Logits on the CPU are to be measured, and FASTKL_NATIVE_ISA names no level of this machine.
+    """
+    extension = _extension()
+    if extension is None:
+        return "the extension fastkl._native was not built (installing fastkl needs a C++ compiler)"
+    if device is None:
+        return _level_problem(extension)
+    if device.type != "cpu":
+        return f"the compiled kernel runs on CPU tensors, got {device}"
+    if dtype is not None and dtype not in _DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        return f"the kernel takes {known} (eager takes float64 too), got {dtype}"
+    # Not a reason to fall back: whoever forces a level wants to see it, or to hear that it is not.
+    if problem := _level_problem(extension):
+        raise RuntimeError(problem)
+    return None
+
+
+@torch.no_grad()
+def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """Return KL(reference ‖ circuit) of every row, in nats.
+
+    Parameters
+    ----------
+    circuits : sequence of K Tensors (R, V)
+        Logits of the circuits: float32, float16 or bfloat16 each, any row stride.
+    reference : Tensor (R, V)
+        Logits of the full model.
+
+    Returns
+    -------
+    Tensor (K, R)
+        float32.
+    """
+    result = torch.empty((len(circuits), reference.shape[0]), dtype=torch.float32)
+    _measure(circuits, reference, kl=result)
+    return result
+
+
+@torch.no_grad()
+def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
+    """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
+
+    The slices' log-sum-exps stand in the maxima's place, with sums of 1: they serve as well.
+    """
+    lse = torch.empty((len(circuits), reference.shape[0], 3), dtype=torch.float64)
+    _measure(circuits, reference, states=lse)
+    lse_p, lse_q, divergence = lse.unbind(-1)
+    pivot = lse_p - lse_q
+    no_p = lse_p == -torch.inf
+    return RowState(
+        m_p=lse_p,
+        z_p=_mass(lse_p),
+        m_q=lse_q,
+        z_q=_mass(lse_q),
+        s=divergence,
+        h=divergence,
+        # At the slice's own pivot the far tokens' circuit mass is part of h already, but for a slice
+        # without reference mass, where all tokens are far.
+        g=torch.where(no_p, _mass(lse_q), 0.0),
+        c=torch.where(pivot.isfinite(), pivot, 0.0),
+    )
+
+
+def _mass(lse: Tensor) -> Tensor:
+    """Return a slice's sum in units of e^lse: 1, or 0 without mass; NaN stays."""
+    return torch.where(lse == -torch.inf, 0.0, torch.ones_like(lse) + 0.0 * lse)
+
+
+def _measure(
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    kl: Tensor | None = None,
+    states: Tensor | None = None,
+) -> None:
+    extension = _extension()
+    if extension is None:
+        raise RuntimeError(missing())
+    n_rows, n_cols = reference.shape
+    extension.measure(
+        _level(extension),
+        [_matrix(circuit) for circuit in circuits],
+        _matrix(reference),
+        n_rows,
+        n_cols,
+        0 if kl is None else kl.data_ptr(),
+        0 if states is None else states.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _matrix(rows: Tensor) -> tuple[int, int, int]:
+    return rows.data_ptr(), rows.stride(0), _DTYPES[rows.dtype]
+
+
+def _level(extension: ModuleType) -> str:
+    best: str = extension.levels()[0]
+    return os.environ.get(LEVEL_VARIABLE) or best
+
+
+def _level_problem(extension: ModuleType) -> str | None:
+    level, known = _level(extension), extension.levels()
+    if level in known:
+        return None
+    return (
+        f"{LEVEL_VARIABLE} asks for the instruction-set level {level!r}, "
+        f"and this machine runs {', '.join(map(repr, known))}"
+    )

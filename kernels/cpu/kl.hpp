@@ -1,0 +1,103 @@
+// KL divergence of K circuits from one reference, row by row: what the files of this folder share.
+//
+// The vocabulary is cut into slices, a slice into blocks, and each piece is summed up by a `State`.
+// Where the cuts lie depends on the vocabulary's size alone, and pieces are merged from left to
+// right, so that a row's bits depend neither on the number of threads nor on the rows around it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkl {
+
+// Elements of a block: what is kept of the reference, 96 KiB, stays in the second level cache while
+// all circuits of the block stream past it.
+constexpr int64_t kBlock = 8192;
+constexpr int64_t kSlice = 4 * kBlock;
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// Rows of logits: contiguous along the vocabulary; the stride from row to row counts elements.
+struct Matrix {
+    const void* data;
+    int64_t row_stride;
+    Dtype dtype;
+};
+
+struct Problem {
+    const Matrix* circuits;
+    int64_t n_circuits;
+    Matrix reference;
+    int64_t n_rows;
+    int64_t n_cols;
+};
+
+// A piece of the vocabulary, summed up: the log-sum-exps of both rows over it, and the divergence of
+// the two distributions given that the token lies in it. -inf: no mass; NaN: the row has no answer.
+struct State {
+    double lse_p;
+    double lse_q;
+    double kl;
+};
+
+// What one thread needs beside the inputs.
+struct Scratch {
+    alignas(64) float p[kBlock + 64];
+    alignas(64) float a[kBlock + 64];
+    alignas(64) float w[kBlock + 64];
+};
+
+// Asked before every block; false stops the work.
+struct Poll {
+    bool (*keep_going)(void*);
+    void* context;
+};
+
+// One instruction-set level.
+struct Level {
+    const char* name;
+    bool (*supported)();
+    // Sets states[k] to the state of circuit k over columns [begin, end) of a row; small[k] is room
+    // for a note from block to block. False if it was stopped.
+    bool (*slice)(const Problem&, int64_t row, int64_t begin, int64_t end, State* states,
+                  uint8_t* small, Scratch&, const Poll&);
+    // y = e^x, for the tests of its error bound.
+    void (*exponential)(const float* x, float* y, int64_t n);
+};
+
+// The levels of this build that this processor can run, best first, ended by a null pointer.
+const Level* const* levels();
+
+// The length of `n` elements' pieces: as few as `most` allows, alike, and a multiple of 64. Static,
+// since each level compiles it with instructions of its own.
+static inline int64_t piece_length(int64_t n, int64_t most) {
+    const int64_t count = (n + most - 1) / most;
+    return ((n + count - 1) / count + 63) / 64 * 64;
+}
+
+// How two disjoint pieces share the reference's mass; the same for all circuits.
+struct Shares {
+    double total;
+    double log_first, log_second;
+    double first, second;
+};
+
+Shares shares(double first_lse_p, double second_lse_p);
+
+// The state of two disjoint pieces together, by the chain rule of the divergence: the shares' own
+// divergence plus the pieces' divergences, each with the reference's share. No term is negative.
+State merge(const Shares&, const State& first, const State& second);
+
+// The divergence of a state that covers the whole vocabulary, in nats.
+double finalize(const State&);
+
+// Where the results go: one float (K, R) a row and circuit, or its state (K, R). The other is null.
+struct Output {
+    float* kl;
+    State* states;
+};
+
+// Computes all rows with so many threads, the calling one included. `keep_going` is asked by the
+// calling thread alone. False if it was stopped.
+bool run(const Level&, const Problem&, const Output&, int n_threads, const Poll& keep_going);
+
+}  // namespace fastkl

@@ -1,0 +1,157 @@
+// fastkl._native: the kernel as a Python module, in Python 3.10's limited API (setup.py asks for it).
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <chrono>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "kl.hpp"
+
+namespace {
+
+using fastkl::Dtype;
+using fastkl::Level;
+using fastkl::Matrix;
+
+// Python's signal handlers run at least this often.
+constexpr std::chrono::milliseconds kSignals{20};
+
+const Level* find_level(const char* name) {
+    for (const Level* const* level = fastkl::levels(); *level; ++level)
+        if (std::strcmp((*level)->name, name) == 0) return *level;
+    PyErr_Format(PyExc_ValueError, "no instruction-set level '%s' on this machine", name);
+    return nullptr;
+}
+
+// The calling thread, which runs without the GIL.
+struct Caller {
+    PyThreadState* thread = nullptr;
+    std::chrono::steady_clock::time_point asked = std::chrono::steady_clock::now();
+
+    static bool keep_going(void* context) {
+        Caller& self = *static_cast<Caller*>(context);
+        const auto now = std::chrono::steady_clock::now();
+        if (now - self.asked < kSignals) return true;
+        self.asked = now;
+        PyEval_RestoreThread(self.thread);
+        const bool interrupted = PyErr_CheckSignals() != 0;
+        self.thread = PyEval_SaveThread();
+        return !interrupted;
+    }
+};
+
+// Reads (address, row stride, dtype).
+bool read_matrix(PyObject* item, Matrix* matrix) {
+    Py_ssize_t address, row_stride;
+    int dtype;
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, "logits must be a tuple (address, row stride, dtype)");
+        return false;
+    }
+    if (!PyArg_ParseTuple(item, "nni", &address, &row_stride, &dtype)) return false;
+    if (dtype < 0 || dtype > 2) {
+        PyErr_Format(PyExc_ValueError, "dtype must be 0, 1 or 2, got %d", dtype);
+        return false;
+    }
+    *matrix = {reinterpret_cast<const void*>(address), row_stride, static_cast<Dtype>(dtype)};
+    return true;
+}
+
+PyObject* levels(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    if (!names) return nullptr;
+    for (const Level* const* level = fastkl::levels(); *level; ++level) {
+        PyObject* name = PyUnicode_FromString((*level)->name);
+        const bool failed = !name || PyList_Append(names, name) != 0;
+        Py_XDECREF(name);
+        if (failed) {
+            Py_DECREF(names);
+            return nullptr;
+        }
+    }
+    return names;
+}
+
+PyObject* measure(PyObject*, PyObject* args) {
+    const char* level_name;
+    PyObject *circuits, *reference;
+    Py_ssize_t n_rows, n_cols, kl, states;
+    int n_threads;
+    fastkl::Problem problem;
+    if (!PyArg_ParseTuple(args, "sO!Onnnni", &level_name, &PyList_Type, &circuits, &reference,
+                          &n_rows, &n_cols, &kl, &states, &n_threads) ||
+        !read_matrix(reference, &problem.reference)) {
+        return nullptr;
+    }
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    try {
+        std::vector<Matrix> matrices(PyList_Size(circuits));
+        for (std::size_t k = 0; k < matrices.size(); ++k) {
+            PyObject* item = PyList_GetItem(circuits, static_cast<Py_ssize_t>(k));
+            if (!item || !read_matrix(item, &matrices[k])) return nullptr;
+        }
+        problem.circuits = matrices.data();
+        problem.n_circuits = static_cast<int64_t>(matrices.size());
+        problem.n_rows = n_rows;
+        problem.n_cols = n_cols;
+        const fastkl::Output output{reinterpret_cast<float*>(kl),
+                                    reinterpret_cast<fastkl::State*>(states)};
+        Caller caller;
+        caller.thread = PyEval_SaveThread();
+        bool finished = false;
+        std::exception_ptr error;
+        try {
+            finished = fastkl::run(*level, problem, output, n_threads,
+                                   {Caller::keep_going, &caller});
+        } catch (...) {
+            error = std::current_exception();
+        }
+        PyEval_RestoreThread(caller.thread);
+        if (error) std::rethrow_exception(error);
+        // Stopped by a signal handler, which has set the exception.
+        if (!finished) return nullptr;
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* exponential(PyObject*, PyObject* args) {
+    const char* level_name;
+    Py_ssize_t x, y, n;
+    if (!PyArg_ParseTuple(args, "snnn", &level_name, &x, &y, &n)) return nullptr;
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    level->exponential(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
+    Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"levels", levels, METH_NOARGS,
+     "levels()\n--\n\nNames of the instruction-set levels this machine can run, best first."},
+    {"measure", measure, METH_VARARGS,
+     "measure(level, circuits, reference, n_rows, n_cols, kl, states, n_threads)\n--\n\n"
+     "Write KL(reference || circuit) of every row.\n\n"
+     "`circuits` is a list of, and `reference` one, (address, row stride in elements, dtype): 0 for\n"
+     "float32, 1 for bfloat16, 2 for float16. `kl` is the address of float32 (K, R) or 0, `states`\n"
+     "that of float64 (K, R, 3) or 0: lse_p, lse_q and the divergence, of rows that are slices."},
+    {"exponential", exponential, METH_VARARGS,
+     "exponential(level, x, y, n)\n--\n\n"
+     "Set y = e^x, for tests: addresses of n float32 each, n a multiple of 16."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "fastkl._native", "KL divergence on the CPU, by vector instructions.",
+    0, methods, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }

@@ -1,0 +1,158 @@
+// The levels of this build, and how rows spread over threads.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kl.hpp"
+
+namespace fastkl {
+
+extern const Level level_baseline;
+#if defined(__x86_64__)
+extern const Level level_avx2;
+extern const Level level_avx512;
+#endif
+
+const Level* const* levels() {
+    static const Level* found[4] = {};
+    static const bool filled = [] {
+        int n = 0;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        for (const Level* level : {&level_avx512, &level_avx2})
+            if (level->supported()) found[n++] = level;
+#endif
+        found[n] = &level_baseline;
+        return true;
+    }();
+    static_cast<void>(filled);
+    return found;
+}
+
+namespace {
+
+// A thread costs about as long to start as this many logits to measure.
+constexpr int64_t kPairsPerThread = 1 << 16;
+// From so many rows a thread on, a row is one task, and its slices' states need no room.
+constexpr int64_t kRowsPerThread = 4;
+
+// One call of run(): tasks are handed out by a counter.
+class Job {
+  public:
+    Job(const Level& level, const Problem& problem, const Output& output, int n_threads,
+        const Poll& caller)
+        : level_(level), problem_(problem), output_(output), caller_(caller) {
+        length_ = piece_length(problem.n_cols, kSlice);
+        n_slices_ = (problem.n_cols + length_ - 1) / length_;
+        const int64_t pairs = problem.n_rows * problem.n_cols * problem.n_circuits;
+        const int64_t useful = std::min(problem.n_rows * n_slices_, 1 + pairs / kPairsPerThread);
+        n_threads_ = std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
+        by_rows_ = n_slices_ == 1 || problem.n_rows >= kRowsPerThread * n_threads_;
+        n_tasks_ = by_rows_ ? problem.n_rows : problem.n_rows * n_slices_;
+        if (!by_rows_) states_.resize(n_tasks_ * problem.n_circuits);
+        // All that is allocated is allocated here, where running out of memory can be reported.
+        for (int64_t i = 0; i < n_threads_; ++i) rooms_.push_back(Room(problem.n_circuits));
+    }
+
+    bool run() {
+        std::vector<std::thread> threads;
+        threads.reserve(n_threads_);
+        try {
+            for (int64_t i = 1; i < n_threads_; ++i)
+                threads.emplace_back([this, i] { work(rooms_[i], {keep_going, this}); });
+        } catch (const std::system_error&) {
+            // As many threads as the system gives; the calling one does what is left.
+        }
+        work(rooms_[0], {ask_caller, this});
+        for (std::thread& thread : threads) thread.join();
+        if (stop_) return false;
+        if (!by_rows_) {
+            for (int64_t row = 0; row < problem_.n_rows; ++row) {
+                State* states = &states_[row * n_slices_ * problem_.n_circuits];
+                for (int64_t i = 1; i < n_slices_; ++i)
+                    absorb(states, states + i * problem_.n_circuits);
+                write(row, states);
+            }
+        }
+        return true;
+    }
+
+  private:
+    struct Room {
+        explicit Room(int64_t n_circuits)
+            : scratch(new Scratch), row(n_circuits), slice(n_circuits), small(n_circuits) {}
+
+        std::unique_ptr<Scratch> scratch;
+        std::vector<State> row, slice;
+        std::vector<uint8_t> small;
+    };
+
+    static bool keep_going(void* job) { return !static_cast<Job*>(job)->stop_; }
+
+    static bool ask_caller(void* context) {
+        Job& job = *static_cast<Job*>(context);
+        if (!job.stop_ && !job.caller_.keep_going(job.caller_.context)) job.stop_ = true;
+        return !job.stop_;
+    }
+
+    void work(Room& room, const Poll& poll) {
+        for (int64_t task; (task = next_.fetch_add(1)) < n_tasks_;) {
+            if (by_rows_) {
+                for (int64_t i = 0; i < n_slices_; ++i) {
+                    State* states = i == 0 ? room.row.data() : room.slice.data();
+                    if (!measure(task, i, states, room, poll)) return;
+                    if (i > 0) absorb(room.row.data(), states);
+                }
+                write(task, room.row.data());
+            } else {
+                State* states = &states_[task * problem_.n_circuits];
+                if (!measure(task / n_slices_, task % n_slices_, states, room, poll)) return;
+            }
+        }
+    }
+
+    bool measure(int64_t row, int64_t i, State* states, Room& room, const Poll& poll) {
+        const int64_t begin = i * length_;
+        const int64_t end = std::min(begin + length_, problem_.n_cols);
+        return level_.slice(problem_, row, begin, end, states, room.small.data(), *room.scratch,
+                            poll);
+    }
+
+    void absorb(State* states, const State* slice) const {
+        const Shares share = shares(states[0].lse_p, slice[0].lse_p);
+        for (int64_t k = 0; k < problem_.n_circuits; ++k)
+            states[k] = merge(share, states[k], slice[k]);
+    }
+
+    void write(int64_t row, const State* states) const {
+        for (int64_t k = 0; k < problem_.n_circuits; ++k) {
+            const int64_t i = k * problem_.n_rows + row;
+            if (output_.kl) output_.kl[i] = static_cast<float>(finalize(states[k]));
+            if (output_.states) output_.states[i] = states[k];
+        }
+    }
+
+    const Level& level_;
+    const Problem& problem_;
+    const Output& output_;
+    const Poll& caller_;
+    int64_t length_, n_slices_, n_threads_, n_tasks_;
+    bool by_rows_;
+    std::vector<State> states_;
+    std::vector<Room> rooms_;
+    std::atomic<int64_t> next_{0};
+    std::atomic<bool> stop_{false};
+};
+
+}  // namespace
+
+bool run(const Level& level, const Problem& problem, const Output& output, int n_threads,
+         const Poll& keep_going) {
+    if (problem.n_rows <= 0 || problem.n_cols <= 0 || problem.n_circuits <= 0) return true;
+    return Job(level, problem, output, n_threads, keep_going).run();
+}
+
+}  // namespace fastkl

@@ -1,0 +1,175 @@
+// Vectors of floats, W at a time: compiler vector extensions, and the few operations in which the
+// levels differ. Included in a namespace of the level's own, so that the linker can not put one
+// level's code in place of another's; for the same reason nothing here comes from the C++ library.
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+// Sums are kept in 16 lanes at every level: U vectors.
+constexpr int kLanes = 16;
+constexpr int U = kLanes / W;
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef double vd __attribute__((vector_size(8 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+inline vf splat(float x) { return x - vf{}; }
+
+// a b + c, rounded once where the level has the instruction.
+inline vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// Where a is NaN this is b; where b is, the levels differ.
+inline vf max(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps((__m128)a, (__m128)b);
+#elif defined(__aarch64__)
+    return (vf)vmaxnmq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (vf)_mm_min_ps((__m128)a, (__m128)b);
+#elif defined(__aarch64__)
+    return (vf)vminnmq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+inline bool any(vi mask) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__SSE2__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#elif defined(__aarch64__)
+    return vmaxvq_u32((uint32x4_t)mask) != 0;
+#else
+    int32_t found = 0;
+    for (int i = 0; i < W; ++i) found |= mask[i];
+    return found != 0;
+#endif
+}
+
+inline vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+inline float largest(vf x) {
+    float result = x[0];
+    for (int i = 1; i < W; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+}
+
+inline void store(float* to, vf x) { __builtin_memcpy(to, &x, sizeof x); }
+
+inline vf load(const float* from) {
+    vf x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+}
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+inline vh load_bits(const void* from) {
+    vh x;
+    __builtin_memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline vf load(const BFloat16* from) {
+    return (vf)(__builtin_convertvector(load_bits(from), vu) << 16);
+}
+
+inline vf load(const Float16* from) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)load_bits(from));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps((__m128i)load_bits(from));
+#elif defined(__aarch64__)
+    return (vf)vcvt_f32_f16((float16x4_t)load_bits(from));
+#else
+    const vu bits = __builtin_convertvector(load_bits(from), vu);
+    const vu sign = (bits & 0x8000) << 16;
+    // Exponent and fraction in float's places: the value times 2^-112, subnormal ones too.
+    const vu shifted = (bits & 0x7fff) << 13;
+    // A subnormal times 2^112 would be flushed: its fraction is converted as an integer instead.
+    const vf subnormal = __builtin_convertvector((vi)(bits & 0x3ff), vf) * 0x1p-24f;
+    const vu normal = shifted + (112u << 23);
+    const vu special = shifted | 0x7f800000u;
+    const vu exponent = bits & 0x7c00;
+    const vu magnitude = exponent == 0 ? (vu)subnormal : exponent == 0x7c00 ? special : normal;
+    return (vf)(magnitude | sign);
+#endif
+}
+
+template <class T> inline T minus_infinity();
+template <> inline float minus_infinity<float>() { return -__builtin_inff(); }
+template <> inline BFloat16 minus_infinity<BFloat16>() { return {0xff80}; }
+template <> inline Float16 minus_infinity<Float16>() { return {0xfc00}; }
+
+// Numbers too small for a normal float count as 0 while it lives: nothing here needs them, and some
+// processors take a hundred times as long for each.
+class FlushSubnormals {
+  public:
+#if defined(__SSE2__)
+    FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~FlushSubnormals() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_;
+#elif defined(__aarch64__)
+    FlushSubnormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(before_));
+        asm volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t(1) << 24)));
+    }
+    ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+  private:
+    uint64_t before_;
+#else
+    FlushSubnormals() {}
+    ~FlushSubnormals() {}
+#endif
+    FlushSubnormals(const FlushSubnormals&) = delete;
+    FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};

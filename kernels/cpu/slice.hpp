@@ -1,0 +1,196 @@
+// A slice of one row, for all circuits: the code of one instruction-set level.
+//
+// The file that includes it is compiled with the level's flags and has named the level: LEVEL_NAME
+// and LEVEL_SUPPORTED. Everything but the level's table has internal linkage.
+#include <cmath>
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kl.hpp"
+
+namespace fastkl {
+namespace {
+
+template <bool VALUE> struct Flag {
+    constexpr operator bool() const { return VALUE; }
+};
+
+#include "simd.hpp"
+#include "functions.hpp"
+#include "looks.hpp"
+
+// A block's plain result is used from here on: 1e-7 of error is 1e-6 of 0.1.
+constexpr double kAccurateBelow = 0.1;
+// Sums of exponentials outside this range were taken at a base too far from the maximum.
+constexpr double kLeastSum = 1e-12;
+constexpr double kLargestSum = 1e30;
+// How many tokens are asked for a first guess of lse_p - lse_q.
+constexpr int64_t kSample = 256;
+
+inline double phi(double x) {
+    return __builtin_fabs(x) < 1e-2 ? x * x * (1.0 / 2 - x * (1.0 / 6 - x / 24)) : ::expm1(-x) + x;
+}
+
+inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0; }
+
+// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; `small` says whether the
+// last block's divergence was, and so which look is likely to be enough.
+template <class T> class CircuitBlock {
+  public:
+    CircuitBlock(const Block& block, const T* q, const char* ahead)
+        : block_(block), q_(q), ahead_(ahead), masked_(block.masked) {}
+
+    State state(double guess, uint8_t& small) {
+        const double nan = __builtin_nan("");
+        if (__builtin_isnan(block_.lse)) return {nan, nan, 0.0};
+        const bool guessed = __builtin_isfinite(guess);
+        if (!guessed) guess = finite_or_zero(sample(block_.p) - sample(q_));
+        if (guessed && small && !masked_) {
+            State result;
+            if (from_divergence(float(guess), result)) {
+                small = result.kl < kAccurateBelow;
+                return result;
+            }
+        }
+
+        float base = block_.max - float(guess);
+        Exponentials sums = exponentials(base);
+        if (!masked_ && !__builtin_isfinite(sums.s)) {
+            masked_ = true;
+            sums = exponentials(base);
+        }
+        if (!(sums.y >= kLeastSum && sums.y <= kLargestSum)) {
+            base = float(finite_or_zero(maximum(q_, block_.n)));
+            sums = exponentials(base);
+        }
+        if (sums.undefined) return {block_.lse, nan, 0.0};
+        const double lse_q = base + ::log(sums.y);
+        if (block_.sum == 0) return {block_.lse, lse_q, 0.0};
+        if (sums.infinite || !__builtin_isfinite(sums.s)) {
+            return {block_.lse, lse_q, double(__builtin_inff())};
+        }
+
+        // 0 for identical rows, whose sums are taken alike.
+        const double x = ::log(block_.sum / sums.y);
+        const double pivot = (double(block_.max) - base) + x;
+        const double plain = sums.s / block_.sum - x;
+        small = !(plain >= kAccurateBelow);
+        // A base far from the circuit's log-sum-exp costs digits.
+        if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
+            return {block_.lse, block_.lse - pivot, plain};
+        }
+        return at_pivot(pivot);
+    }
+
+  private:
+    template <class L> float sample(const L* row) const {
+        return maximum(row, block_.n < kSample ? block_.n : kSample);
+    }
+
+    Exponentials exponentials(float base) const {
+        return masked_ ? sum_exponentials<T, true>(block_, q_, base, ahead_)
+                       : sum_exponentials<T, false>(block_, q_, base, ahead_);
+    }
+
+    Divergence divergence(float c) const {
+        const float base = block_.max - c;
+        return masked_ ? sum_divergence<T, true>(block_, q_, base, c, ahead_)
+                       : sum_divergence<T, false>(block_, q_, base, c, ahead_);
+    }
+
+    // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
+    bool from_divergence(float c, State& result) const {
+        const Divergence sums = divergence(c);
+        if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return false;
+        const double x = -::log1p((sums.h - sums.s) / block_.sum);
+        if (!(__builtin_fabs(x) < 1)) return false;
+        const double accurate = sums.h / block_.sum;
+        const double change = phi(x);
+        // Half of it may cancel; more, and the block is looked at again, from a better pivot.
+        if (change > accurate / 2) {
+            result = at_pivot(c + x);
+        } else {
+            result = {block_.lse, block_.lse - (c + x), accurate - change};
+        }
+        return true;
+    }
+
+    // The pivot is exact but for its rounding to float32, which is taken out where it shows.
+    State at_pivot(double pivot) const {
+        const float c = float(pivot);
+        const double accurate = divergence(c).h / block_.sum;
+        const double change = phi(pivot - c);
+        return {block_.lse, block_.lse - pivot,
+                change > accurate / 2 ? accurate : accurate - change};
+    }
+
+    const Block& block_;
+    const T* q_;
+    const char* ahead_;
+    bool masked_;
+};
+
+inline const char* address(const Matrix& matrix, int64_t row, int64_t column) {
+    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
+    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
+}
+
+template <class Function> auto with_dtype(Dtype dtype, const char* row, Function function) {
+    switch (dtype) {
+        case Dtype::bfloat16: return function(reinterpret_cast<const BFloat16*>(row));
+        case Dtype::float16: return function(reinterpret_cast<const Float16*>(row));
+        default: return function(reinterpret_cast<const float*>(row));
+    }
+}
+
+bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
+           uint8_t* small, Scratch& scratch, const Poll& poll) {
+    const FlushSubnormals flush;
+    const double inf = __builtin_inff();
+    for (int64_t k = 0; k < problem.n_circuits; ++k) {
+        states[k] = {-inf, -inf, 0.0};
+        small[k] = 0;
+    }
+    double lse_p = -inf;
+    const int64_t length = piece_length(end - begin, kBlock);
+    for (int64_t start = begin; start < end; start += length) {
+        if (!poll.keep_going(poll.context)) return false;
+        const int64_t n = end - start < length ? end - start : length;
+        const Block block =
+            with_dtype(problem.reference.dtype, address(problem.reference, row, start),
+                       [&](auto p) { return read_reference(p, n, scratch); });
+        const Shares share = shares(lse_p, block.lse);
+        for (int64_t k = 0; k < problem.n_circuits; ++k) {
+            const Matrix& circuit = problem.circuits[k];
+            const char* q = address(circuit, row, start);
+            const char* ahead = k + 1 < problem.n_circuits
+                                    ? address(problem.circuits[k + 1], row, start)
+                                    : q + n * (circuit.dtype == Dtype::float32 ? 4 : 2);
+            const double guess = states[k].lse_p - states[k].lse_q;
+            const State state = with_dtype(circuit.dtype, q, [&](auto logits) {
+                return CircuitBlock(block, logits, ahead).state(guess, small[k]);
+            });
+            states[k] = merge(share, states[k], state);
+        }
+        lse_p = share.total;
+    }
+    return true;
+}
+
+void exponential_of(const float* x, float* y, int64_t n) {
+    for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential(load(x + i)));
+}
+
+bool supported() { return LEVEL_SUPPORTED; }
+
+}  // namespace
+
+extern const Level LEVEL_TABLE;
+const Level LEVEL_TABLE = {LEVEL_NAME, supported, slice, exponential_of};
+
+}  // namespace fastkl

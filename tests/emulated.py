@@ -1,0 +1,137 @@
+"""Run the launcher with its kernels compiled for a real GPU and executed by the PTX emulator.
+
+`emulate` puts itself in the place of the kernels, so that everything else is the launcher's own: the
+grouping, the copy of a reference that lies otherwise, the tiles, the grids. Every row of a logits
+tensor is an allocation of its own: one byte read outside of it is a fault, and so is a load that is
+not aligned to its width.
+"""
+
+import contextlib
+import functools
+import importlib
+import types
+from collections import defaultdict
+
+import torch
+from fastkl._triton import kernels
+
+from ptx_emulator import Memory, Stats, as_compiled, compile_ptx
+from ptx_emulator import launch as run
+
+# The package's `launch` is the function of that name.
+launch = importlib.import_module("fastkl._triton.launch")
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+@functools.cache
+def compiled(name, arch, signature, constexprs, divisible, options):
+    """Compile a kernel once for each way its arguments are specialized."""
+    return compile_ptx(
+        getattr(kernels, name),
+        dict(signature),
+        dict(constexprs),
+        arch=arch,
+        divisible=divisible,
+        **dict(options),
+    )
+
+
+class EmulatedKernel:
+    """A kernel that runs in the emulator when it is launched."""
+
+    def __init__(self, name, session):
+        self.name = name
+        self.function = getattr(kernels, name)
+        self.session = session
+
+    def __getitem__(self, grid):
+        return functools.partial(self.launch, grid)
+
+    def launch(self, grid, **arguments):
+        """Specialize as Triton's launcher does: on types, on being 1, on being a multiple of 16."""
+        parameters = as_compiled(self.function).params
+        names = [parameter.name for parameter in parameters]
+        options = {key: value for key, value in arguments.items() if key not in names}
+        signature, constexprs, divisible = {}, {}, []
+        for parameter in parameters:
+            name, value = parameter.name, arguments[parameter.name]
+            free = not parameter.do_not_specialize
+            if parameter.is_constexpr or (free and not torch.is_tensor(value) and value == 1):
+                constexprs[name] = value
+                continue
+            if torch.is_tensor(value):
+                signature[name] = POINTERS[value.dtype]
+                value = value.data_ptr()
+            else:
+                fits = -(2**31) <= value < 2**31
+                signature[name] = parameter.annotation_type or ("i32" if fits else "i64")
+            if free and value % 16 == 0:
+                divisible.append(name)
+        module = compiled(
+            self.name,
+            self.session.arch,
+            tuple(signature.items()),
+            tuple(constexprs.items()),
+            tuple(divisible),
+            tuple(options.items()),
+        )
+        memory = self.session.memory(arguments)
+        values = [
+            arguments[name].data_ptr() if torch.is_tensor(arguments[name]) else arguments[name]
+            for name in names
+            if name not in constexprs
+        ]
+        stats = run(module, grid, values, memory=memory, approx_ulp=self.session.approx_ulp)
+        self.session.stats[self.name].append(stats)
+
+
+class Session:
+    """What is emulated, and what was counted, by kernel."""
+
+    def __init__(self, arch, approx_ulp):
+        self.arch, self.approx_ulp = arch, approx_ulp
+        self.stats = defaultdict(list)
+        self.circuits = []
+
+    def total(self, name):
+        return sum(self.stats[name], Stats())
+
+    def memory(self, arguments):
+        memory = Memory()
+        logits = [*self.circuits]
+        for name, value in arguments.items():
+            if name == "p_ptr":
+                logits.append(value)
+            elif torch.is_tensor(value):
+                memory.add(value, name)
+        for k, rows in enumerate(logits):
+            for r in range(rows.shape[0]):
+                if memory.find(rows[r].data_ptr(), rows.itemsize * rows.shape[1]) is None:
+                    memory.add(rows[r], f"row {r} of tensor {k}", writable=False)
+        return memory
+
+
+@contextlib.contextmanager
+def emulation(arch, approx_ulp=0):
+    """Within it, the launcher's kernels run in the emulator."""
+    session = Session(arch, approx_ulp)
+    names = ("partial_kernel", "finish_kernel", "table_kernel")
+    stand_ins = {name: EmulatedKernel(name, session) for name in names}
+    launch.kernels = types.SimpleNamespace(**stand_ins)
+    try:
+        yield session
+    finally:
+        launch.kernels = kernels
+
+
+def emulate(circuits, reference, *, arch, approx_ulp=0, keep_states=False):
+    """Launch on circuits (R, V) and a reference (R, V); returns the result and the session."""
+    with emulation(arch, approx_ulp) as session:
+        session.circuits = list(circuits)
+        return launch.launch(circuits, reference, keep_states=keep_states), session

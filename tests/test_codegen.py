@@ -1,0 +1,129 @@
+"""What the compiler makes of the kernels, read from the machine code, for any vocabulary.
+
+Nothing is known to the compiler about sizes, so what holds here holds for V = 50257 as for any other.
+"""
+
+import re
+
+import pytest
+import torch
+from bench.build import build_finish, build_partial
+from emulated import compiled, emulate, launch
+from ptx_emulator import compile_kernel
+from triton.backends.compiler import GPUTarget
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: see test_gpu.py")
+
+# Instructions and special-function operations a pair, in the loop: 85 % of what an H100 (SXM, 1.755
+# GHz, 132 SMs, 3.35 TB/s) issues in the time that memory takes for the pair's bytes.
+BUDGETS = {
+    ("fp32", 1): (60.1, 7.5),
+    ("fp32", 2): (45.1, 5.6),
+    ("fp32", 4): (37.6, 4.7),
+    ("bf16", 1): (30.1, 3.75),
+    ("bf16", 4): (18.8, 2.3),
+    ("fp16", 1): (30.1, 3.75),
+    ("fp16", 4): (18.8, 2.3),
+    # A group of two in half precision is no faster than the limit, only than two single circuits.
+    ("bf16", 2): (26.6, 2.8),
+    ("fp16", 2): (26.6, 2.8),
+}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@pytest.mark.parametrize(("dtype", "group"), BUDGETS)
+def test_body_loop(dtype, group):
+    kernel = build_partial("sm_90", dtype, group, hints=False, compiler=compile_kernel)
+    body, pairs = kernel.program.body, kernel.body_pairs
+    assert set(body.load_widths) == {16}
+    assert body.load_bytes == pairs * BYTES[dtype] * (1 + 1 / group)
+    assert (body.barriers, body.shuffles, body.shared_accesses, body.spills) == (0, 0, 0, 0)
+    instructions, special = BUDGETS[dtype, group]
+    assert len(body) / pairs <= instructions
+    assert body.special / pairs <= special
+
+
+@pytest.mark.parametrize(("dtype", "group"), BUDGETS)
+def test_registers(dtype, group):
+    """No spill, and half of an SM's 2048 threads fit into its 65536 registers."""
+    program = build_partial("sm_90", dtype, group, compiler=compile_kernel).program
+    assert program.stack == 0
+    assert 65536 // (program.registers * program.threads) * program.threads >= 1024
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_other_targets(target, dtype):
+    """Wide loads and no waiting in the loop, on every generation.
+
+    A group of four in float32 reloads one spilled number an iteration, of 16 pairs, on some.
+    """
+    for group in (1, 4):
+        kernel = build_partial(target, dtype, group, hints=False, compiler=compile_kernel)
+        body = kernel.program.body
+        assert set(body.load_widths) == {16}
+        assert (body.barriers, body.shuffles) == (0, 0)
+        assert body.spills <= 1
+
+
+def test_finish_kernel():
+    for dtype in BYTES:
+        program = build_finish("sm_90", dtype, compiler=compile_kernel)
+        assert program.stack == 0
+        assert set(program.body.load_widths) == {16}
+
+
+def test_sizes_do_not_recompile(generator):
+    """One row or many, 1 circuit or 4 or 5, odd or round vocabularies: the same machine code."""
+    compiled.cache_clear()
+    built = {}
+    for n_rows, n_cols, n_circuits in ((2, 700, 4), (1, 16, 4), (3, 1, 8), (16, 64, 4), (1, 17000, 4)):
+        reference = torch.randn(n_rows, n_cols, generator=generator)
+        emulate([reference.clone() for _ in range(n_circuits)], reference, arch=90)
+        built[n_rows, n_cols, n_circuits] = compiled.cache_info().misses
+    # The two kernels and the one that fills the table, for the first of them.
+    assert set(built.values()) == {3}
+
+
+class PTX:
+    """The instructions of a compiled kernel, by their names."""
+
+    def __init__(self, arch, dtype, group):
+        tile = launch.TILES[BYTES[dtype], group]
+        sizes = {
+            name: "i64" if name == "p_row_stride" else "i32" for name in launch.kernels.SIZES
+        }
+        pointers = {"p_ptr": f"*{dtype}", "table_ptr": "*i64", "state_ptr": "*fp32"}
+        self.text = compile_kernel(
+            launch.kernels.partial_kernel,
+            sizes | pointers,
+            {
+                "G": group,
+                "LANES": tile.lanes,
+                "VEC": tile.vec,
+                "UNROLL": tile.unroll,
+                "ACCURATE": tile.accurate,
+            },
+            target=GPUTarget("cuda", arch, 32),
+        ).asm["ptx"]
+
+    def count(self, name):
+        return len(re.findall(rf"^\s+(?:@\S+\s+)?{re.escape(name)}\s", self.text, re.M))
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_instructions_that_decide_the_edge_cases(arch, dtype):
+    """What kernels/triton/algebra.py says decides each row of the table is what is emitted."""
+    ptx = PTX(arch, dtype, 4)
+    # Maxima that drop a NaN: it survives in the exponentials.
+    assert ptx.count("max.f32") > 0
+    assert "max.NaN" not in ptx.text
+    assert "min.NaN" not in ptx.text
+    # 2^x that flushes to zero what is below 2^-126, so that -inf gives +0; none that multiplies first.
+    assert ptx.count("ex2.approx.ftz.f32") > 0
+    assert ptx.count("ex2.approx.f32") == 0
+    # The guard on d is against -1e30 (0xF149F2CA), by selection or by a maximum.
+    guards = re.findall(r"(setp\.\w+\.f32|max\.f32)[^;]*0fF149F2CA", ptx.text)
+    pairs = 4 * launch.TILES[BYTES[dtype], 4].vec
+    assert len(guards) >= pairs

@@ -1,0 +1,206 @@
+"""The compiled kernels, executed: values, edge cases, alignment and bytes, for two generations.
+
+sm_80 and sm_90 get the same PTX; sm_100's uses packed arithmetic and maxima of three.
+"""
+
+import math
+import mmap
+
+import pytest
+import torch
+from conftest import assert_matches, oracle
+from emulated import emulate, launch
+from test_edge_cases import TABLE
+
+ARCHS = (80, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NOISES = (0, 1e-5, 1e-3, 0.1, 1, 5)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: see test_gpu.py")
+
+
+def make(generator, n_rows, n_cols, noises=(1.0,), dtype=torch.float32, scale=3):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * scale
+    circuits = [
+        (reference + noise * torch.randn(n_rows, n_cols, generator=generator)).to(dtype)
+        for noise in noises
+    ]
+    return circuits, reference.to(dtype)
+
+
+def check(circuits, reference, **options):
+    divergence, session = emulate(circuits, reference, **options)
+    assert_matches(divergence, torch.stack([oracle(c, reference) for c in circuits]))
+    return divergence, session
+
+
+@pytest.mark.parametrize("approx_ulp", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parity(generator, arch, dtype, approx_ulp):
+    """All noises, in a group of four and one of two; with and without error in ex2, lg2 and div."""
+    circuits, reference = make(generator, 2, 2571, NOISES, dtype)
+    divergence, _ = check(circuits, reference, arch=arch, approx_ulp=approx_ulp)
+    assert (divergence[0] == 0).all()
+    assert (divergence[1:] > 0)[oracle(circuits[1], reference).expand(5, -1) > 0].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_edge_cases(generator, arch, dtype):
+    """Every row of the table as a row of one launch, in a group of four and alone."""
+    (circuit,), reference = make(generator, 3 * len(TABLE), 1101, (0.1,), dtype, scale=1)
+    expected = []
+    for i, (p_v, q_v, value) in enumerate(TABLE.values()):
+        for j, place in enumerate((0, 300, 1100)):
+            row = 3 * i + j
+            reference[row, place], circuit[row, place] = p_v, q_v
+            exact = oracle(circuit[row], reference[row]).item()
+            # Half precision rounds a large finite mask to an infinite one.
+            rounded = math.isfinite(p_v) and math.isinf(reference[row, place].item())
+            expected.append(exact if value is None or rounded else value)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    whole = torch.full_like(reference[:1], -torch.inf)
+    circuit, reference = torch.cat([circuit, whole]), torch.cat([reference, whole])
+    expected = torch.cat([expected, torch.tensor([torch.nan], dtype=torch.float64)])
+    for circuits in ([circuit] * 4, [circuit]):
+        divergence, _ = emulate(circuits, reference, arch=arch)
+        for row in divergence:
+            assert_matches(row, expected)
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 31, 33, 511, 513, 1023, 1025, 16385, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabularies(generator, n_cols, dtype):
+    circuits, reference = make(generator, 1, n_cols, (0.5,), dtype)
+    check(circuits, reference, arch=80)
+
+
+@pytest.mark.parametrize("n_circuits", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_group_remainders(generator, arch, n_circuits):
+    circuits, reference = make(generator, 2, 601, [0.1 * k for k in range(n_circuits)])
+    check(circuits, reference, arch=arch)
+
+
+def at(rows, lead, stride):
+    """Copy rows to memory where the first starts `lead` elements behind 16 bytes."""
+    n_rows, n_cols = rows.shape
+    buffer = torch.empty(n_rows * stride + 16, dtype=rows.dtype)
+    start = (lead - buffer.data_ptr() // rows.itemsize) % (16 // rows.itemsize)
+    return buffer.as_strided((n_rows, n_cols), (stride, 1), start).copy_(rows)
+
+
+@pytest.mark.parametrize("n_cols", [1301, 1304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_alignment(generator, dtype, n_cols):
+    """Rows at every alignment, all tensors alike: wide loads, none of them misaligned."""
+    circuits, reference = make(generator, 3, n_cols, (0.1, 1.0), dtype)
+    for lead in range(16 // reference.itemsize):
+        for stride in (n_cols, n_cols + 3):
+            placed = [at(c, lead, stride) for c in circuits]
+            check(placed, at(reference, lead, stride), arch=80)
+
+
+def test_circuits_that_lie_differently(generator):
+    """Two as the reference, two otherwise, one at another stride: no fault, and the right order."""
+    circuits, reference = make(generator, 3, 1301, (0.0, 0.1, 0.3, 1.0, 3.0))
+    placed = [
+        at(c, lead, stride)
+        for c, lead, stride in zip(
+            circuits, (0, 1, 0, 3, 2), (1301, 1301, 1301, 1301, 1310), strict=True
+        )
+    ]
+    check(placed, at(reference, 0, 1301), arch=80)
+
+
+def test_a_strided_reference_is_copied_once(generator, monkeypatch):
+    """auto_circuit's last position: the reference's rows lie S·V apart, the circuits' V."""
+    circuits, reference = make(generator, 3, 1301, (0.1, 0.3, 1.0, 3.0))
+    strided = at(reference, 0, 5 * 1301)
+    placed = [at(c, 0, 1301) for c in circuits]
+    _, session = check(placed, strided, arch=80)
+    wide = session.total("partial_kernel")
+    # One read a circuit and a quarter of one for the reference: the kernel took the copy in a group.
+    assert bytes_of_logits(wide, 4) == 5 * reference.nbytes
+    # A single circuit is no reason to copy.
+    monkeypatch.setattr(launch, "_copy", None)
+    _, session = check(placed[:1], strided, arch=80)
+    assert bytes_of_logits(session.total("partial_kernel"), 1) == 2 * reference.nbytes
+
+
+def bytes_of_logits(stats, group):
+    """What was loaded but for the table of pointers, of which all 128 threads load the same 16 bytes.
+
+    They come from one sector a warp; counted by threads they would be 3 % of a slice.
+    """
+    return stats.bytes_loaded - stats.ctas * 128 * 16 * group
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_circuits", [1, 4])
+def test_bytes_as_executed(generator, dtype, n_circuits):
+    """GPT-2's vocabulary: (1 + 1/G) tensor reads a pair, and not a byte more."""
+    circuits, reference = make(generator, 3, 50257, [1.0] * n_circuits, dtype)
+    _, session = check(circuits, reference, arch=80)
+    stats = session.total("partial_kernel")
+    logits = n_circuits * reference.nbytes * (1 + 1 / n_circuits)
+    assert bytes_of_logits(stats, n_circuits) == logits
+    # Divergences this large take no second look.
+    assert session.total("finish_kernel").bytes_loaded < 0.02 * logits
+    # Whole sectors, the table's included: a token a lane is still contiguous over a warp.
+    assert 32 * stats.sectors_loaded <= 1.03 * logits
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_identical_rows_and_noise_near_zero(generator, arch):
+    for dtype in DTYPES:
+        circuits, reference = make(generator, 2, 1531, (0.0, 1e-7, 1e-6, 1e-4, 1e-2), dtype)
+        circuits.append(reference.clone())
+        divergence, _ = check(circuits, reference, arch=arch, approx_ulp=2)
+        assert (divergence[[0, -1]] == 0).all()
+        assert (divergence >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_bits_do_not_depend_on_the_batch(generator, arch, dtype):
+    circuits, reference = make(generator, 3, 16504, (0.01, 1.0), dtype)
+    together, _ = emulate(circuits, reference, arch=arch)
+    for row in range(3):
+        alone, _ = emulate(
+            [c[row : row + 1].clone() for c in circuits], reference[row : row + 1], arch=arch
+        )
+        assert torch.equal(alone[:, 0], together[:, row])
+
+
+def test_a_confident_row_needs_its_second_look(generator):
+    """The tail's pivots say nothing of the one token that has the mass: looked at twice, and right."""
+    circuits, reference = make(generator, 2, 3000, (0.5,), scale=1)
+    reference[:, 2900] = circuits[0][:, 2900] = 30.0
+    divergence, session = check(circuits, reference, arch=80)
+    assert session.total("finish_kernel").bytes_loaded > 2 * reference.nbytes
+    assert (divergence >= 0).all()
+
+
+def test_second_look_only_where_needed(generator):
+    """Half precision in a group of four leaves the accurate sum to it; nothing else does."""
+    circuits, reference = make(generator, 1, 4000, (0.01,) * 4)
+    _, session = check(circuits, reference, arch=80)
+    assert session.total("finish_kernel").bytes_loaded < 0.02 * reference.nbytes
+    half = [c.bfloat16() for c in circuits]
+    _, session = check(half, reference.bfloat16(), arch=80)
+    assert session.total("finish_kernel").bytes_loaded >= 2 * 4 * half[0].nbytes
+    _, session = check(half[:1], reference.bfloat16(), arch=80)
+    assert session.total("finish_kernel").bytes_loaded < 0.05 * half[0].nbytes
+
+
+def test_offsets_beyond_31_bits():
+    """Rows more than 2^31 elements apart are addressed in 64 bits."""
+    n_cols, far = 600, 2**31 + 64
+    # Reserved, never touched but for two rows of it.
+    memory = mmap.mmap(-1, 2 * (far + n_cols))
+    rows = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, n_cols), (far, 1))
+    reference = torch.randn(2, n_cols, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows.copy_(reference.flip(0))
+    check([rows], reference, arch=80)

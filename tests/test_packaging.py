@@ -1,0 +1,110 @@
+"""Wheel, sdist and editable install: what they hold, and that what they install runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# A stand-in for Hugging Face's package of that name, which must not be disturbed nor disturb.
+FOREIGN_KERNELS = "mine = True\n"
+
+SCRIPT = """
+import importlib.util, pathlib, sys
+import torch, fastkl
+root = pathlib.Path(sys.argv[1])
+assert pathlib.Path(fastkl.__file__).is_relative_to(root), fastkl.__file__
+import kernels
+assert kernels.mine
+if importlib.util.find_spec("triton"):
+    import fastkl._triton
+    assert pathlib.Path(fastkl._triton.__file__).is_relative_to(root), fastkl._triton.__file__
+rows = torch.randn(3, 100)
+for name, missing in fastkl.available_backends().items():
+    if missing is None and name != "triton":
+        assert fastkl.kl_div(rows, rows, backend=name) == 0
+print(fastkl.__version__)
+"""
+
+
+def run(*command, **options):
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what git knows, so that a build leaves nothing behind in the checkout."""
+    target = tmp_path_factory.mktemp("checkout")
+    if shutil.which("git") and (ROOT / ".git").exists():
+        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+        names = listed.splitlines()
+    else:
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+    for name in names:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def built(checkout, tmp_path_factory):
+    """The sdist, and the wheel made from it."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(checkout))
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def environment(*paths):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+
+
+def foreign_kernels(path):
+    (path / "kernels").mkdir(parents=True)
+    (path / "kernels" / "__init__.py").write_text(FOREIGN_KERNELS)
+    return path
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    names = zipfile.ZipFile(built[1]).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastkl"}
+    assert {"fastkl/py.typed", "fastkl/_triton/kernels.py", "fastkl/_triton/launch.py"} <= {*names}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist_holds_what_a_build_needs(built):
+    names = {name.split("/", 1)[-1] for name in tarfile.open(built[0]).getnames()}
+    assert {"pyproject.toml", "setup.py", "kernels/triton/kernels.py", "LICENSE"} <= names
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu").rglob("*.[ch]pp")}
+    assert sources <= names
+
+
+def test_wheel_runs_beside_a_package_called_kernels(built, tmp_path):
+    target = foreign_kernels(tmp_path / "site")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(built[1]))
+    run(sys.executable, "-c", SCRIPT, str(target), cwd=tmp_path, env=environment(target))
+    assert (target / "kernels" / "__init__.py").read_text() == FOREIGN_KERNELS
+
+
+def test_editable_install_runs(checkout, tmp_path):
+    """From the folder of the checkout too, where `fastkl` is found before the install is."""
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", str(venv))
+    python = venv / "bin" / "python"
+    (site,) = venv.glob("lib/python*/site-packages")
+    (site / "parent.pth").write_text(sysconfig.get_paths()["purelib"])
+    command = ("install", "--no-deps", "--no-build-isolation", "--editable", str(checkout))
+    run(sys.executable, "-m", "pip", "--python", str(python), *command)
+    other = foreign_kernels(tmp_path / "other")
+    for folder in (tmp_path, checkout):
+        run(str(python), "-c", SCRIPT, str(checkout), cwd=folder, env=environment(other))
