@@ -85,8 +85,8 @@ def merge(first: RowState, second: RowState) -> RowState:
     m_p = torch.maximum(first.m_p, second.m_p)
     m_q = torch.maximum(first.m_q, second.m_q)
     scales = [(_scale(part.m_p, m_p), _scale(part.m_q, m_q)) for part in (first, second)]
-    z_p = sum(part.z_p * scale for part, (scale, _) in zip((first, second), scales, strict=True))
-    z_q = sum(part.z_q * scale for part, (_, scale) in zip((first, second), scales, strict=True))
+    z_p = first.z_p * scales[0][0] + second.z_p * scales[1][0]
+    z_q = first.z_q * scales[0][1] + second.z_q * scales[1][1]
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
     pivot = torch.where(pivot.isfinite(), pivot, 0.0)
 

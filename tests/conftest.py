@@ -13,8 +13,8 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import fastkl
-from fastkl import functional
+import fastkl  # noqa: E402
+from fastkl import functional  # noqa: E402
 
 if importlib.util.find_spec("triton") and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
@@ -61,9 +61,7 @@ def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
     assert not (divergence < 0).any()
 
 
-def kl_rows(
-    circuits: list[torch.Tensor], reference: torch.Tensor, backend: str
-) -> torch.Tensor:
+def kl_rows(circuits: list[torch.Tensor], reference: torch.Tensor, backend: str) -> torch.Tensor:
     """Return the divergences (K, R) by a backend, on the device it runs on, back on the CPU."""
     if backend == "triton" and ON_GPU:
         circuits, reference = [to_device(c) for c in circuits], to_device(reference)

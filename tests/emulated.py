@@ -14,7 +14,6 @@ from collections import defaultdict
 
 import torch
 from fastkl._triton import kernels
-
 from ptx_emulator import Memory, Stats, as_compiled, compile_ptx
 from ptx_emulator import launch as run
 

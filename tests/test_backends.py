@@ -57,7 +57,9 @@ def test_the_environment_reaches_the_call(monkeypatch):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="backend must be one of triton, native, eager; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of triton, native, eager; got 'cuda'"
+    ):
         fastkl.kl_div(ROWS, ROWS, backend="cuda")
 
 

@@ -7,12 +7,15 @@ import re
 
 import pytest
 import torch
-from bench.build import build_finish, build_partial
 from emulated import compiled, emulate, launch
 from ptx_emulator import compile_kernel
 from triton.backends.compiler import GPUTarget
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: see test_gpu.py")
+from bench.build import build_finish, build_partial
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
+)
 
 # Instructions and special-function operations a pair, in the loop: 85 % of what an H100 (SXM, 1.755
 # GHz, 132 SMs, 3.35 TB/s) issues in the time that memory takes for the pair's bytes.
@@ -77,7 +80,13 @@ def test_sizes_do_not_recompile(generator):
     """One row or many, 1 circuit or 4 or 5, odd or round vocabularies: the same machine code."""
     compiled.cache_clear()
     built = {}
-    for n_rows, n_cols, n_circuits in ((2, 700, 4), (1, 16, 4), (3, 1, 8), (16, 64, 4), (1, 17000, 4)):
+    for n_rows, n_cols, n_circuits in (
+        (2, 700, 4),
+        (1, 16, 4),
+        (3, 1, 8),
+        (16, 64, 4),
+        (1, 17000, 4),
+    ):
         reference = torch.randn(n_rows, n_cols, generator=generator)
         emulate([reference.clone() for _ in range(n_circuits)], reference, arch=90)
         built[n_rows, n_cols, n_circuits] = compiled.cache_info().misses
@@ -90,9 +99,7 @@ class PTX:
 
     def __init__(self, arch, dtype, group):
         tile = launch.TILES[BYTES[dtype], group]
-        sizes = {
-            name: "i64" if name == "p_row_stride" else "i32" for name in launch.kernels.SIZES
-        }
+        sizes = {name: "i64" if name == "p_row_stride" else "i32" for name in launch.kernels.SIZES}
         pointers = {"p_ptr": f"*{dtype}", "table_ptr": "*i64", "state_ptr": "*fp32"}
         self.text = compile_kernel(
             launch.kernels.partial_kernel,

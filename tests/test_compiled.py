@@ -16,7 +16,9 @@ ARCHS = (80, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOISES = (0, 1e-5, 1e-3, 0.1, 1, 5)
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: see test_gpu.py")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
+)
 
 
 def make(generator, n_rows, n_cols, noises=(1.0,), dtype=torch.float32, scale=3):

@@ -75,7 +75,9 @@ def test_dtypes(pair, circuit_dtype, reference_dtype, result):
     circuit, reference = pair[0].to(circuit_dtype), pair[1].to(reference_dtype)
     divergence = fastkl.kl_div(circuit, reference)
     assert divergence.dtype == result
-    torch.testing.assert_close(divergence.double(), oracle(circuit, reference).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        divergence.double(), oracle(circuit, reference).mean(), rtol=1e-5, atol=0
+    )
 
 
 def test_half_precision_is_not_rounded_first(generator):
@@ -111,5 +113,6 @@ def test_inference_tensors_and_no_grad(pair):
     assert torch.equal(inside, expected)
     with torch.no_grad():
         assert torch.equal(fastkl.kl_div(circuit.clone().requires_grad_(), reference), expected)
-    assert torch.equal(fastkl.kl_div(circuit.clone().requires_grad_().detach(), reference), expected)
-
+    assert torch.equal(
+        fastkl.kl_div(circuit.clone().requires_grad_().detach(), reference), expected
+    )

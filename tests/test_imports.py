@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fastkl
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastkl"
 
@@ -125,8 +127,6 @@ def test_examples_in_docstrings(name):
 
 
 def test_public_names():
-    import fastkl
-
     assert sorted(fastkl.__all__) == [
         "__version__",
         "available_backends",

@@ -75,7 +75,8 @@ def foreign_kernels(path):
 
 
 def test_wheel_holds_the_package_and_nothing_else(built):
-    names = zipfile.ZipFile(built[1]).namelist()
+    with zipfile.ZipFile(built[1]) as wheel:
+        names = wheel.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastkl"}
     assert {"fastkl/py.typed", "fastkl/_triton/kernels.py", "fastkl/_triton/launch.py"} <= {*names}
@@ -83,7 +84,8 @@ def test_wheel_holds_the_package_and_nothing_else(built):
 
 
 def test_sdist_holds_what_a_build_needs(built):
-    names = {name.split("/", 1)[-1] for name in tarfile.open(built[0]).getnames()}
+    with tarfile.open(built[0]) as sdist:
+        names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {"pyproject.toml", "setup.py", "kernels/triton/kernels.py", "LICENSE"} <= names
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu").rglob("*.[ch]pp")}
     assert sources <= names

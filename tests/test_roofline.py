@@ -1,4 +1,4 @@
-"""The reader of machine code and the predictions made from it, on the real kernel and on bad ones."""
+"""The reader of machine code, and what is predicted from it: the real kernel and bad ones."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ def card(name):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_body_of_the_real_kernel(dtype, group):
-    """Wide loads even where the compiler is told nothing of the arguments, as V = 50257 makes it."""
+    """Wide loads even where the compiler knows nothing of the arguments, as for V = 50257."""
     kernel = partial(dtype, group, hints=False)
     body = roofline.body_of(kernel)
     assert set(body.load_widths) == {16}

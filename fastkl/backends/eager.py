@@ -78,7 +78,10 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     dtype = _compute_dtype(circuits, reference)
     shape = (len(circuits), reference.shape[0])
     result = RowState(
-        *(torch.empty(shape, dtype=torch.float64, device=reference.device) for _ in RowState._fields)
+        *(
+            torch.empty(shape, dtype=torch.float64, device=reference.device)
+            for _ in RowState._fields
+        )
     )
     for rows, ref, (b, e) in _blocks(reference, dtype):
         for k, circuit in enumerate(circuits):

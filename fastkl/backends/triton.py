@@ -21,12 +21,12 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'fastkl[triton]')"
-    from fastkl import _triton
+    import fastkl._triton as _triton
 
     if device is None:
         if not (_triton.INTERPRETED or torch.cuda.is_available()):
             return "PyTorch sees no CUDA or ROCm device"
-    elif _triton.INTERPRETED != (device.type == "cpu"):
+    elif (device.type == "cpu") != _triton.INTERPRETED:
         wanted = "CPU" if _triton.INTERPRETED else "CUDA or ROCm"
         mode = " under TRITON_INTERPRET=1" if _triton.INTERPRETED else ""
         return f"Triton runs on {wanted} tensors{mode}, got {device}"
@@ -54,16 +54,17 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     Tensor (K, R)
         float32.
     """
-    from fastkl import _triton
+    import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    return _triton.launch(circuits, reference)
+    divergence: Tensor = _triton.launch(circuits, reference)
+    return divergence
 
 
 @torch.no_grad()
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64."""
-    from fastkl import _triton
+    import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
     m_p, z_p, m_q, z_q, s, h, g, c, _ = _triton.launch(

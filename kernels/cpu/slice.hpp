@@ -82,9 +82,9 @@ template <class T> class CircuitBlock {
         small = !(plain >= kAccurateBelow);
         // A base far from the circuit's log-sum-exp costs digits.
         if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
-            return {block_.lse, block_.lse - pivot, plain};
+            return {block_.lse, lse_q, plain};
         }
-        return at_pivot(pivot);
+        return at_pivot(pivot, lse_q);
     }
 
   private:
@@ -112,21 +112,21 @@ template <class T> class CircuitBlock {
         const double accurate = sums.h / block_.sum;
         const double change = phi(x);
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
+        const double lse_q = block_.lse - (c + x);
         if (change > accurate / 2) {
-            result = at_pivot(c + x);
+            result = at_pivot(c + x, lse_q);
         } else {
-            result = {block_.lse, block_.lse - (c + x), accurate - change};
+            result = {block_.lse, lse_q, accurate - change};
         }
         return true;
     }
 
     // The pivot is exact but for its rounding to float32, which is taken out where it shows.
-    State at_pivot(double pivot) const {
+    State at_pivot(double pivot, double lse_q) const {
         const float c = float(pivot);
         const double accurate = divergence(c).h / block_.sum;
         const double change = phi(pivot - c);
-        return {block_.lse, block_.lse - pivot,
-                change > accurate / 2 ? accurate : accurate - change};
+        return {block_.lse, lse_q, change > accurate / 2 ? accurate : accurate - change};
     }
 
     const Block& block_;

@@ -42,9 +42,7 @@ def phi_over_square(d):
 @triton.jit
 def phi(x):
     """Return e^(-x) - 1 + x without cancellation near 0."""
-    return tl.where(
-        tl.abs(x) < NEAR, x * x * phi_over_square(x), tl.exp2(-x * LOG2_E) - 1.0 + x
-    )
+    return tl.where(tl.abs(x) < NEAR, x * x * phi_over_square(x), tl.exp2(-x * LOG2_E) - 1.0 + x)
 
 
 @triton.jit
@@ -93,7 +91,8 @@ def merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt):
     """Merge the states along axis 0 into one, at the pivot lse_p - lse_q.
 
     `doubt` is how much was added to h and subtracted again to change pivots, so far: h lost
-    PIVOT_ERROR of it, all of it where `doubt` is infinite. Returns the merged state and doubt, and the residual x of the new pivot.
+    PIVOT_ERROR of it, all of it where `doubt` is infinite. Returns the merged state and doubt, and
+    the residual x of the new pivot.
     """
     max_p = tl.max(m_p, axis=0)
     max_q = tl.max(m_q, axis=0)

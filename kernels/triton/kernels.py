@@ -217,9 +217,7 @@ def finish_kernel(
     g = tl.load(source + 6 * field_stride, mask=inside, other=0.0)
     c = tl.load(source + 7 * field_stride, mask=inside, other=0.0)
     doubt = tl.load(source + 8 * field_stride, mask=inside, other=0.0)
-    m_p, z_p, m_q, z_q, s, h, g, c, doubt, x = merge_lanes(
-        m_p, z_p, m_q, z_q, s, h, g, c, doubt
-    )
+    m_p, z_p, m_q, z_q, s, h, g, c, doubt, x = merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt)
     divergence, settled = finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x)
 
     if settled == 0:

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+
 import triton
 
 from . import kernels

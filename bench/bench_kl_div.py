@@ -1,0 +1,51 @@
+"""The peers under pytest-benchmark, on the main case of `python -m bench.cpu`.
+
+    pytest bench/bench_kl_div.py --benchmark-enable
+
+Without --benchmark-enable each peer measures once, and is checked.
+"""
+
+from dataclasses import asdict
+
+import pytest
+
+from bench.cases import Case, Inputs
+from bench.peers import all_peers
+from bench.timing import Reader
+
+CASES = (Case(), Case(dtype="bfloat16"))
+ROUNDS = 9
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def inputs(request):
+    return Inputs(request.param)
+
+
+def timed(benchmark, function, n_bytes, case):
+    """Time a warm function, and note the bytes that it has to read."""
+    benchmark.group = str(case)
+    benchmark.extra_info.update(asdict(case), bytes=n_bytes)
+    result = benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
+    if benchmark.stats is not None:
+        benchmark.extra_info["gb_s"] = n_bytes / benchmark.stats.stats.median / 1e9
+    return result
+
+
+@pytest.mark.parametrize("peer", all_peers(), ids=lambda peer: peer.name)
+def test_peer(benchmark, inputs, peer):
+    if reason := peer.missing(inputs.case):
+        pytest.skip(reason)
+    measure = peer.prepare(inputs)
+    # Raises if it is wrong.
+    absolute, relative = peer.error(measure(), inputs)
+    benchmark.extra_info.update(error_nats=absolute, error_relative=relative)
+    again = timed(benchmark, measure, inputs.case.bytes_read, inputs.case)
+    peer.error(again, inputs)
+
+
+@pytest.mark.parametrize("way", Reader([]).ways())
+def test_one_read(benchmark, inputs, way):
+    reader = Reader(inputs.circuits)
+    timed(benchmark, reader.ways()[way], inputs.case.bytes_circuits, inputs.case)
+    reader.close()

@@ -1,0 +1,188 @@
+"""Compile kernels for cards that are not there, with the launcher's own settings."""
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fastkl._triton import kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as triton_compile
+from triton.runtime.jit import JITFunction
+
+from bench.machine_code import Program, inspect
+
+# The package's `launch` is the function; its tile table is in the module of that name.
+launch = importlib.import_module("fastkl._triton.launch")
+
+POINTERS = {"table_ptr": "*i64", "state_ptr": "*fp32", "kl_ptr": "*fp32"}
+# The launch that is compiled for: enough rows to fill any card, of GPT-2's vocabulary.
+N_ROWS, N_COLS = 2560, 50257
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Kernel(NamedTuple):
+    """A compiled partial_kernel: for what, how it was built, and its machine code."""
+
+    target: str
+    dtype: str
+    group: int
+    tile: object
+    maxnreg: int | None
+    program: Program
+
+    @property
+    def body_pairs(self) -> float:
+        """Pairs that a thread takes in one iteration of the unrolled body loop."""
+        tile = self.tile
+        return self.group * tile.vec * tile.unroll * tile.lanes / self.program.threads
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Return Triton's target for "sm_90", "gfx942", ...
+
+    Raises
+    ------
+    ValueError
+        The name is neither.
+    """
+    if name.startswith("sm_") and name[3:].isdigit():
+        return GPUTarget("cuda", int(name[3:]), 32)
+    if name.startswith("gfx9"):
+        return GPUTarget("hip", name, 64)
+    raise ValueError(f"expected a target such as sm_90 or gfx942, got {name!r}")
+
+
+def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options):
+    """Compile a @triton.jit function with no GPU; `divisible` names arguments that 16 divides."""
+    names = list(fn.arg_names)
+    source = ASTSource(
+        fn=fn,
+        signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
+        constexprs={(names.index(n),): value for n, value in constexprs.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+    )
+    return triton_compile(source, target=target, options=options)
+
+
+def specialize(fn, dtype: str, numbers: dict[str, int]) -> tuple[dict, dict, list[str]]:
+    """Return (signature, constexprs, divisible) as Triton derives them from a launch's arguments.
+
+    Allocations are multiples of 16 bytes; a number that 16 divides is compiled as such, and the
+    number 1 as a constant, unless the kernel forbids it.
+    """
+    # In Triton's interpreter a kernel is another object, and only knows its Python function.
+    function = fn if isinstance(fn, JITFunction) else JITFunction(fn.fn, **fn.kwargs)
+    parameters = {parameter.name: parameter for parameter in function.params}
+    signature, constexprs, divisible = {"p_ptr": f"*{dtype}", **POINTERS}, {}, []
+    divisible += [name for name in signature if name in parameters]
+    for name, value in numbers.items():
+        if name not in parameters:
+            continue
+        fits = "i32" if -(2**31) <= value < 2**31 else "i64"
+        signature[name] = parameters[name].annotation_type or fits
+        if parameters[name].do_not_specialize:
+            continue
+        if value == 1:
+            constexprs[name] = 1
+        elif value % 16 == 0:
+            divisible.append(name)
+    return signature, constexprs, divisible
+
+
+def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str, int]:
+    """Return the integer arguments of a launch on one group of circuits with contiguous rows."""
+    n_slices, slice_size = launch.slices(n_cols, launch.TILES[ITEMSIZE[dtype], 1])
+    return {
+        "p_row_stride": n_cols,
+        "n_rows": n_rows,
+        "n_cols": n_cols,
+        "n_circuits": group,
+        "first_circuit": 0,
+        "n_groups": 1,
+        "n_slices": n_slices,
+        "slice_size": slice_size,
+        "lead": 0,
+        "aligned": 1,
+    }
+
+
+def n_warps(target: str, tile) -> int:
+    """Return the warps of a program, as the launcher has it."""
+    return launch.n_warps(tile, gpu_target(target).warp_size)
+
+
+def options_for(target: str, warps: int, maxnreg: int | None) -> dict[str, int]:
+    """Return the compiler's options; AMD's has no limit on registers."""
+    limits = {} if maxnreg is None or target.startswith("gfx") else {"maxnreg": maxnreg}
+    return {"num_warps": warps, **limits}
+
+
+def build_partial(
+    target: str,
+    dtype: str,
+    group: int,
+    *,
+    tile=None,
+    maxnreg: int | None = launch.MAX_REGISTERS,
+    n_rows: int = N_ROWS,
+    n_cols: int = N_COLS,
+    hints: bool = True,
+    compiler: Callable = compile_kernel,
+) -> Kernel:
+    """Compile partial_kernel as the launcher does for a group of circuits, and read it.
+
+    Parameters
+    ----------
+    target : str
+        "sm_90", "gfx942", ...
+    dtype : {"fp32", "bf16", "fp16"}
+    group : {1, 2, 4}
+    tile : launch.Tile, optional
+        Another tile than the launcher's.
+    maxnreg : int or None
+        Another limit on registers than the launcher's.
+    n_rows, n_cols : int
+        The launch: Triton specializes on 1 and on multiples of 16.
+    hints : bool
+        If False, compile for arguments of which Triton knows nothing at all.
+    compiler : callable
+        What compiles; another one is needed where Triton's interpreter has replaced the kernels.
+    """
+    tile = tile or launch.TILES[ITEMSIZE[dtype], group]
+    numbers = launch_numbers(dtype, group, n_rows, n_cols)
+    signature, constexprs, divisible = specialize(kernels.partial_kernel, dtype, numbers)
+    if not hints:
+        constexprs, divisible = {}, []
+    constexprs |= {
+        "G": group,
+        "LANES": tile.lanes,
+        "VEC": tile.vec,
+        "UNROLL": tile.unroll,
+        "ACCURATE": tile.accurate,
+    }
+    compiled = compiler(
+        kernels.partial_kernel,
+        signature,
+        constexprs,
+        target=gpu_target(target),
+        divisible=divisible,
+        **options_for(target, n_warps(target, tile), maxnreg),
+    )
+    return Kernel(target, dtype, group, tile, maxnreg, inspect(compiled))
+
+
+def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel) -> Program:
+    """Compile finish_kernel as the launcher does, and read it."""
+    tile = launch.TILES[ITEMSIZE[dtype], 1]
+    numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)
+    signature, constexprs, divisible = specialize(kernels.finish_kernel, dtype, numbers)
+    compiled = compiler(
+        kernels.finish_kernel,
+        signature,
+        constexprs | {"LANES": tile.lanes, "VEC": tile.vec},
+        target=gpu_target(target),
+        divisible=divisible,
+        **options_for(target, n_warps(target, tile), launch.MAX_REGISTERS),
+    )
+    return inspect(compiled)

@@ -1,0 +1,119 @@
+"""Sizes and seeded logits to measure on, and what float64 says about them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEED = 20261123
+_KEY = 0
+# Standard deviation of what is added to the reference's logits: log-spaced over the circuits,
+# between these two, times a factor of 1/2 to 2 that differs from row to row.
+_NOISE = {"mixed": (1e-3, 3.0), "small": (1e-3, 3e-2), "large": (3.0, 6.0)}
+KINDS = tuple(_NOISE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the grid; as it stands, the main case."""
+
+    n_circuits: int = 20
+    n_rows: int = 64
+    n_vocabulary: int = 50257
+    dtype: str = "float32"
+    divergences: str = "mixed"
+
+    def __str__(self) -> str:
+        sizes = f"K={self.n_circuits} R={self.n_rows} V={self.n_vocabulary}"
+        return f"{sizes} {self.dtype} {self.divergences}"
+
+    @property
+    def n_pairs(self) -> int:
+        """Pairs of a reference's and a circuit's logit."""
+        return self.n_circuits * self.n_rows * self.n_vocabulary
+
+    @property
+    def bytes_circuits(self) -> int:
+        """Bytes of the circuits' logits."""
+        return self.n_pairs * getattr(torch, self.dtype).itemsize
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all logits, the reference's too: what has to be read at least once."""
+        return self.bytes_circuits // self.n_circuits * (self.n_circuits + 1)
+
+
+class Lookup:
+    """A model whose prompts are its outputs (R, 1, V): to run it costs nothing."""
+
+    out_slice = (slice(None), -1)
+
+    def __call__(self, prompts: Tensor) -> Tensor:
+        """Return the prompts."""
+        return prompts
+
+
+class Inputs:
+    """A case's logits, as tensors and as the arguments of `measure_kl_div`.
+
+    The reference is randn · 3, a circuit the same plus noise, and both are rounded to the dtype.
+
+    Parameters
+    ----------
+    case : Case
+        Sizes, dtype and the magnitudes of the divergences.
+    seed : int
+        The same seed gives the same logits.
+    """
+
+    def __init__(self, case: Case, seed: int = SEED) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+        dtype = getattr(torch, case.dtype)
+        shape = (case.n_rows, case.n_vocabulary)
+        reference = 3 * torch.randn(shape, generator=generator)
+        self.reference = reference.to(dtype)
+        self.circuits: list[Tensor] = []
+        for level in _levels(case):
+            factor = 2 ** (2 * torch.rand(case.n_rows, 1, generator=generator) - 1)
+            noise = torch.randn(shape, generator=generator).mul_(level * factor)
+            self.circuits.append(noise.add_(reference).to(dtype))
+
+    @property
+    def arguments(self) -> tuple[Lookup, list[Any], dict[int, dict[int, Tensor]]]:
+        """Model, loader of one batch, and circuits' outputs, for `measure_kl_div`."""
+        prompts = self.reference[:, None]
+        batch = SimpleNamespace(key=_KEY, clean=prompts, corrupt=prompts)
+        return Lookup(), [batch], {k: {_KEY: q} for k, q in enumerate(self.circuits)}
+
+    @cached_property
+    def rows64(self) -> Tensor:
+        """KL(reference ‖ circuit) of every row (K, R), computed in float64."""
+        return kl_rows64(self.circuits, self.reference)
+
+    @property
+    def expected(self) -> list[float]:
+        """KL of every circuit, the mean over its rows, in float64."""
+        return self.rows64.mean(-1).tolist()
+
+
+def kl_rows64(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """Return KL(reference ‖ circuit) of finite logits (R, V), every row (K, R), in float64.
+
+    Its own rounding is about 1e-14, absolute: the definition, term by term.
+    """
+    log_p = reference.double().log_softmax(-1)
+    p = log_p.exp()
+    return torch.stack([(log_p - q.double().log_softmax(-1)).mul_(p).sum(-1) for q in circuits])
+
+
+def _levels(case: Case) -> list[float]:
+    low, high = _NOISE[case.divergences]
+    last = case.n_circuits - 1
+    # A single circuit stands in the middle.
+    steps = [k / last for k in range(case.n_circuits)] if last else [0.5]
+    return [low * (high / low) ** step for step in steps]

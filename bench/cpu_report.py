@@ -1,0 +1,163 @@
+"""cpu.json as Markdown tables and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.report import table
+
+_READ = "one read"
+_MIB = 2**20
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Return the tables: all peers on the main case, then the times on every case."""
+    parts = [_main_table(document), _grid_table(document), _caption(document)]
+    return "\n\n".join(parts)
+
+
+def _main_table(document: dict[str, Any]) -> str:
+    main, baseline = document["cases"][0], document["baseline"]
+    heading = [_sizes(main), "ms", "GB/s", "× one read", f"× faster than {baseline}"]
+    heading += ["memory, MiB", "error, nats", "error, relative"]
+    read = main["read"]
+    rows = [heading, [_READ, _ms(read["ms"]), f"{read['gb_s']:.1f}", "1.0", *4 * [""]]]
+    for name, entry in main["peers"].items():
+        if "ms" not in entry:
+            rows.append([name, _outcome(entry), *6 * [""]])
+            continue
+        memory = entry.get("peak_bytes")
+        rows.append(
+            [
+                name,
+                _ms(entry["ms"]),
+                f"{entry['gb_s']:.1f}",
+                f"{entry['times_read']:.1f}",
+                _number(entry["times_faster"], ".1f"),
+                _number(None if memory is None else memory / _MIB, ".1f"),
+                f"{entry['error_nats']:.1e}",
+                f"{entry['error_relative']:.1e}",
+            ]
+        )
+    return table(rows)
+
+
+def _grid_table(document: dict[str, Any]) -> str:
+    names = [name for name in document["peers"] if any(_timed(c, name) for c in document["cases"])]
+    rows = [["K, R, V, dtype, KL", f"{_READ}, ms", *(f"{name}, ms" for name in names)]]
+    for case in document["cases"]:
+        cells = [_sizes(case), _ms(case["read"]["ms"])]
+        for name in names:
+            entry = case["peers"][name]
+            cells.append(_ms(entry["ms"]) if "ms" in entry else _outcome(entry))
+        rows.append(cells)
+    return table(rows)
+
+
+def _caption(document: dict[str, Any]) -> str:
+    machine, versions = document["machine"], document["versions"]
+    levels = machine["instruction_set"]
+    memory = document["memory_missing"] or (
+        "growth of the resident size at its worst moment, in a process of its own"
+    )
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
+        f"{levels['torch']} (native: {levels['fastkl native'] or 'not built'}); "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ".",
+        f"`{document['command']}`, {document['date'][:10]}, commit "
+        f"{(document['commit'] or 'unknown')[:12]}, seed {document['seed']}, load average "
+        f"{document['load_average'][0]} at the start.",
+        "All in one process, in turns; medians; ratios are medians of each round's ratio. "
+        "One read: the fastest way found to read the circuits' logits once. "
+        "GB/s: every logit once, the reference's too. "
+        f"Memory beyond the inputs: {memory}. "
+        "Errors: the largest of any circuit's KL against float64.",
+    ]
+    return "\n".join(lines)
+
+
+def _timed(case: dict[str, Any], name: str) -> bool:
+    return "ms" in case["peers"][name]
+
+
+def _outcome(entry: dict[str, Any]) -> str:
+    return "wrong" if "wrong" in entry else entry["skipped"]
+
+
+def _sizes(case: dict[str, Any]) -> str:
+    sizes = (case["n_circuits"], case["n_rows"], case["n_vocabulary"], case["dtype"])
+    return ", ".join((*map(str, sizes), case["divergences"]))
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Draw the peers on the main case, and how their times grow with K, R and V."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(11, 8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    main = document["cases"][0]
+    names = [name for name in document["peers"] if _timed(main, name)]
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
+
+    bars = axes[0, 0]
+    times = {_READ: main["read"]} | {name: main["peers"][name] for name in names}
+    for name, entry in times.items():
+        low, high = entry["quartiles_ms"]
+        spread = [[entry["ms"] - low], [high - entry["ms"]]]
+        bars.barh(name, entry["ms"], xerr=spread, color=colors.get(name, "0.6"))
+        bars.annotate(f" {_ms(entry['ms'])}", (high, name), va="center")
+    bars.invert_yaxis()
+    bars.set_xscale("log")
+    bars.margins(x=0.15)
+    bars.set_xlabel("ms, median and quartiles")
+    bars.set_title(_sizes(main))
+
+    growing = zip(
+        axes.flat[1:],
+        ("n_circuits", "n_rows", "n_vocabulary"),
+        ("circuits K", "rows R", "vocabulary V"),
+        strict=True,
+    )
+    for panel, field, label in growing:
+        cases = _along(document["cases"], field)
+        for name in names:
+            points = [(c[field], c["peers"][name]["ms"]) for c in cases if _timed(c, name)]
+            panel.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=4)
+            # What the main case's time would be in proportion.
+            ends = [cases[0][field], cases[-1][field]]
+            proportional = [main["peers"][name]["ms"] * end / main[field] for end in ends]
+            panel.plot(ends, proportional, ":", color=colors[name], lw=1)
+        panel.plot(
+            [c[field] for c in cases], [c["read"]["ms"] for c in cases], "s-", color="0.6", ms=4
+        )
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks([c[field] for c in cases], [str(c[field]) for c in cases], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.set_xlabel(f"{label}; dotted: in proportion to it; gray: one read")
+        panel.set_ylabel("ms")
+        panel.grid(alpha=0.3)
+    axes[0, 1].legend(fontsize="small")
+    machine = document["machine"]
+    title = (machine["processor"], f"{machine['threads']} threads", document["date"][:10])
+    figure.suptitle(", ".join(title))
+    figure.savefig(path)
+
+
+def _along(cases: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """Return the cases that differ from the first in nothing but one size, in its order."""
+    fields = ("n_circuits", "n_rows", "n_vocabulary", "dtype", "divergences")
+    others = [name for name in fields if name != field]
+    main = cases[0]
+    same = [case for case in cases if all(case[name] == main[name] for name in others)]
+    return sorted(same, key=lambda case: case[field])

@@ -1,0 +1,534 @@
+"""Time fastkl on a card, against other ways to the same divergence: `python -m bench.gpu`.
+
+Every result is checked against float64 before it is timed, and not timed if it is off. The inputs
+lie in so many copies that the level-two cache holds none of what comes next; all copies are taken
+in turn within one CUDA graph, and the time is the median of its replays over the number of copies.
+What does not fit in memory is skipped, and listed as such.
+
+GB/s counts every logit once: (K + 1)·R·V of them, whatever a peer really moves.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkl
+
+FORMAT = 1
+# auto_circuit's last position of a prompt or a few; of common batches; every position of these.
+ROWS = (1, 16, 128, 256, 2560, 20480)
+# GPT-2, Llama 3, Qwen 2.5, Gemma 2.
+VOCABULARIES = (50257, 128256, 151936, 256000)
+DTYPES = ("float32", "bfloat16")
+# One divergence, one group of the kernel, a sweep over circuits.
+CIRCUITS = (1, 4, 40)
+# What is touched between two uses of an input, in sizes of the level-two cache.
+CACHE_TURNOVER = 4
+# Of the memory that is free, what the inputs and a peer's temporaries may take.
+MEMORY_SHARE = 0.9
+REPLAYS = 20
+SEED = 20261123
+RESULTS = Path(__file__).parent / "results"
+# Datasheet bandwidths in bytes a second, by how the drivers call the cards.
+DATASHEET = (
+    (r"A100-SXM.-80GB", 2.039e12),
+    (r"A100-SXM.-40GB", 1.555e12),
+    (r"H100 80GB HBM3", 3.35e12),
+    (r"H100 PCIe", 2.0e12),
+    (r"H200", 4.8e12),
+    (r"B200", 8.0e12),
+    (r"RTX 3090$", 0.936e12),
+    (r"RTX 4090$", 1.008e12),
+    (r"RTX 5090$", 1.792e12),
+    (r"MI300X", 5.3e12),
+)
+
+# Circuits (R, V) and a reference (R, V) to one mean divergence a circuit (K,), on the device.
+Measure = Callable[[Sequence[Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape to time."""
+
+    n_rows: int
+    n_cols: int
+    dtype: str
+    n_circuits: int
+
+    def __str__(self) -> str:
+        sizes = f"K={self.n_circuits} R={self.n_rows} V={self.n_cols}"
+        return f"{sizes} {self.dtype}"
+
+    @property
+    def tensor_elements(self) -> int:
+        """Elements of the reference, or of one circuit."""
+        return self.n_rows * self.n_cols
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of all logits: what has to be read at the least."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        return (self.n_circuits + 1) * self.tensor_elements * itemsize
+
+    def copies(self, cache_bytes: int) -> int:
+        """Return how many copies of the inputs push each other out of the cache."""
+        return max(1, -(-CACHE_TURNOVER * cache_bytes // self.needed_bytes))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to the divergence, what it costs in memory, and how exact it has to be."""
+
+    name: str
+    what: str
+    prepare: Callable[[], Measure]
+    # Why it can't run here; None if it can.
+    missing: Callable[[], str | None]
+    # Float32 tensors of (R, V) that it holds at a time, at the most.
+    temporaries: int
+    relative: float
+    absolute: float
+
+    def temporary_bytes(self, case: Case) -> int:
+        """Return about how much memory it takes beside the inputs."""
+        return 4 * self.temporaries * case.tensor_elements
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of one peer: seconds a run, and bytes allocated beside the inputs."""
+
+    seconds: float
+    fastest: float
+    slowest: float
+    peak_bytes: int
+
+
+class WrongResultError(RuntimeError):
+    """A result is further from float64 than its peer may be."""
+
+
+def textbook(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """Two log_softmaxes in float32, then F.kl_div."""
+    log_p = F.log_softmax(reference, -1, dtype=torch.float32)
+    means = [
+        F.kl_div(
+            F.log_softmax(circuit, -1, dtype=torch.float32),
+            log_p,
+            reduction="batchmean",
+            log_target=True,
+        )
+        for circuit in circuits
+    ]
+    return torch.stack(means)
+
+
+def _fastkl() -> Measure:
+    return lambda circuits, reference: fastkl.kl_div_many(circuits, reference, backend="triton")
+
+
+def _compiled() -> Measure:
+    one = torch.compile(lambda circuit, reference: textbook([circuit], reference)[0])
+    return lambda circuits, reference: torch.stack([one(c, reference) for c in circuits])
+
+
+def _liger() -> Measure:
+    from liger_kernel.transformers import LigerKLDIVLoss  # noqa: PLC0415
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+
+    def measure(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+        log_p = F.log_softmax(reference, -1, dtype=torch.float32)
+        means = [loss(F.log_softmax(c, -1, dtype=torch.float32), log_p) for c in circuits]
+        return torch.stack(means)
+
+    return measure
+
+
+def _needs(package: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+# Tolerances: fastkl's contract; the others' rounding in float32, with room.
+PEERS = (
+    Peer(
+        "fastkl",
+        "kl_div_many of this package, Triton",
+        _fastkl,
+        lambda: fastkl.available_backends()["triton"],
+        0,
+        1e-5,
+        1e-8,
+    ),
+    Peer(
+        "eager", "two log_softmaxes, then F.kl_div", lambda: textbook, lambda: None, 4, 1e-3, 1e-5
+    ),
+    Peer("compile", "torch.compile of the same", _compiled, lambda: None, 4, 1e-3, 1e-5),
+    Peer(
+        "liger",
+        "Liger-Kernel's kl_div, with the log_softmaxes it asks for",
+        _liger,
+        _needs("liger_kernel"),
+        4,
+        1e-3,
+        1e-5,
+    ),
+)
+
+
+def grid(
+    rows: Sequence[int] = ROWS,
+    vocabularies: Sequence[int] = VOCABULARIES,
+    dtypes: Sequence[str] = DTYPES,
+    circuits: Sequence[int] = CIRCUITS,
+) -> list[Case]:
+    """Return all cases, small ones first within a dtype and vocabulary."""
+    product = itertools.product(dtypes, vocabularies, circuits, rows)
+    return [Case(n_rows, n_cols, dtype, k) for dtype, n_cols, k, n_rows in product]
+
+
+def too_large(case: Case, peer: Peer, free_bytes: int, cache_bytes: int) -> str | None:
+    """Return why a case does not fit in memory, or None if it does."""
+    inputs = case.copies(cache_bytes) * case.needed_bytes
+    total = inputs + peer.temporary_bytes(case)
+    if total <= MEMORY_SHARE * free_bytes:
+        return None
+    return f"needs about {total / 1e9:.1f} GB, {MEMORY_SHARE * free_bytes / 1e9:.1f} GB may be used"
+
+
+def datasheet_bandwidth(name: str) -> float | None:
+    """Return a card's bandwidth in bytes a second, by its driver's name; None if unknown."""
+    return next((rate for pattern, rate in DATASHEET if re.search(pattern, name)), None)
+
+
+def make_inputs(case: Case, device: torch.device | str) -> tuple[list[Tensor], Tensor]:
+    """Return circuits and a reference: randn · 3, and the same with noise from 0.01 to 1."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    shape, dtype = (case.n_rows, case.n_cols), getattr(torch, case.dtype)
+
+    def randn() -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    reference = randn().mul_(3)
+    circuits = []
+    for k in range(case.n_circuits):
+        level = 10 ** (-2 + 2 * (k + 1) / case.n_circuits)
+        circuits.append(randn().mul_(level).add_(reference))
+    return circuits, reference
+
+
+def exact(circuits: Sequence[Tensor], reference: Tensor, block: int = 256) -> Tensor:
+    """Return the mean divergences (K,) in float64, a block of rows at a time."""
+    totals = torch.zeros(len(circuits), dtype=torch.float64, device=reference.device)
+    for first in range(0, reference.shape[0], block):
+        rows = slice(first, first + block)
+        log_p = reference[rows].double().log_softmax(-1)
+        p = log_p.exp()
+        for k, circuit in enumerate(circuits):
+            totals[k] += (log_p - circuit[rows].double().log_softmax(-1)).mul_(p).sum()
+    return totals / reference.shape[0]
+
+
+def check(peer: Peer, case: Case, result: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the largest absolute and relative error of a result.
+
+    Raises
+    ------
+    WrongResultError
+        One is beyond what the peer may be off.
+    """
+    absolute = (result.double() - expected).abs()
+    # Not `>`: a NaN is wrong too.
+    if not bool((absolute <= peer.relative * expected.abs() + peer.absolute).all()):
+        raise WrongResultError(
+            f"{peer.name} is off by up to {absolute.max().item():.3g} nats of "
+            f"{expected.abs().max().item():.3g} at {case}"
+        )
+    return absolute.max().item(), (absolute / expected.abs()).max().item()
+
+
+class Cuda:
+    """Everything that needs a card."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.properties = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes = getattr(self.properties, "L2_cache_size", 0) or 64 * 2**20
+
+    def describe(self) -> dict:
+        """Return what the card is, and its driver."""
+        return {
+            "name": self.properties.name,
+            "driver": _driver(),
+            "capability": f"{self.properties.major}.{self.properties.minor}",
+            "memory_bytes": self.properties.total_memory,
+            "cache_bytes": self.cache_bytes,
+            "multiprocessors": self.properties.multi_processor_count,
+        }
+
+    def free_bytes(self) -> int:
+        """Return how much memory can be allocated."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def copy_bandwidth(self) -> float:
+        """Return the bytes a second, read and written, of a large copy."""
+        size = max(2**30, CACHE_TURNOVER * self.cache_bytes)
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        seconds = self._replay([lambda: target.copy_(source)])
+        return 2 * size / statistics.median(seconds)
+
+    def time(self, measure: Measure, inputs: list[tuple[list[Tensor], Tensor]]) -> Timing:
+        """Time one peer on copies of the inputs, taken in turn."""
+        circuits, reference = inputs[0]
+        # The first call compiles; the second shows what it allocates.
+        measure(circuits, reference)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        measure(circuits, reference)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        runs = [lambda c=c, r=r: measure(c, r) for c, r in inputs]
+        seconds = self._replay(runs)
+        return Timing(statistics.median(seconds), min(seconds), max(seconds), peak)
+
+    def _replay(self, runs: Sequence[Callable[[], object]]) -> list[float]:
+        """Return the seconds a run of each replay of a graph of all runs."""
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for run in runs:
+                run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = [run() for run in runs]
+        seconds = []
+        for _ in range(REPLAYS + 3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3 / len(kept))
+        # The first replays upload the graph and wake the clocks.
+        return seconds[3:]
+
+
+def _driver() -> str | None:
+    """Return the driver's version, as nvidia-smi or ROCm says."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[0]
+
+
+def missing_card() -> str | None:
+    """Return why nothing can be timed here, or None."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "torch finds no card" if built else "this torch is built for the CPU only"
+    return None
+
+
+def measure_cases(
+    cases: Sequence[Case], peers: Sequence[Peer], card: Cuda
+) -> Iterator[tuple[Case, Peer, dict | str]]:
+    """Yield what each peer measures of each case, or why it does not."""
+    ready: dict[str, Measure] = {}
+    for case in cases:
+        free = card.free_bytes()
+        inputs: list[tuple[list[Tensor], Tensor]] = []
+        expected = None
+        for peer in peers:
+            if reason := peer.missing() or too_large(case, peer, free, card.cache_bytes):
+                yield case, peer, reason
+                continue
+            if not inputs:
+                inputs = [
+                    make_inputs(case, card.device) for _ in range(case.copies(card.cache_bytes))
+                ]
+                expected = exact(*inputs[0])
+            if peer.name not in ready:
+                ready[peer.name] = peer.prepare()
+            measure = ready[peer.name]
+            try:
+                absolute, relative = check(peer, case, measure(*inputs[0]), expected)
+            except WrongResultError as error:
+                yield case, peer, f"wrong, so not timed: {error}"
+                continue
+            timing = card.time(measure, inputs)
+            yield case, peer, result(case, peer, timing, absolute, relative)
+
+
+def result(case: Case, peer: Peer, timing: Timing, absolute: float, relative: float) -> dict:
+    """Return one entry of the JSON document."""
+    return {
+        **asdict(case),
+        "peer": peer.name,
+        "microseconds": timing.seconds * 1e6,
+        "fastest_microseconds": timing.fastest * 1e6,
+        "slowest_microseconds": timing.slowest * 1e6,
+        "needed_bytes": case.needed_bytes,
+        "gb_per_s": case.needed_bytes / timing.seconds / 1e9,
+        "peak_bytes": timing.peak_bytes,
+        "max_absolute_error": absolute,
+        "max_relative_error": relative,
+    }
+
+
+def report(
+    device: dict, command: str, copy_bandwidth: float, results: list[dict], skipped: list[dict]
+) -> dict:
+    """Return the JSON document."""
+    datasheet = datasheet_bandwidth(device["name"])
+    for entry in results:
+        entry["share_of_copy"] = entry["gb_per_s"] * 1e9 / copy_bandwidth
+        entry["share_of_datasheet"] = datasheet and entry["gb_per_s"] * 1e9 / datasheet
+    return {
+        "format": FORMAT,
+        "device": device,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "method": f"median of {REPLAYS} replays of a CUDA graph over copies of the inputs that "
+        f"cover {CACHE_TURNOVER} times the level-two cache",
+        "copy_gb_per_s": copy_bandwidth / 1e9,
+        "datasheet_gb_per_s": datasheet and datasheet / 1e9,
+        "results": results,
+        "skipped": skipped,
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "fastkl": fastkl.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for package in ("triton", "liger-kernel"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
+    """Draw GB/s over rows at one vocabulary: a panel a dtype and number of circuits."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    entries = [entry for entry in document["results"] if entry["n_cols"] == n_cols]
+    panels = sorted({(entry["dtype"], entry["n_circuits"]) for entry in entries})
+    figure = Figure(figsize=(4 * max(1, len(panels)), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, panel in zip(
+        figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False
+    ):
+        for peer in dict.fromkeys(entry["peer"] for entry in entries):
+            line = sorted(
+                (e["n_rows"], e["gb_per_s"])
+                for e in entries
+                if (e["dtype"], e["n_circuits"], e["peer"]) == (*panel, peer)
+            )
+            if line:
+                ax.plot(*zip(*line, strict=True), "o-", label=peer, markersize=4)
+        ax.axhline(document["copy_gb_per_s"], color="0.5", linestyle="--", label="copy")
+        if document["datasheet_gb_per_s"]:
+            ax.axhline(document["datasheet_gb_per_s"], color="0.2", linewidth=1, label="datasheet")
+        ax.set_xscale("log", base=2)
+        ax.set_ylim(bottom=0)
+        ax.set_title(f"{panel[0]}, {panel[1]} circuit{'s' if panel[1] > 1 else ''}", fontsize=10)
+        ax.set_xlabel("rows")
+        ax.set_ylabel("GB/s, every logit counted once")
+        ax.legend(fontsize=7)
+    figure.suptitle(f"{document['device']['name']}, V = {n_cols}", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def write(document: dict, folder: Path) -> list[Path]:
+    """Write gpu.json and gpu.png; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "gpu.json", folder / "gpu.png"]
+    paths[0].write_text(json.dumps(document, indent=1) + "\n")
+    plot(document, paths[1])
+    return paths
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=DTYPES, choices=("float32", "bfloat16", "float16")
+    )
+    parser.add_argument("--circuits", type=int, nargs="+", default=CIRCUITS)
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers", nargs="+", default=names, choices=names)
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of gpu.json and gpu.png"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time, print, write; returns the exit code: 2 without a card, 1 if fastkl is wrong."""
+    args = _arguments(argv)
+    if reason := missing_card():
+        print(f"bench.gpu: nothing timed, nothing written: {reason}", file=sys.stderr)
+        return 2
+    command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if argv is None else argv)])
+    card = Cuda()
+    device, copy = card.describe(), card.copy_bandwidth()
+    print(f"{device['name']}, driver {device['driver']}: a copy reaches {copy / 1e9:.0f} GB/s")
+    cases = grid(args.rows, args.vocabularies, args.dtypes, args.circuits)
+    peers = [peer for peer in PEERS if peer.name in args.peers]
+    results, skipped = [], []
+    for case, peer, outcome in measure_cases(cases, peers, card):
+        if isinstance(outcome, str):
+            skipped.append({**asdict(case), "peer": peer.name, "reason": outcome})
+            print(f"{case!s:40} {peer.name:8} skipped: {outcome}")
+            if peer.name == "fastkl" and outcome.startswith("wrong"):
+                print("bench.gpu: nothing written, since fastkl is wrong", file=sys.stderr)
+                return 1
+        else:
+            results.append(outcome)
+            share = outcome["gb_per_s"] * 1e9 / copy
+            print(
+                f"{case!s:40} {peer.name:8} {outcome['microseconds']:12.1f} us "
+                f"{outcome['gb_per_s']:8.0f} GB/s {share:6.1%} of copy, "
+                f"{outcome['peak_bytes'] / 1e6:10.1f} MB, error {outcome['max_absolute_error']:.1e}"
+            )
+    for path in write(report(device, command, copy, results, skipped), args.output):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

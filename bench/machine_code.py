@@ -1,0 +1,270 @@
+"""Read machine code: loops, load widths, and what each instruction occupies.
+
+Counts are static: what stands in a loop, each instruction once, predicated or not. They say nothing
+about latency, and nothing about how often a loop runs.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import triton
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# Which unit of an NVIDIA SM an instruction keeps busy, by the letters before the first dot. What is
+# not named (moves, branches, the uniform datapath) takes an issue slot and nothing else scarce.
+_FMA = {"FADD", "FMUL", "FFMA", "FHADD", "FHFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FSWZADD"}
+_PACKED_FMA = {"FADD2", "FMUL2", "FFMA2"}
+_ALU = {
+    *("FMNMX", "FMNMX3", "FSEL", "FSETP", "FSET", "FCHK", "SEL", "ISETP", "IADD3", "IADD", "VIADD"),
+    *("LOP3", "PLOP3", "SHF", "SHL", "SHR", "LEA", "PRMT", "IMNMX", "VIMNMX", "IABS", "BMSK"),
+    *("VIADDMNMX", "F2FP", "SGXT", "ISCADD"),
+}
+_SPECIAL = {"MUFU", "F2I", "I2F", "F2F", "I2FP", "F2IP", "POPC", "FLO", "BREV"}
+# AMD's transcendental instructions, on which a SIMD spends four times as long as on others.
+_AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+_AMD_SHUFFLE = re.compile(r"(_dpp$|^ds_swizzle|^ds_b?permute|^v_readlane|^v_permlane)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its opcode with all modifiers, and the label it may jump to."""
+
+    opcode: str
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a stretch of machine code holds, a thread; a loop's is one iteration."""
+
+    instructions: tuple[Instruction, ...]
+    amd: bool = False
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    @cached_property
+    def opcodes(self) -> Counter:
+        """How often each opcode stands in it, modifiers dropped."""
+        return Counter(_stem(i.opcode, self.amd) for i in self.instructions)
+
+    def _count(self, names: Iterable[str]) -> int:
+        return sum(self.opcodes[name] for name in names)
+
+    @property
+    def load_widths(self) -> list[int]:
+        """Bytes a thread of each load from global memory."""
+        widths = (_load_bytes(i.opcode, self.amd) for i in self.instructions)
+        return [width for width in widths if width]
+
+    @property
+    def load_bytes(self) -> int:
+        """Bytes a thread loads from global memory."""
+        return sum(self.load_widths)
+
+    @property
+    def barriers(self) -> int:
+        """Instructions at which warps wait for each other."""
+        return self._count(("s_barrier",)) if self.amd else self._count(("BAR", "WARPSYNC"))
+
+    @property
+    def shuffles(self) -> int:
+        """Instructions that move data between lanes of a warp."""
+        if self.amd:
+            return sum(n for name, n in self.opcodes.items() if _AMD_SHUFFLE.search(name))
+        return self._count(("SHFL", "REDUX", "CREDUX", "VOTE"))
+
+    @property
+    def shared_accesses(self) -> int:
+        """Loads from and stores to shared memory."""
+        if self.amd:
+            return sum(n for name, n in self.opcodes.items() if re.match(r"ds_(read|write)", name))
+        return self._count(("LDS", "STS", "LDSM", "STSM"))
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to a thread's own stack."""
+        if self.amd:
+            return sum(n for name, n in self.opcodes.items() if name.startswith("scratch_"))
+        return self._count(("LDL", "STL"))
+
+    @property
+    def special(self) -> int:
+        """Operations of the special-function unit: exponentials, logarithms, reciprocals."""
+        if self.amd:
+            return sum(n for name, n in self.opcodes.items() if _AMD_SPECIAL.match(name))
+        return self._count(_SPECIAL)
+
+    @property
+    def occupied(self) -> dict[str, int]:
+        """How many operations each limited unit does for a thread, by the unit's name.
+
+        `issue` is what the scheduler hands out: on NVIDIA every instruction; on AMD, where scalar
+        ones and loads issue beside the vector ones of other wavefronts, the vector instructions,
+        transcendentals four times. Packed NVIDIA instructions do two operations of the FMA unit.
+        """
+        if self.amd:
+            vector = sum(n for name, n in self.opcodes.items() if name.startswith("v_"))
+            return {"issue": vector + 3 * self.special, "special": self.special}
+        return {
+            "issue": len(self),
+            "fma": self._count(_FMA) + 2 * self._count(_PACKED_FMA),
+            "alu": self._count(_ALU),
+            "special": self.special,
+        }
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled kernel: what it needs of a processor, its innermost loops, and the rest."""
+
+    registers: int
+    # Bytes of a thread's stack; nonzero for a kernel without arrays means that registers spill.
+    stack: int
+    # Bytes of shared memory a block, the hardware's own kilobyte not counted.
+    shared: int
+    threads: int
+    loops: tuple[Block, ...]
+    outside: Block
+
+    @property
+    def body(self) -> Block | None:
+        """The loop that loads the most from global memory an iteration; None if none loads."""
+        loads = [loop for loop in self.loops if loop.load_bytes]
+        return max(loads, key=lambda loop: loop.load_bytes, default=None)
+
+
+def _stem(opcode: str, amd: bool) -> str:
+    if not amd:
+        return opcode.split(".", maxsplit=1)[0]
+    return re.sub(r"_e(32|64)$", "", opcode)
+
+
+def _load_bytes(opcode: str, amd: bool) -> int:
+    """Return how many bytes a thread loads from global memory, 0 for any other instruction."""
+    return _amd_load_bytes(opcode) if amd else _nvidia_load_bytes(opcode)
+
+
+def _nvidia_load_bytes(opcode: str) -> int:
+    name, *modifiers = opcode.split(".")
+    if name not in {"LDG", "LD", "LDGSTS"}:
+        return 0
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((widths[modifier] for modifier in modifiers if modifier in widths), 4)
+
+
+def _amd_load_bytes(opcode: str) -> int:
+    match = re.match(r"(?:buffer|global|flat)_load_(\w+)", opcode)
+    if not match:
+        return 0
+    if dwords := re.match(r"dword(?:x(\d))?$", match[1]):
+        return 4 * int(dwords[1] or 1)
+    return 1 if "byte" in match[1] else 2
+
+
+def _split(
+    instructions: Sequence[Instruction], labels: dict[str, int], amd: bool
+) -> tuple[tuple[Block, ...], Block]:
+    """Return the innermost loops (stretches that a backward jump closes), and the rest."""
+    spans = {
+        (labels[instruction.target], at)
+        for at, instruction in enumerate(instructions)
+        if instruction.target in labels and labels[instruction.target] <= at
+    }
+    # Two backward jumps to one label are one loop with a `continue` in it.
+    ends = {}
+    for begin, end in spans:
+        ends[begin] = max(end, ends.get(begin, end))
+    inner = [
+        (begin, end)
+        for begin, end in sorted(ends.items())
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in ends.items())
+    ]
+    # A jump to itself is the padding after a program's end.
+    inner = [(begin, end) for begin, end in inner if end > begin]
+    taken = {at for begin, end in inner for at in range(begin, end + 1)}
+    outside = tuple(i for at, i in enumerate(instructions) if at not in taken)
+    loops = tuple(Block(tuple(instructions[b : e + 1]), amd) for b, e in inner)
+    return loops, Block(outside, amd)
+
+
+def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
+    """Return the innermost loops and the rest of what `nvdisasm -c` prints, padding left out."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for raw in text.splitlines():
+        line = raw.strip()
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif code := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
+            # In Triton's kernels a call is a jump too far for a branch; only branches close loops.
+            jump = re.search(r"`\((\.L_x_\d+)\)", code[2]) if code[1].startswith("BRA") else None
+            if code[1] != "NOP":
+                instructions.append(Instruction(code[1], jump and jump[1]))
+    return _split(instructions, labels, amd=False)
+
+
+def parse_amdgcn(text: str) -> tuple[tuple[Block, ...], Block]:
+    """Return the innermost loops and the rest of an AMDGCN assembly text."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.LBB\d+_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif code := re.match(r"\s+((?:[sv]|ds|buffer|global|flat|scratch)_\w+)(.*)", line):
+            jump = re.search(r"(\.LBB\d+_\d+)", code[2]) if "branch" in code[1] else None
+            instructions.append(Instruction(code[1], jump and jump[1]))
+    return _split(instructions, labels, amd=True)
+
+
+def disassemble(cubin: bytes) -> str:
+    """Return the SASS of a cubin, by the nvdisasm that comes with Triton."""
+    return _tool("nvdisasm", ["-c"], cubin)
+
+
+def _tool(name: str, arguments: list[str], cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(NVIDIA_TOOLS / name), *arguments, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def inspect(compiled) -> Program:
+    """Read a kernel that Triton compiled for NVIDIA or AMD.
+
+    Parameters
+    ----------
+    compiled : triton.compiler.CompiledKernel
+
+    Raises
+    ------
+    ValueError
+        It holds neither a cubin nor AMDGCN assembly.
+    """
+    threads = compiled.metadata.num_warps * compiled.metadata.target.warp_size
+    shared = compiled.metadata.shared
+    if "cubin" in compiled.asm:
+        cubin = compiled.asm["cubin"]
+        usage = _tool("cuobjdump", ["-res-usage"], cubin)
+        resources = {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        loops, outside = parse_sass(disassemble(cubin))
+        stack = resources["STACK"] + resources["LOCAL"]
+        return Program(resources["REG"], stack, shared, threads, loops, outside)
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        notes = {k: int(n) for k, n in re.findall(r"\.(\w+_count|\w+_size): +(\d+)", text)}
+        loops, outside = parse_amdgcn(text)
+        stack = notes["private_segment_fixed_size"]
+        return Program(notes["vgpr_count"], stack, shared, threads, loops, outside)
+    raise ValueError(f"neither a cubin nor amdgcn in what was compiled: {sorted(compiled.asm)}")

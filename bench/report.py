@@ -1,0 +1,74 @@
+"""Bring the README's tables up to date with bench/results: `python -m bench.report`.
+
+What stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` is replaced by what
+`bench.NAME.markdown` makes of bench/results/NAME.json. With --check nothing is written; the exit
+status is 1 if the README is stale.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+README = _ROOT / "README.md"
+RESULTS = _ROOT / "bench" / "results"
+_REGION = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- /?bench:(\w+) -->")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; rows of cells, a heading first, all but the first column right."""
+    heading, *body = rows
+    rule = [":--", *("--:" for _ in heading[1:])]
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in (heading, rule, *body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """Return the Markdown of one JSON of results."""
+    document = json.loads((results / f"{name}.json").read_text())
+    text: str = importlib.import_module(f"bench.{name}").markdown(document)
+    return text
+
+
+def update(text: str, results: Path = RESULTS) -> str:
+    """Return the text with all its regions made anew.
+
+    Raises
+    ------
+    ValueError
+        A marker has no partner.
+    """
+    names = [match[2] for match in _REGION.finditer(text)]
+    markers = [match[1] for match in _MARKER.finditer(text)]
+    if markers != [name for name in names for _ in range(2)]:
+        raise ValueError(f"markers without a partner: found {markers}, regions {names}")
+    return _REGION.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n\n{m[4]}", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    text = options.readme.read_text(encoding="utf-8")
+    fresh = update(text, options.results)
+    if fresh == text:
+        print(f"{options.readme} is up to date")
+        return 0
+    if options.check:
+        print(f"{options.readme} is stale: run python -m bench.report", file=sys.stderr)
+        return 1
+    options.readme.write_text(fresh, encoding="utf-8")
+    print(f"{options.readme} rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,503 @@
+"""Predict the kernels' speed from their machine code: `python -m bench.roofline`.
+
+Nothing is timed, and no GPU is needed. The kernels are compiled with the launcher's own tiles; the
+instructions of the inner loop are counted in the machine code; a card's published rates say how
+long each of its units would be busy for a pair. The longest is the prediction: it assumes that
+memory delivers its peak, and that enough warps are resident to keep the busiest unit busy.
+
+Another kernel is read by
+
+    python -m bench.roofline --kernel FILE.py:FUNCTION --signature x_ptr=*fp32,n=i32 \
+        --constexpr BLOCK=1024 --bytes-per-pair 8
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from bench.build import (
+    ITEMSIZE,
+    Kernel,
+    build_finish,
+    build_partial,
+    compile_kernel,
+    gpu_target,
+    launch,
+    options_for,
+)
+from bench.cards import CARDS, PROCESSORS, Card, occupancy
+from bench.machine_code import Block, Program, inspect
+
+FORMAT = 1
+DEVICE = "none: predicted from machine code"
+NOTICE = "Predicted from machine code and datasheets; nothing here was timed on a card."
+DTYPES = ("fp32", "bf16")
+VOCABULARIES = (50257, 151936)
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How long each limit of a card would take for one pair, in picoseconds."""
+
+    card: str
+    limits: dict[str, float]
+
+    @property
+    def time(self) -> float:
+        """Picoseconds a pair, by the limit that binds."""
+        return max(self.limits.values())
+
+    @property
+    def binds(self) -> str:
+        """The limit that takes longest."""
+        return max(self.limits, key=self.limits.__getitem__)
+
+    @property
+    def fraction_of_peak(self) -> float:
+        """Share of the card's peak bandwidth that is reached."""
+        return self.limits["memory"] / self.time
+
+    def share(self, unit: str) -> float:
+        """A unit's time as a share of the memory's."""
+        return self.limits[unit] / self.limits["memory"]
+
+    def as_dict(self) -> dict:
+        """What goes into the JSON."""
+        return {
+            "card": self.card,
+            "picoseconds_a_pair": {name: round(value, 4) for name, value in self.limits.items()},
+            "binds": self.binds,
+            "fraction_of_peak_bandwidth": round(self.fraction_of_peak, 4),
+            "share_of_memory_time": {name: round(self.share(name), 4) for name in self.limits},
+        }
+
+
+def predict(card: Card, bytes_a_pair: float, operations: dict[str, float]) -> Prediction:
+    """Predict the time of a pair on a card, from its bytes and each unit's operations a thread."""
+    limits = {"memory": bytes_a_pair / card.bandwidth * 1e12}
+    for unit, count in operations.items():
+        limits[unit] = count / card.per_second(unit) * 1e12
+    return Prediction(card.name, limits)
+
+
+def body_of(kernel: Kernel) -> Block:
+    """Return the body loop of partial_kernel.
+
+    Raises
+    ------
+    RuntimeError
+        No loop loads from global memory.
+    """
+    if kernel.program.body is None:
+        raise RuntimeError(f"no loop with loads in {kernel.target} {kernel.dtype} G={kernel.group}")
+    return kernel.program.body
+
+
+def loop_bytes(kernel: Kernel) -> float:
+    """Return the bytes a pair that the body loop loads, as read in the machine code."""
+    return body_of(kernel).load_bytes / kernel.body_pairs
+
+
+def predict_loop(kernel: Kernel, card: Card) -> Prediction:
+    """Predict a pair in the body loop alone."""
+    operations = {u: n / kernel.body_pairs for u, n in body_of(kernel).occupied.items()}
+    return predict(card, loop_bytes(kernel), operations)
+
+
+def row_shape(kernel: Kernel, n_cols: int, shift: int) -> list[tuple[int, int]]:
+    """Return (tiles, tokens outside tiles) of each slice of a row that starts `shift` tokens late.
+
+    The arithmetic of partial_kernel and sweep.
+    """
+    tile = kernel.tile
+    n_slices, size = launch.slices(n_cols, launch.TILES[ITEMSIZE[kernel.dtype], 1])
+    shape = []
+    for part in range(n_slices):
+        begin, end = max(part * size, shift), min((part + 1) * size, shift + n_cols)
+        body = min(-(-begin // tile.vec) * tile.vec, end)
+        tiles = max(end - body, 0) // (tile.lanes * tile.vec)
+        shape.append((tiles, max(end - begin, 0) - tiles * tile.lanes * tile.vec))
+    return shape
+
+
+def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, float]:
+    """Return what each unit does a pair for whole rows, and the share of tokens outside tiles.
+
+    Everything a thread of both kernels executes, prologue and merging too, averaged over the
+    alignments that rows of n_cols contiguous tokens have. finish_kernel counts in full outside its
+    loops, though a settled row skips some of it: the result is rather too high than too low.
+    A second look at rows of small divergence is not in it.
+    """
+    tile, program = kernel.tile, kernel.program
+    body = body_of(kernel)
+    wide = [
+        b for b in program.loops if b.load_bytes and min(b.load_widths) == min(body.load_widths)
+    ]
+    # Where the body is unrolled, the tiles left are taken one by one in a loop of its own.
+    single = min(wide, key=lambda b: b.load_bytes)
+    narrow = [b for b in program.loops if b.load_bytes and b not in wide]
+    rest = max(narrow, key=lambda b: b.load_bytes, default=single)
+
+    period = tile.vec if n_cols % tile.vec else 1
+    shifts = [row * n_cols % tile.vec for row in range(period)]
+    units = body.occupied
+    totals = dict.fromkeys(units, 0.0)
+    outside_tiles = 0
+    for shift in shifts:
+        for tiles, tokens in row_shape(kernel, n_cols, shift):
+            outside_tiles += tokens
+            whole, left = divmod(tiles, tile.unroll)
+            if single is body:
+                # Nothing is left, or it stands outside loops and is counted there.
+                left = 0
+            times = (
+                (program.outside, 1),
+                (body, whole),
+                (single, left),
+                (rest, -(-tokens // tile.lanes)),
+            )
+            for block, count in times:
+                for unit in units:
+                    totals[unit] += block.occupied[unit] * count * program.threads
+    pairs = len(shifts) * n_cols * kernel.group
+    result = {unit: total / pairs for unit, total in totals.items()}
+    for unit in units:
+        result[unit] += finish.outside.occupied[unit] * finish.threads / n_cols
+    result["share_outside_tiles"] = outside_tiles / (len(shifts) * n_cols)
+    return result
+
+
+def predict_rows(kernel: Kernel, finish: Program, n_cols: int, card: Card) -> Prediction:
+    """Predict a pair of whole rows: head, tail, merging and the second kernel included."""
+    operations = row_operations(kernel, finish, n_cols)
+    del operations["share_outside_tiles"]
+    n_slices, _ = launch.slices(n_cols, launch.TILES[ITEMSIZE[kernel.dtype], 1])
+    logits = ITEMSIZE[kernel.dtype] * (1 + 1 / kernel.group)
+    states = (2 * 4 * launch.N_FIELDS * n_slices + 4) / n_cols
+    return predict(card, logits + states, operations)
+
+
+def describe_block(block: Block, pairs: float) -> dict:
+    """Return a block's counts, an iteration and a pair."""
+    return {
+        "instructions": len(block),
+        "instructions_a_pair": round(len(block) / pairs, 3),
+        "special_a_pair": round(block.special / pairs, 3),
+        "operations_a_pair": {u: round(n / pairs, 3) for u, n in block.occupied.items()},
+        "load_widths_bytes": block.load_widths,
+        "bytes_a_pair": round(block.load_bytes / pairs, 3),
+        "barriers": block.barriers,
+        "shuffles": block.shuffles,
+        "shared_accesses": block.shared_accesses,
+        "spills": block.spills,
+    }
+
+
+def describe_program(program: Program, target: str) -> dict:
+    """Return what a program needs of a processor."""
+    return {
+        "registers": program.registers,
+        "stack_bytes": program.stack,
+        "shared_bytes": program.shared,
+        "threads": program.threads,
+        "occupancy": round(
+            occupancy(target, program.registers, program.shared, program.threads), 4
+        ),
+        "instructions_outside_loops": len(program.outside),
+        "spills_outside_loops": program.outside.spills,
+    }
+
+
+def survey(
+    targets: Sequence[str], dtypes: Sequence[str] = DTYPES, compiler: Callable = compile_kernel
+) -> list[dict]:
+    """Compile the kernels for targets and predict them on every card that has one of these."""
+    programs = []
+    for target in targets:
+        for dtype in dtypes:
+            finish = build_finish(target, dtype, compiler=compiler)
+            for group in sorted(launch.GROUPS):
+                kernel = build_partial(target, dtype, group, compiler=compiler)
+                programs.append(describe_kernel(kernel, finish))
+    return programs
+
+
+def describe_kernel(kernel: Kernel, finish: Program) -> dict:
+    """Return everything known of a compiled partial_kernel."""
+    cards = [card for card in CARDS if card.target == kernel.target]
+    rows = {}
+    for n_cols in VOCABULARIES:
+        operations = row_operations(kernel, finish, n_cols)
+        share = operations.pop("share_outside_tiles")
+        rows[str(n_cols)] = {
+            "share_of_tokens_outside_tiles": round(share, 4),
+            "operations_a_pair": {unit: round(n, 3) for unit, n in operations.items()},
+            "predictions": [predict_rows(kernel, finish, n_cols, c).as_dict() for c in cards],
+        }
+    return {
+        "target": kernel.target,
+        "dtype": kernel.dtype,
+        "group": kernel.group,
+        "tile": kernel.tile._asdict(),
+        "maxnreg": None if kernel.target.startswith("gfx") else kernel.maxnreg,
+        **describe_program(kernel.program, kernel.target),
+        "loop": describe_block(body_of(kernel), kernel.body_pairs),
+        "expected_bytes_a_pair": ITEMSIZE[kernel.dtype] * (1 + 1 / kernel.group),
+        "loop_predictions": [predict_loop(kernel, card).as_dict() for card in cards],
+        "whole_rows": rows,
+    }
+
+
+def report(programs: list[dict], command: str) -> dict:
+    """Return the JSON document."""
+    return {
+        "format": FORMAT,
+        "device": DEVICE,
+        "notice": NOTICE,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "cards": [{**asdict(c), "rates": PROCESSORS[c.target].rates} for c in CARDS],
+        "programs": programs,
+    }
+
+
+def code_table(programs: list[dict]) -> list[list[str]]:
+    """Return the machine code's rows, a heading first."""
+    rows = [["target", "dtype", "G", "regs", "stack", "occ", "inst/pair", "special/pair"]]
+    rows[0] += ["B/pair", "load B", "barriers", "shuffles", "spills"]
+    for p in programs:
+        loop = p["loop"]
+        rows.append(
+            [p["target"], p["dtype"], str(p["group"]), str(p["registers"]), str(p["stack_bytes"])]
+            + [f"{p['occupancy']:.0%}", f"{loop['instructions_a_pair']:.1f}"]
+            + [f"{loop['special_a_pair']:.2f}", f"{loop['bytes_a_pair']:g}"]
+            + ["/".join(str(w) for w in sorted(set(loop["load_widths_bytes"])))]
+            + [str(loop[name]) for name in ("barriers", "shuffles", "spills")]
+        )
+    return rows
+
+
+def prediction_table(programs: list[dict]) -> list[list[str]]:
+    """Return the predictions' rows, a heading first: the loop, then whole rows."""
+    heading = ["card", "dtype", "G", "ps/pair", "binds", "of peak"]
+    heading += ["issue/mem", "fma/mem", "alu/mem", "special/mem"]
+    rows = [heading + [f"of peak, V={n} (binds)" for n in VOCABULARIES]]
+    for card in CARDS:
+        for p in programs:
+            for at, loop in enumerate(p["loop_predictions"]):
+                if loop["card"] != card.name:
+                    continue
+                shares = loop["share_of_memory_time"]
+                whole = [p["whole_rows"][str(n)]["predictions"][at] for n in VOCABULARIES]
+                rows.append(
+                    [card.name, p["dtype"], str(p["group"])]
+                    + [f"{max(loop['picoseconds_a_pair'].values()):.2f}", loop["binds"]]
+                    + [f"{loop['fraction_of_peak_bandwidth']:.0%}"]
+                    + [
+                        f"{shares[unit]:.2f}" if unit in shares else "-"
+                        for unit in ("issue", "fma", "alu", "special")
+                    ]
+                    + [f"{w['fraction_of_peak_bandwidth']:.0%} ({w['binds']})" for w in whole]
+                )
+    return rows
+
+
+def show(rows: list[list[str]]) -> str:
+    """Return rows as aligned text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def plot(document: dict, path: Path) -> None:
+    """Draw a roofline a card: bytes a second over bytes an issued operation, a point a kernel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    cards = [c for c in document["cards"] if _points(document["programs"], c["name"])]
+    columns = min(4, len(cards))
+    lines = -(-len(cards) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.3 * lines + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    markers = {("fp32", 1): "o", ("fp32", 2): "s", ("fp32", 4): "^"}
+    markers |= {("bf16", group): shape for (_, group), shape in list(markers.items())}
+    for ax, card in zip(axes, cards, strict=False):
+        issue = card["rates"]["issue"] * card["multiprocessors"] * card["clock"]
+        grid = [0.02 * 1.05**n for n in range(80)]
+        roof = [min(card["bandwidth"], issue * x) / 1e12 for x in grid]
+        ax.plot(grid, roof, color="0.4", linewidth=1.2)
+        for p, prediction in _points(document["programs"], card["name"]):
+            loop = p["loop"]
+            x = loop["bytes_a_pair"] / loop["operations_a_pair"]["issue"]
+            y = prediction["fraction_of_peak_bandwidth"] * card["bandwidth"] / 1e12
+            color = "tab:blue" if p["dtype"] == "fp32" else "tab:orange"
+            marker = markers.get((p["dtype"], p["group"]), "x")
+            label = f"{p['dtype']}, group of {p['group']}"
+            ax.plot(x, y, marker, color=color, markersize=6, fillstyle="none", label=label)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_title(card["name"], fontsize=10)
+        ax.set_xlabel("bytes an issue slot")
+        ax.set_ylabel("TB/s")
+    for ax in axes[len(cards) :]:
+        ax.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.suptitle(document["notice"], fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _points(programs: list[dict], card: str) -> list[tuple[dict, dict]]:
+    """Return the programs predicted on a card, with the loop's prediction."""
+    return [(p, q) for p in programs for q in p["loop_predictions"] if q["card"] == card]
+
+
+def load_function(where: str):
+    """Return the function that FILE.py:FUNCTION names.
+
+    Raises
+    ------
+    ValueError
+        There is no such file, or no such function in it.
+    """
+    file, _, name = where.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"expected FILE.py:FUNCTION with a file that exists, got {where!r}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    # Triton finds a function's globals by its module's name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ValueError(f"no function {name!r} in {file}")
+    return getattr(module, name)
+
+
+def survey_other(
+    fn,
+    signature: dict[str, str],
+    constexprs: dict,
+    *,
+    targets: Sequence[str],
+    bytes_a_pair: float,
+    warps: int = 4,
+    maxnreg: int | None = None,
+    compiler: Callable = compile_kernel,
+) -> list[dict]:
+    """Read any kernel, and predict the loop that loads the most for so many bytes a pair.
+
+    Raises
+    ------
+    ValueError
+        No loop of it loads from global memory.
+    """
+    programs = []
+    for target in targets:
+        compiled = compiler(
+            fn,
+            signature,
+            constexprs,
+            target=gpu_target(target),
+            **options_for(target, warps, maxnreg),
+        )
+        program = inspect(compiled)
+        body = program.body
+        if body is None:
+            raise ValueError(f"no loop of the kernel loads from global memory on {target}")
+        pairs = body.load_bytes / bytes_a_pair
+        operations = {unit: n / pairs for unit, n in body.occupied.items()}
+        cards = [card for card in CARDS if card.target == target]
+        predictions = [predict(card, bytes_a_pair, operations).as_dict() for card in cards]
+        programs.append(
+            {
+                "target": target,
+                **describe_program(program, target),
+                "loop": describe_block(body, pairs),
+                "loop_predictions": predictions,
+            }
+        )
+    return programs
+
+
+def _pairs_of(text: str) -> dict[str, str]:
+    """Parse NAME=VALUE,NAME=VALUE."""
+    items = [item.partition("=") for item in text.split(",") if item]
+    if wrong := [name for name, equals, _ in items if not equals]:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {wrong[0]!r}")
+    return {name.strip(): value.strip() for name, _, value in items}
+
+
+def _literal(text: str):
+    return {"True": True, "False": False}.get(text) if text in {"True", "False"} else int(text)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=NOTICE)
+    parser.add_argument("--targets", nargs="+", default=list(PROCESSORS), choices=list(PROCESSORS))
+    parser.add_argument("--output", type=Path, help="folder for roofline.json and roofline.png")
+    other = parser.add_argument_group("another kernel")
+    other.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="a @triton.jit function")
+    other.add_argument("--signature", type=_pairs_of, default={}, metavar="x_ptr=*fp32,n=i32")
+    other.add_argument("--constexpr", type=_pairs_of, default={}, metavar="BLOCK=1024")
+    other.add_argument("--bytes-per-pair", type=float, default=8.0)
+    other.add_argument("--num-warps", type=int, default=4)
+    other.add_argument("--maxnreg", type=int)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, read, predict, print and write; return the exit code."""
+    args = _arguments(argv)
+    command = shlex.join(
+        ["python", "-m", "bench.roofline", *(sys.argv[1:] if argv is None else argv)]
+    )
+    print(NOTICE)
+    if args.kernel:
+        programs = survey_other(
+            load_function(args.kernel),
+            args.signature,
+            {name: _literal(value) for name, value in args.constexpr.items()},
+            targets=args.targets,
+            bytes_a_pair=args.bytes_per_pair,
+            warps=args.num_warps,
+            maxnreg=args.maxnreg,
+        )
+        text = json.dumps(report(programs, command), indent=1)
+        if args.output is None:
+            print(json.dumps(programs, indent=1))
+        else:
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "roofline.json").write_text(text + "\n")
+        return 0
+    document = report(survey(args.targets), command)
+    print("\nThe body loop of partial_kernel, as compiled")
+    print(show(code_table(document["programs"])))
+    print("\nPredictions; X/mem is a unit's time over memory's, in the loop")
+    print(show(prediction_table(document["programs"])))
+    output = args.output or RESULTS
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "roofline.json").write_text(json.dumps(document, indent=1) + "\n")
+    plot(document, output / "roofline.png")
+    print(f"\nwritten: {output / 'roofline.json'}, {output / 'roofline.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""On a card: values, edge cases, bits, graphs, synchronization, memory, addresses beyond 2^31.
+
+Without a card the same kernels are checked by the interpreter and by executing their PTX.
+"""
+
+import itertools
+
+import pytest
+import torch
+from conftest import assert_matches, oracle
+from test_edge_cases import TABLE
+
+import fastkl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA or ROCm card"),
+]
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Identical rows; rounding; what a small circuit and a bad one make.
+NOISES = (0.0, 1e-3, 0.1, 5.0)
+
+
+def make(n_circuits, n_rows, n_cols, dtype=torch.float32):
+    """Logits on the card, the circuits' noise cycling through NOISES."""
+    generator = torch.Generator(DEVICE).manual_seed(20261123)
+
+    def randn():
+        return torch.randn(n_rows, n_cols, generator=generator, device=DEVICE)
+
+    reference = (3 * randn()).to(dtype)
+    levels = itertools.islice(itertools.cycle(NOISES), n_circuits)
+    return [(reference + level * randn()).to(dtype) for level in levels], reference
+
+
+def measure(circuits, reference):
+    return fastkl.kl_div_many(circuits, reference, reduction="none", backend="triton")
+
+
+def assert_right(circuits, reference):
+    divergence = measure(circuits, reference)
+    assert_matches(divergence, torch.stack([oracle(c, reference) for c in circuits]).cpu())
+    return divergence
+
+
+@pytest.mark.parametrize("n_circuits", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("n_cols", [1, 31, 1000, 50257, 128256, 151936])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity(dtype, n_cols, n_circuits):
+    """All group sizes and remainders; odd vocabularies start rows at every alignment."""
+    circuits, reference = make(n_circuits, 17, n_cols, dtype)
+    divergence = assert_right(circuits, reference)
+    assert (divergence[0] == 0).all()
+
+
+@pytest.mark.parametrize("n_rows", [1, 16, 2560])
+def test_rows(n_rows):
+    assert_right(*make(4, n_rows, 50257, torch.bfloat16))
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alignments(dtype, offset):
+    """Storage that starts anywhere; circuits that lie otherwise than the reference and others."""
+    circuits, reference = make(3, 5, 3001, dtype)
+
+    def moved(rows, by):
+        storage = torch.zeros(rows.numel() + by, dtype=dtype, device=DEVICE)
+        view = storage[by:].view(rows.shape)
+        return view.copy_(rows)
+
+    assert_right([moved(c, offset) for c in circuits], moved(reference, offset))
+    assert_right([moved(c, offset + k) for k, c in enumerate(circuits)], reference)
+    assert_right([moved(c, offset) for c in circuits], reference)
+
+
+def test_strided_rows():
+    """auto_circuit's last position of a prompt, and a padded vocabulary: views, not copies."""
+    circuits, reference = make(5, 24, 5001)
+    last = [t.view(8, 3, 5001)[:, -1] for t in (*circuits, reference)]
+    assert_right(last[:-1], last[-1])
+    cut = [t[:, :4001] for t in (*circuits, reference)]
+    assert_right(cut[:-1], cut[-1])
+
+
+@pytest.mark.parametrize("n_circuits", [1, 4])
+@pytest.mark.parametrize("place", [0, 300, 1099])
+@pytest.mark.parametrize("case", TABLE)
+def test_edge_cases(case, place, n_circuits):
+    p_v, q_v, expected = TABLE[case]
+    circuits, reference = make(n_circuits, 3, 1100)
+    reference[1, place] = p_v
+    for circuit in circuits:
+        circuit[1, place] = q_v
+    wanted = torch.stack([oracle(c, reference) for c in circuits]).cpu()
+    if expected is not None:
+        wanted[:, 1] = expected
+    assert_matches(measure(circuits, reference), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_batch(dtype):
+    """A row alone, in a batch, on another day: the same bits; a circuit in the same group too."""
+    circuits, reference = make(4, 64, 50257, dtype)
+    together = measure(circuits, reference)
+    assert torch.equal(together, measure(circuits, reference))
+    for row in (0, 1, 33, 63):
+        # As contiguous rows these start elsewhere, but they are not moved by less than a row.
+        rows = slice(row, row + 1)
+        alone = measure([c[rows] for c in circuits], reference[rows])
+        assert torch.equal(alone, together[:, rows])
+
+
+def test_graph():
+    """Captured once, replayed on other logits in the same place."""
+    circuits, reference = make(5, 16, 50257)
+    later = [torch.randn_like(t) for t in (*circuits, reference)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        measure(circuits, reference)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = measure(circuits, reference)
+    for tensor, new in zip((*circuits, reference), later, strict=True):
+        tensor.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, measure(circuits, reference))
+    assert_matches(captured, torch.stack([oracle(c, reference) for c in circuits]).cpu())
+
+
+def test_no_synchronization():
+    """The host never waits for the card: neither for the table of addresses nor for a result."""
+    circuits, reference = make(11, 16, 50257, torch.bfloat16)
+    strided = [t.view(8, 2, 50257)[:, -1] for t in (*circuits, reference)]
+    measure(circuits, reference)
+    measure(strided[:-1], strided[-1])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # What the mode is for: this test would not see a thing if it were not enforced.
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            reference[0, 0].item()
+        measure(circuits, reference)
+        measure(strided[:-1], strided[-1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("n_circuits", [1, 40])
+def test_peak_memory(n_circuits):
+    """Beside the logits: the states of a few slices a row, and the result. No copy of anything."""
+    circuits, reference = make(n_circuits, 64, 50257)
+    measure(circuits, reference)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    measure(circuits, reference)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    logits = sum(t.numel() * t.itemsize for t in (*circuits, reference))
+    assert 0 < peak < 0.002 * logits
+
+
+def needs(n_bytes):
+    if torch.cuda.mem_get_info()[0] < n_bytes:
+        pytest.skip(f"needs {n_bytes / 1e9:.0f} GB of free memory on the card")
+
+
+def test_more_than_2_31_elements():
+    """Rows at the end of tensors of more than 2^31 elements are read where they are."""
+    n_rows, n_cols = 43008, 50257
+    needs(5 * n_rows * n_cols)
+    assert n_rows * n_cols > 2**31
+    (circuit,), reference = make(1, 64, n_cols, torch.bfloat16)
+    circuit = circuit + torch.randn_like(circuit)
+    expected = measure([circuit], reference)
+    repeats = n_rows // 64
+    divergence = measure([circuit.repeat(repeats, 1)], reference.repeat(repeats, 1))
+    assert torch.equal(divergence, expected.repeat(1, repeats))
+
+
+def test_row_stride_of_2_31_elements():
+    n_cols = 50257
+    needs(2 * 2 * (2**31 + n_cols))
+    (circuit,), reference = make(1, 2, n_cols, torch.bfloat16)
+    circuit = circuit + torch.randn_like(circuit)
+    far = []
+    for rows in (circuit, reference):
+        storage = torch.zeros(2**31 + n_cols, dtype=rows.dtype, device=DEVICE)
+        far.append(storage.as_strided((2, n_cols), (2**31, 1)).copy_(rows))
+    assert_right([far[0]], far[1])
