@@ -21,7 +21,7 @@ from bench import facts, memory
 from bench.cases import SEED, Case, Inputs
 from bench.cpu_report import markdown, plot
 from bench.peers import OURS, Measure, Peer, all_peers
-from bench.timing import Reader, interleave, ratio, summarize
+from bench.timing import Reader, interleave, keep_freed_memory, ratio, summarize
 
 MAIN = Case()
 # One thing changes at a time.
@@ -122,6 +122,7 @@ def run(
         "commit": facts.commit(),
         "seed": seed,
         "machine": facts.machine(),
+        "freed_memory_is_kept": keep_freed_memory(),
         "versions": facts.versions(),
         "baseline": peers[0].name,
         "peers": {peer.name: peer.what for peer in peers},

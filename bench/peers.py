@@ -218,7 +218,7 @@ def _scipy_missing(case: Case) -> str | None:
     if case.dtype == "bfloat16":
         return "NumPy has no bfloat16"
     if case.n_pairs > Case().n_pairs:
-        return "not run beyond the main case's size: too slow"
+        return "not run: slow"
     return _needs("scipy")(case)
 
 

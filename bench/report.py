@@ -29,8 +29,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(name: str, results: Path = RESULTS) -> str:
-    """Return the Markdown of one JSON of results."""
-    document = json.loads((results / f"{name}.json").read_text())
+    """Return the Markdown of one JSON of results, or that there is none."""
+    path = results / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet."
+    document = json.loads(path.read_text())
     text: str = importlib.import_module(f"bench.{name}").markdown(document)
     return text
 
