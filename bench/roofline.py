@@ -37,6 +37,7 @@ from bench.build import (
 )
 from bench.cards import CARDS, PROCESSORS, Card, occupancy
 from bench.machine_code import Block, Program, inspect
+from bench.report import table as report_table
 
 FORMAT = 1
 DEVICE = "none: predicted from machine code"
@@ -323,6 +324,12 @@ def show(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(document: dict) -> str:
+    """Return the predictions as a table for the README: GPT-2's vocabulary, one circuit and four."""
+    chosen = [p for p in document["programs"] if p["group"] != 2 and p["dtype"] != "fp16"]
+    return f"{report_table(prediction_table(chosen))}\n\n{document['notice']}"
 
 
 def plot(document: dict, path: Path) -> None:

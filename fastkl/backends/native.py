@@ -77,30 +77,25 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
 
-    The slices' log-sum-exps stand in the maxima's place, with sums of 1: they serve as well.
+    The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
+    m_q is not the circuit's maximum, but a number near it.
     """
-    lse = torch.empty((len(circuits), reference.shape[0], 3), dtype=torch.float64)
-    _measure(circuits, reference, states=lse)
-    lse_p, lse_q, divergence = lse.unbind(-1)
-    pivot = lse_p - lse_q
-    no_p = lse_p == -torch.inf
+    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64)
+    _measure(circuits, reference, states=states)
+    m_p, z_p, m_q, z_q, divergence = states.unbind(-1)
+    pivot = (m_p - m_q) + torch.log(z_p / z_q)
     return RowState(
-        m_p=lse_p,
-        z_p=_mass(lse_p),
-        m_q=lse_q,
-        z_q=_mass(lse_q),
-        s=divergence,
-        h=divergence,
-        # At the slice's own pivot the far tokens' circuit mass is part of h already, but for a slice
-        # without reference mass, where all tokens are far.
-        g=torch.where(no_p, _mass(lse_q), 0.0),
+        m_p=m_p,
+        z_p=z_p,
+        m_q=m_q,
+        z_q=z_q,
+        s=z_p * divergence,
+        h=z_p * divergence,
+        # The far tokens' circuit mass is part of h already, but for a slice without reference mass,
+        # where all tokens are far.
+        g=torch.where(z_p == 0, z_q, 0.0),
         c=torch.where(pivot.isfinite(), pivot, 0.0),
     )
-
-
-def _mass(lse: Tensor) -> Tensor:
-    """Return a slice's sum in units of e^lse: 1, or 0 without mass; NaN stays."""
-    return torch.where(lse == -torch.inf, 0.0, torch.ones_like(lse) + 0.0 * lse)
 
 
 def _measure(

@@ -31,11 +31,19 @@ struct Problem {
     int64_t n_cols;
 };
 
-// A piece of the vocabulary, summed up: the log-sum-exps of both rows over it, and the divergence of
-// the two distributions given that the token lies in it. -inf: no mass; NaN: the row has no answer.
+// A row's mass over a piece of the vocabulary: Σ e^logit = sum · e^max. `max` is some number near the
+// largest logit, -inf where `sum` is 0; a NaN in `sum` means that the row has no answer. Kept apart,
+// since in one number a large `max` would round the logarithm of `sum` away.
+struct Mass {
+    double max;
+    double sum;
+};
+
+// A piece of the vocabulary, summed up: both rows' masses, and the divergence of the two
+// distributions given that the token lies in it.
 struct State {
-    double lse_p;
-    double lse_q;
+    Mass p;
+    Mass q;
     double kl;
 };
 
@@ -74,18 +82,22 @@ static inline int64_t piece_length(int64_t n, int64_t most) {
     return ((n + count - 1) / count + 63) / 64 * 64;
 }
 
-// How two disjoint pieces share the reference's mass; the same for all circuits.
+// How two disjoint pieces share a row's mass.
 struct Shares {
-    double total;
-    double log_first, log_second;
+    Mass total;
     double first, second;
+    double log_first, log_second;
 };
 
-Shares shares(double first_lse_p, double second_lse_p);
+Shares shares(const Mass& first, const Mass& second);
+
+// log of p's mass over q's.
+double log_ratio(const Mass& p, const Mass& q);
 
 // The state of two disjoint pieces together, by the chain rule of the divergence: the shares' own
-// divergence plus the pieces' divergences, each with the reference's share. No term is negative.
-State merge(const Shares&, const State& first, const State& second);
+// divergence plus the pieces' divergences, each with the reference's share. No term is negative. The
+// reference's shares are the same for all circuits.
+State merge(const Shares& reference, const State& first, const State& second);
 
 // The divergence of a state that covers the whole vocabulary, in nats.
 double finalize(const State&);

@@ -36,10 +36,9 @@ struct Block {
     const float* a;
     const float* w;
     int64_t n;
-    float max;      // -inf: no mass; everything below is then 0
-    double sum;     // Σ w
-    double lse;     // max + log Σ w; NaN if a logit is NaN or +inf
-    bool masked;    // a logit is -inf
+    float max;    // m_p; -inf without mass
+    double sum;   // Σ w; NaN if a logit is NaN or +inf
+    bool masked;  // a logit is -inf
 };
 
 struct Exponentials {
@@ -179,7 +178,7 @@ template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch)
     };
     for_groups(p, n, reinterpret_cast<const char*>(p), copy, copy, [] {});
 
-    Block block{scratch.p, scratch.a, scratch.w, n, largest(high), 0.0, 0.0, false};
+    Block block{scratch.p, scratch.a, scratch.w, n, largest(high), 0.0, false};
     const float base = block.max == -inf ? 0.0f : block.max;
     // The same exponentials in the same order as a circuit's: identical rows have identical sums.
     Sum z;
@@ -201,7 +200,6 @@ template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch)
     // The last group may be padding for the most part: its own tokens are asked one by one.
     for (int64_t i = n - n % kGroup; i < n; ++i) block.masked |= scratch.p[i] == -inf;
     block.masked |= any(masked);
-    block.sum = z.value();
-    block.lse = any(undefined) ? __builtin_nan("") : block.max + ::log(block.sum);
+    block.sum = any(undefined) ? __builtin_nan("") : z.value();
     return block;
 }

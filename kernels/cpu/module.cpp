@@ -140,7 +140,7 @@ PyMethodDef methods[] = {
      "Write KL(reference || circuit) of every row.\n\n"
      "`circuits` is a list of, and `reference` one, (address, row stride in elements, dtype): 0 for\n"
      "float32, 1 for bfloat16, 2 for float16. `kl` is the address of float32 (K, R) or 0, `states`\n"
-     "that of float64 (K, R, 3) or 0: lse_p, lse_q and the divergence, of rows that are slices."},
+     "that of float64 (K, R, 5) or 0: max and sum of p, of q, and the divergence (see kl.hpp)."},
     {"exponential", exponential, METH_VARARGS,
      "exponential(level, x, y, n)\n--\n\n"
      "Set y = e^x, for tests: addresses of n float32 each, n a multiple of 16."},

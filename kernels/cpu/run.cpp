@@ -122,7 +122,7 @@ class Job {
     }
 
     void absorb(State* states, const State* slice) const {
-        const Shares share = shares(states[0].lse_p, slice[0].lse_p);
+        const Shares share = shares(states[0].p, slice[0].p);
         for (int64_t k = 0; k < problem_.n_circuits; ++k)
             states[k] = merge(share, states[k], slice[k]);
     }

@@ -46,11 +46,11 @@ template <class T> class CircuitBlock {
         : block_(block), q_(q), ahead_(ahead), masked_(block.masked) {}
 
     State state(double guess, uint8_t& small) {
-        const double nan = __builtin_nan("");
-        if (__builtin_isnan(block_.lse)) return {nan, nan, 0.0};
+        const Mass p{block_.max, block_.sum};
+        if (__builtin_isnan(block_.sum)) return {p, p, 0.0};
         const bool guessed = __builtin_isfinite(guess);
         if (!guessed) guess = finite_or_zero(sample(block_.p) - sample(q_));
-        if (guessed && small && !masked_) {
+        if (guessed && small && !masked_ && __builtin_fabs(guess) < kFarApart) {
             State result;
             if (from_divergence(float(guess), result)) {
                 small = result.kl < kAccurateBelow;
@@ -68,23 +68,19 @@ template <class T> class CircuitBlock {
             base = float(finite_or_zero(maximum(q_, block_.n)));
             sums = exponentials(base);
         }
-        if (sums.undefined) return {block_.lse, nan, 0.0};
-        const double lse_q = base + ::log(sums.y);
-        if (block_.sum == 0) return {block_.lse, lse_q, 0.0};
-        if (sums.infinite || !__builtin_isfinite(sums.s)) {
-            return {block_.lse, lse_q, double(__builtin_inff())};
-        }
+        const Mass q{base, sums.undefined ? __builtin_nan("") : sums.y};
+        if (sums.undefined || block_.sum == 0) return {p, q, 0.0};
+        if (sums.infinite || !__builtin_isfinite(sums.s)) return {p, q, double(__builtin_inff())};
 
         // 0 for identical rows, whose sums are taken alike.
         const double x = ::log(block_.sum / sums.y);
-        const double pivot = (double(block_.max) - base) + x;
         const double plain = sums.s / block_.sum - x;
         small = !(plain >= kAccurateBelow);
         // A base far from the circuit's log-sum-exp costs digits.
         if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
-            return {block_.lse, lse_q, plain};
+            return {p, q, plain};
         }
-        return at_pivot(pivot, lse_q);
+        return {p, q, at_pivot((double(block_.max) - base) + x)};
     }
 
   private:
@@ -107,26 +103,25 @@ template <class T> class CircuitBlock {
     bool from_divergence(float c, State& result) const {
         const Divergence sums = divergence(c);
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return false;
+        const double ratio = 1 + (sums.h - sums.s) / block_.sum;
+        if (!(ratio > 0.4 && ratio < 2.5)) return false;
         const double x = -::log1p((sums.h - sums.s) / block_.sum);
-        if (!(__builtin_fabs(x) < 1)) return false;
         const double accurate = sums.h / block_.sum;
         const double change = phi(x);
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
-        const double lse_q = block_.lse - (c + x);
-        if (change > accurate / 2) {
-            result = at_pivot(c + x, lse_q);
-        } else {
-            result = {block_.lse, lse_q, accurate - change};
-        }
+        result = {{block_.max, block_.sum},
+                  {block_.max, block_.sum * ratio * ::exp(-double(c))},
+                  change > accurate / 2 ? at_pivot(c + x) : accurate - change};
         return true;
     }
 
-    // The pivot is exact but for its rounding to float32, which is taken out where it shows.
-    State at_pivot(double pivot, double lse_q) const {
+    // The divergence at a pivot that is exact but for its rounding to float32, which is taken out
+    // where it shows.
+    double at_pivot(double pivot) const {
         const float c = float(pivot);
         const double accurate = divergence(c).h / block_.sum;
         const double change = phi(pivot - c);
-        return {block_.lse, lse_q, change > accurate / 2 ? accurate : accurate - change};
+        return change > accurate / 2 ? accurate : accurate - change;
     }
 
     const Block& block_;
@@ -151,12 +146,12 @@ template <class Function> auto with_dtype(Dtype dtype, const char* row, Function
 bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
            uint8_t* small, Scratch& scratch, const Poll& poll) {
     const FlushSubnormals flush;
-    const double inf = __builtin_inff();
+    const Mass nothing{-double(__builtin_inff()), 0.0};
     for (int64_t k = 0; k < problem.n_circuits; ++k) {
-        states[k] = {-inf, -inf, 0.0};
+        states[k] = {nothing, nothing, 0.0};
         small[k] = 0;
     }
-    double lse_p = -inf;
+    Mass reference = nothing;
     const int64_t length = piece_length(end - begin, kBlock);
     for (int64_t start = begin; start < end; start += length) {
         if (!poll.keep_going(poll.context)) return false;
@@ -164,20 +159,20 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
         const Block block =
             with_dtype(problem.reference.dtype, address(problem.reference, row, start),
                        [&](auto p) { return read_reference(p, n, scratch); });
-        const Shares share = shares(lse_p, block.lse);
+        const Shares share = shares(reference, {block.max, block.sum});
         for (int64_t k = 0; k < problem.n_circuits; ++k) {
             const Matrix& circuit = problem.circuits[k];
             const char* q = address(circuit, row, start);
             const char* ahead = k + 1 < problem.n_circuits
                                     ? address(problem.circuits[k + 1], row, start)
                                     : q + n * (circuit.dtype == Dtype::float32 ? 4 : 2);
-            const double guess = states[k].lse_p - states[k].lse_q;
+            const double guess = log_ratio(states[k].p, states[k].q);
             const State state = with_dtype(circuit.dtype, q, [&](auto logits) {
                 return CircuitBlock(block, logits, ahead).state(guess, small[k]);
             });
             states[k] = merge(share, states[k], state);
         }
-        lse_p = share.total;
+        reference = share.total;
     }
     return true;
 }

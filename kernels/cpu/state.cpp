@@ -1,5 +1,4 @@
 // Row states in float64: how two merge, and how the last one becomes a divergence.
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,74 +9,91 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-double log_add_exp(double a, double b) {
-    if (std::isnan(a) || std::isnan(b)) return std::numeric_limits<double>::quiet_NaN();
-    const double high = std::max(a, b);
-    const double low = std::min(a, b);
-    if (low == -kInf) return high;
-    return high + std::log1p(std::exp(low - high));
+// The divergence of two coins, of which the first shows its rarer side with probability b, and the
+// second with b e^(-difference) / scale, where scale = 1 - b + b e^(-difference). `log_scaled` is
+// log(b e^(-difference)).
+double coin_divergence(double b, double difference, double log_scaled) {
+    if (std::fabs(difference) < 1e-2) {
+        // The cumulants, since log(scale) and b difference cancel; the next term is below 2e-8.
+        const double variance = b * (1 - b);
+        return variance * difference * difference / 2 *
+               (1 - difference / 3 * ((1 - 2 * b) - difference / 4 * (1 - 6 * variance)));
+    }
+    double log_scale;
+    if (log_scaled > 0) {
+        log_scale = log_scaled + std::log1p((1 - b) * std::exp(-log_scaled));
+    } else if (difference > -1) {
+        log_scale = std::log1p(b * std::expm1(-difference));
+    } else {
+        log_scale = std::log1p(std::exp(log_scaled) - b);
+    }
+    return b * difference + log_scale;
 }
 
 }  // namespace
 
-Shares shares(double first_lse_p, double second_lse_p) {
-    const double total = log_add_exp(first_lse_p, second_lse_p);
-    const double log_first = total == -kInf ? -kInf : first_lse_p - total;
-    const double log_second = total == -kInf ? -kInf : second_lse_p - total;
-    return {total, log_first, log_second, std::exp(log_first), std::exp(log_second)};
+Shares shares(const Mass& first, const Mass& second) {
+    // A sum that is NaN fails both comparisons, and comes through the total.
+    if (first.sum == 0) return {second, 0.0, second.sum == 0 ? 0.0 : 1.0, -kInf, 0.0};
+    if (second.sum == 0) return {first, 1.0, 0.0, 0.0, -kInf};
+    const double max = first.max > second.max ? first.max : second.max;
+    const double first_sum = first.sum * std::exp(first.max - max);
+    const double second_sum = second.sum * std::exp(second.max - max);
+    const double sum = first_sum + second_sum;
+    return {{max, sum},
+            first_sum / sum,
+            second_sum / sum,
+            first.max - max + std::log(first.sum / sum),
+            second.max - max + std::log(second.sum / sum)};
 }
 
-State merge(const Shares& share, const State& first, const State& second) {
-    const bool first_empty = first.lse_p == -kInf;
-    const bool second_empty = second.lse_p == -kInf;
-    if (first_empty || second_empty || first.kl == kInf || second.kl == kInf ||
-        std::isnan(share.total) || std::isnan(first.lse_q) || std::isnan(second.lse_q)) {
-        const double lse_q = log_add_exp(first.lse_q, second.lse_q);
-        if (first.kl == kInf || second.kl == kInf) return {share.total, lse_q, kInf};
-        if (first_empty && second_empty) return {share.total, lse_q, 0.0};
-        // All of the reference's mass is in one piece; the circuit's mass in the other one is
-        // missing there: log(1 / share of the circuit's mass) >= 0.
-        const State& full = first_empty ? second : first;
-        return {share.total, lse_q, full.kl + (lse_q == full.lse_q ? 0.0 : lse_q - full.lse_q)};
-    }
+double log_ratio(const Mass& p, const Mass& q) {
+    // 0 for identical rows.
+    return (p.max - q.max) + std::log(p.sum / q.sum);
+}
 
-    // With b the smaller of the shares, D the difference of lse_p - lse_q, smaller minus larger:
-    //     log_ratio = log(1 - b + b e^(-D))        between = b D + log_ratio >= 0
-    const double c_first = first.lse_p - first.lse_q;
-    const double c_second = second.lse_p - second.lse_q;
-    const bool swap = share.second > share.first;
-    const double b = swap ? share.first : share.second;
-    const State& large = swap ? second : first;
-    const State& small = swap ? first : second;
-    const double c_large = swap ? c_second : c_first;
-    const double difference = swap ? c_first - c_second : c_second - c_first;
-
-    // log(b e^(-D)), by terms that are no larger than it where the reference's mass is far away.
-    const double log_scaled =
-        (small.lse_q - large.lse_q) + (swap ? share.log_second : share.log_first);
-    double log_ratio;
-    if (log_scaled > 0) {
-        log_ratio = log_scaled + std::log1p((1 - b) * std::exp(-log_scaled));
-    } else if (difference > -1) {
-        log_ratio = std::log1p(b * std::expm1(-difference));
+State merge(const Shares& reference, const State& first, const State& second) {
+    State merged{reference.total, {}, 0.0};
+    if (first.q.sum == 0) {
+        merged.q = second.q;
+    } else if (second.q.sum == 0) {
+        merged.q = first.q;
     } else {
-        log_ratio = std::log1p(std::exp(log_scaled) - b);
+        const double max = first.q.max > second.q.max ? first.q.max : second.q.max;
+        merged.q = {max, first.q.sum * std::exp(first.q.max - max) +
+                             second.q.sum * std::exp(second.q.max - max)};
     }
-    double between;
-    if (std::fabs(difference) < 1e-2) {
-        // The cumulants of a coin, since log_ratio and b D cancel; the next term is below 2e-8.
-        const double variance = b * (1 - b);
-        between = variance * difference * difference / 2 *
-                  (1 - difference / 3 * ((1 - 2 * b) - difference / 4 * (1 - 6 * variance)));
+    if (first.kl == kInf || second.kl == kInf) {
+        merged.kl = kInf;
+    } else if (first.p.sum == 0 || second.p.sum == 0) {
+        // The reference's mass, if any, is in one piece: what the circuit has in the other one is
+        // missing there.
+        const State& full = first.p.sum == 0 ? second : first;
+        const State& rest = first.p.sum == 0 ? first : second;
+        merged.kl = full.kl;
+        if (full.p.sum != 0 && rest.q.sum != 0)
+            merged.kl += std::log1p(std::exp(log_ratio(rest.q, full.q)));
     } else {
-        between = log_ratio + b * difference;
+        const bool swap = reference.second > reference.first;
+        const State& rare = swap ? first : second;
+        const State& common = swap ? second : first;
+        // Differences of the same row first, where the two rows are far apart.
+        const double difference =
+            ((rare.p.max - common.p.max) - (rare.q.max - common.q.max)) +
+            std::log((rare.p.sum / rare.q.sum) / (common.p.sum / common.q.sum));
+        const double log_scaled =
+            difference > -0.5 ? -kInf
+                              : log_ratio(rare.q, common.q) +
+                                    (swap ? reference.log_second : reference.log_first);
+        merged.kl = reference.first * first.kl + reference.second * second.kl +
+                    coin_divergence(swap ? reference.first : reference.second, difference,
+                                    log_scaled);
     }
-    const double inside = share.first * first.kl + share.second * second.kl;
-    return {share.total, share.total - (c_large - log_ratio), inside + between};
+    return merged;
 }
 
 double finalize(const State& state) {
-    const bool defined = std::isfinite(state.lse_p) && std::isfinite(state.lse_q);
+    const bool defined = state.p.sum > 0 && state.q.sum > 0;
     return defined ? state.kl : std::numeric_limits<double>::quiet_NaN();
 }
 
