@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkl
+from bench.report import table
 
 FORMAT = 1
 # auto_circuit's last position of a prompt or a few; of common batches; every position of these.
@@ -468,6 +469,30 @@ def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
         ax.legend(fontsize=7)
     figure.suptitle(f"{document['device']['name']}, V = {n_cols}", fontsize=11)
     figure.savefig(path, dpi=120)
+
+
+def markdown(document: dict) -> str:
+    """Return the README's table: every peer at GPT-2's vocabulary, and what was measured on what."""
+    heading = ["peer", "dtype", "K", "rows", "µs", "GB/s", "of copy", "of datasheet", "MB", "error"]
+    rows = [heading]
+    for entry in document["results"]:
+        if entry["n_cols"] != VOCABULARIES[0]:
+            continue
+        share = entry["share_of_datasheet"]
+        rows.append(
+            [entry["peer"], entry["dtype"], str(entry["n_circuits"]), str(entry["n_rows"])]
+            + [f"{entry['microseconds']:.1f}", f"{entry['gb_per_s']:.0f}"]
+            + [f"{entry['share_of_copy']:.0%}", "–" if share is None else f"{share:.0%}"]
+            + [f"{entry['peak_bytes'] / 1e6:.1f}", f"{entry['max_absolute_error']:.0e}"]
+        )
+    device, versions = document["device"], document["versions"]
+    caption = (
+        f"{device['name']}, driver {device['driver']}, torch {versions['torch']}, triton "
+        f"{versions['triton']}, {document['date'][:10]}, V = {VOCABULARIES[0]}; {document['method']}. "
+        f"GB/s counts every logit once; a copy reaches {document['copy_gb_per_s']:.0f} GB/s. "
+        f"{len(document['skipped'])} skipped; all in bench/results/gpu.json."
+    )
+    return f"{table(rows)}\n\n{caption}"
 
 
 def write(document: dict, folder: Path) -> list[Path]:

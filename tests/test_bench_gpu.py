@@ -180,6 +180,10 @@ def test_a_whole_run(made_up_card, monkeypatch, tmp_path, capsys):
     assert first["peak_bytes"] == 10
     assert (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
     assert "skipped: liger_kernel is not installed" in capsys.readouterr().out
+    table = gpu.markdown(document)
+    assert table.count("\n| fastkl |") == table.count("\n| eager |") == 4
+    assert "FAKE, for a test" in table
+    assert "8 skipped" in table
 
 
 def test_nothing_is_written_if_fastkl_is_wrong(made_up_card, monkeypatch, tmp_path, capsys):

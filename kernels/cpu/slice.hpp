@@ -29,6 +29,9 @@ constexpr double kAccurateBelow = 0.1;
 // Sums of exponentials outside this range were taken at a base too far from the maximum.
 constexpr double kLeastSum = 1e-12;
 constexpr double kLargestSum = 1e30;
+// Rows this far apart are asked for the circuit's mass by its exponentials: p - q has lost too many of
+// q's digits.
+constexpr double kFarApart = 32.0;
 // How many tokens are asked for a first guess of lse_p - lse_q.
 constexpr int64_t kSample = 256;
 
