@@ -480,10 +480,12 @@ def markdown(document: dict) -> str:
             continue
         share = entry["share_of_datasheet"]
         rows.append(
-            [entry["peer"], entry["dtype"], str(entry["n_circuits"]), str(entry["n_rows"])]
-            + [f"{entry['microseconds']:.1f}", f"{entry['gb_per_s']:.0f}"]
-            + [f"{entry['share_of_copy']:.0%}", "–" if share is None else f"{share:.0%}"]
-            + [f"{entry['peak_bytes'] / 1e6:.1f}", f"{entry['max_absolute_error']:.0e}"]
+            [
+                *(entry["peer"], entry["dtype"], str(entry["n_circuits"]), str(entry["n_rows"])),
+                *(f"{entry['microseconds']:.1f}", f"{entry['gb_per_s']:.0f}"),
+                *(f"{entry['share_of_copy']:.0%}", "–" if share is None else f"{share:.0%}"),
+                *(f"{entry['peak_bytes'] / 1e6:.1f}", f"{entry['max_absolute_error']:.0e}"),
+            ]
         )
     device, versions = document["device"], document["versions"]
     caption = (

@@ -45,6 +45,8 @@ NOTICE = "Predicted from machine code and datasheets; nothing here was timed on 
 DTYPES = ("fp32", "bf16")
 VOCABULARIES = (50257, 151936)
 RESULTS = Path(__file__).parent / "results"
+# Terabytes a second, in the picture.
+YTICKS = (0.25, 0.5, 1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ def plot(document: dict, path: Path) -> None:
     lines = -(-len(cards) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.3 * lines + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
     markers = {("fp32", 1): "o", ("fp32", 2): "s", ("fp32", 4): "^"}
     markers |= {("bf16", group): shape for (_, group), shape in list(markers.items())}
     for ax, card in zip(axes, cards, strict=False):
@@ -362,6 +364,10 @@ def plot(document: dict, path: Path) -> None:
         ax.set_yscale("log")
         ax.set_title(card["name"], fontsize=10)
         ax.set_xlabel("bytes an issue slot")
+        ax.set_ylim(0.25, 10)
+        ax.set_yticks(YTICKS, [f"{tick:g}" for tick in YTICKS])
+        ax.minorticks_off()
+    for ax in axes[::columns]:
         ax.set_ylabel("TB/s")
     for ax in axes[len(cards) :]:
         ax.set_axis_off()
