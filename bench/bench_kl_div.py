@@ -11,10 +11,15 @@ import pytest
 
 from bench.cases import Case, Inputs
 from bench.peers import all_peers
-from bench.timing import Reader
+from bench.timing import Reader, keep_freed_memory
 
 CASES = (Case(), Case(dtype="bfloat16"))
 ROUNDS = 9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freed_memory_is_kept():
+    keep_freed_memory()
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)

@@ -59,6 +59,9 @@ def _caption(document: dict[str, Any]) -> str:
     memory = document["memory_missing"] or (
         "growth of the resident size at its worst moment, in a process of its own"
     )
+    # Said by the command; a run without it is a test's.
+    kept = "malloc kept what was freed. " if document.get("freed_memory_is_kept") else ""
+    first, last = document["load_average"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
         f"{levels['torch']} (native: {levels['fastkl native'] or 'not built'}); "
@@ -66,11 +69,11 @@ def _caption(document: dict[str, Any]) -> str:
         + ".",
         f"`{document['command']}`, {document['date'][:10]}, commit "
         f"{(document['commit'] or 'unknown')[:12]}, seed {document['seed']}, load average "
-        f"{document['load_average'][0]} at the start.",
+        f"{first} at the start, {last} at the end.",
         "All in one process, in turns; medians; ratios are medians of each round's ratio. "
         "One read: the fastest way found to read the circuits' logits once. "
         "GB/s: every logit once, the reference's too. "
-        f"Memory beyond the inputs: {memory}. "
+        f"{kept}Memory beyond the inputs: {memory}. "
         "Errors: the largest of any circuit's KL against float64.",
     ]
     return "\n".join(lines)
@@ -132,9 +135,11 @@ def plot(document: dict[str, Any], path: Path) -> None:
         cases = _along(document["cases"], field)
         for name in names:
             points = [(c[field], c["peers"][name]["ms"]) for c in cases if _timed(c, name)]
-            panel.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=4)
+            panel.plot(*zip(*points, strict=True), "o-", color=colors[name], ms=4)
+            if len(points) == 1:
+                continue
             # What the main case's time would be in proportion.
-            ends = [cases[0][field], cases[-1][field]]
+            ends = [points[0][0], points[-1][0]]
             proportional = [main["peers"][name]["ms"] * end / main[field] for end in ends]
             panel.plot(ends, proportional, ":", color=colors[name], lw=1)
         panel.plot(
@@ -147,7 +152,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
         panel.set_xlabel(f"{label}; dotted: in proportion to it; gray: one read")
         panel.set_ylabel("ms")
         panel.grid(alpha=0.3)
-    axes[0, 1].legend(fontsize="small")
     machine = document["machine"]
     title = (machine["processor"], f"{machine['threads']} threads", document["date"][:10])
     figure.suptitle(", ".join(title))

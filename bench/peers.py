@@ -108,7 +108,7 @@ def _auto_circuit(inputs: Inputs) -> Measure:
     def measure() -> list[float]:
         # Its progress bar.
         with contextlib.redirect_stderr(io.StringIO()):
-            return [kl for _, kl in measure_kl_div(model, loader, outs)]
+            return [float(kl) for _, kl in measure_kl_div(model, loader, outs)]
 
     return measure
 

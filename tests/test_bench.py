@@ -259,6 +259,8 @@ def test_cases_on_the_plot_differ_in_one_size_only(document):
 
 def test_the_command_fails_where_fastkl_is_wrong(document, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cpu, "run", lambda *_, **__: document)
+    # For the whole process, which goes on.
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: True)
     assert cpu.main(["--quick", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("WRONG: fastkl wrong: circuit 0 of K=4") == 3
     assert json.loads((tmp_path / "cpu.json").read_text()) == document

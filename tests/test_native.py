@@ -1,0 +1,366 @@
+"""The compiled kernel: its levels, its threads, its exponential, interruption, memory and build."""
+
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_matches, oracle
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastkl
+from fastkl import backends
+from fastkl.backends import native
+
+ROOT = Path(__file__).parents[1]
+REASON = native.missing()
+LEVELS = native._extension().levels() if REASON is None else []
+
+needs_native = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
+each_level = pytest.mark.parametrize(
+    "level", LEVELS or [pytest.param("none", marks=pytest.mark.skip(reason=f"native: {REASON}"))]
+)
+
+
+def python(*arguments, folder=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
+
+
+@needs_native
+def test_it_is_the_default_on_the_cpu(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(backends.triton, "missing", lambda *_: "not wanted")
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert backends.choose(None, cpu, dtype) is native
+    assert backends.choose(None, cpu, torch.float64).NAME == "eager"
+    assert "float64" in native.missing(cpu, torch.float64)
+    assert "cuda" in native.missing(torch.device("cuda"), torch.float32)
+
+
+@needs_native
+def test_an_unknown_level_is_an_error_and_no_fallback(monkeypatch):
+    monkeypatch.setenv(native.LEVEL_VARIABLE, "mmx")
+    message = f"{native.LEVEL_VARIABLE} asks for the instruction-set level 'mmx'"
+    assert message in fastkl.available_backends()["native"]
+    rows = torch.zeros(1, 3)
+    with pytest.raises(RuntimeError, match=message):
+        fastkl.kl_div(rows, rows, backend="native")
+    monkeypatch.setattr(backends.triton, "missing", lambda *_: "not wanted")
+    with pytest.raises(RuntimeError, match=message):
+        fastkl.kl_div(rows, rows)
+    assert fastkl.kl_div(rows, rows, backend="eager") == 0
+
+
+@pytest.mark.parametrize(
+    "level",
+    LEVELS[1:]
+    or [pytest.param("none", marks=pytest.mark.skip(reason=REASON or "one level alone here"))],
+)
+def test_the_suite_at_the_other_levels(level):
+    """Parity, laws, edge cases and shapes, which run at the best level by themselves."""
+    files = [f"tests/test_{name}.py" for name in ("parity", "laws", "edge_cases", "shapes")]
+    options = ("-q", "-x", "-k", "native", "-p", "no:cacheprovider")
+    result = python("-m", "pytest", *options, *files, **{native.LEVEL_VARIABLE: level})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 20
+    assert "skipped" not in result.stdout
+
+
+@each_level
+def test_exponential_is_within_its_bound(level):
+    """As functions.hpp documents it: every 97th float32 of the range, both signs."""
+
+    def bits(x):
+        return int(torch.tensor(x).view(torch.int32))
+
+    for sign, largest in ((-1, 87.0), (1, 88.0)):
+        x = torch.arange(bits(1e-12), bits(largest), 97, dtype=torch.int32)
+        x = sign * x[: len(x) // 16 * 16].view(torch.float32)
+        y = torch.empty_like(x)
+        native._extension().exponential(level, x.data_ptr(), y.data_ptr(), len(x))
+        exact = x.double().exp()
+        error = (y.double() - exact).abs() / exact
+        assert error.max() < 4.2e-7
+        assert error[x.abs() < 16].max() < 2.2e-7
+    one = torch.zeros(16)
+    native._extension().exponential(level, one.data_ptr(), one.data_ptr(), 16)
+    assert (one == 1).all()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("n_circuits", "n_rows", "n_cols"), [(3, 1, 151936), (2, 5, 70001), (4, 40, 33000), (1, 1, 7)]
+)
+def test_bits_do_not_depend_on_threads(generator, n_circuits, n_rows, n_cols):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * 3
+    circuits = [
+        reference + noise * torch.randn(reference.shape, generator=generator)
+        for noise in (0.01, 0.4, 3, 1e-4)[:n_circuits]
+    ]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for n_threads in (1, 2, 3, 8):
+            torch.set_num_threads(n_threads)
+            results.append(native.kl_rows(circuits, reference))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    # Nor on the rows and circuits around: one alone is spread over threads in another way.
+    alone = native.kl_rows([circuits[-1][-1:]], reference[-1:])
+    assert torch.equal(alone, results[0][-1:, -1:])
+
+
+@needs_native
+def test_logits_near_the_limits_of_float32(generator):
+    """The lowest finite logit as a mask, in one row or both, over whole slices of the vocabulary."""
+    lowest = torch.finfo(torch.float32).min
+    reference = torch.randn(6, 70000, generator=generator)
+    circuit = reference + torch.randn(reference.shape, generator=generator)
+    reference[0, 7:] = lowest
+    reference[1, :-7] = circuit[1, :-9] = lowest
+    reference[2] = 1e38
+    reference[3] *= 1e30
+    circuit[4, 5:] = -1e4
+    circuit[5, 65000] = -1e36
+
+    def exact(p, q):
+        # Unlike the oracle, the maxima go first: beside 1e38 a log-sum-exp keeps no sum.
+        log_p, log_q = (
+            (x - x.amax(-1, keepdim=True)) - (x - x.amax(-1, keepdim=True)).logsumexp(-1, True)
+            for x in (p.double(), q.double())
+        )
+        return torch.where(log_p > -700, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+    for q, p in ((circuit, reference), (reference[2:], circuit[2:])):
+        divergence = native.kl_rows([q], p)[0]
+        torch.testing.assert_close(divergence.double(), exact(p, q), rtol=1e-5, atol=1e-8)
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@needs_native
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**32),
+    n_rows=st.integers(1, 4),
+    n_cols=st.one_of(st.integers(1, 70), st.integers(71, 3000), st.sampled_from([8192, 32769])),
+    scale=st.sampled_from([1.0, 3.0]),
+    noises=st.lists(st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 1.0, 5.0]), min_size=1, max_size=4),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
+    gaps=st.lists(st.integers(0, 33), min_size=5, max_size=5),
+    offsets=st.lists(st.integers(0, 33), min_size=5, max_size=5),
+    specials=st.lists(
+        st.sampled_from(["both", "p", "q", "nan p", "nan q", "inf p", "inf q"]), max_size=3
+    ),
+)
+def test_fuzz(seed, n_rows, n_cols, scale, noises, dtypes, gaps, offsets, specials):
+    """Strides, offsets, sizes, dtypes, -inf, NaN and inf, against the float64 oracle."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def placed(rows, i):
+        storage = torch.full((offsets[i] + n_rows * (n_cols + gaps[i]),), math.nan, dtype=dtypes[i])
+        view = storage[offsets[i] :].as_strided((n_rows, n_cols), (n_cols + gaps[i], 1))
+        return view.copy_(rows)
+
+    def some():
+        row = int(torch.randint(n_rows, (), generator=generator))
+        return row, torch.rand(n_cols, generator=generator) < 0.3
+
+    p = torch.randn(n_rows, n_cols, generator=generator) * scale
+    qs = [p + noise * torch.randn(p.shape, generator=generator) for noise in noises]
+    for special in specials:
+        row, tokens = some()
+        value = {"nan": math.nan, "inf": math.inf}.get(special.split()[0], -math.inf)
+        if special.endswith("p") or special == "both":
+            p[row, tokens] = value
+        if special.endswith("q") or special == "both":
+            for q in qs:
+                q[row, tokens] = value
+    reference = placed(p, 4)
+    circuits = [placed(q, i) for i, q in enumerate(qs)]
+    before = [t.clone() for t in (reference, *circuits)]
+
+    divergence = native.kl_rows(circuits, reference)
+    for k, circuit in enumerate(circuits):
+        assert_matches(divergence[k], oracle(circuit, reference))
+        same = (circuit.float() == reference.float()).all(-1) & divergence[k].isfinite()
+        assert (divergence[k][same] == 0).all()
+    for tensor, copy in zip((reference, *circuits), before, strict=True):
+        assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))
+
+
+LONG_CALL = """
+import sys, threading, time, torch
+from fastkl.backends import native
+rows = torch.randn({rows}, 151936)
+circuits = [rows] * 4000
+ticks = 0
+def tick():
+    global ticks
+    while True:
+        time.sleep(0.005)
+        ticks += 1
+threading.Thread(target=tick, daemon=True).start()
+time.sleep(0.05)
+before = ticks
+print("ready", flush=True)
+try:
+    native.kl_rows(circuits, rows)
+except KeyboardInterrupt:
+    print("interrupted", ticks - before, flush=True)
+else:
+    print("finished", flush=True)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("n_rows", [2, 200])
+def test_ctrl_c_stops_it_and_other_threads_run(n_rows):
+    """A call of minutes, or of seconds at least, in slices of few rows and in many rows."""
+    command = [sys.executable, "-c", LONG_CALL.format(rows=n_rows)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            sent = time.monotonic()
+            word, ticks = process.stdout.readline().split()
+            assert word == "interrupted"
+            assert time.monotonic() - sent < 5
+            # The GIL was free: another Python thread counted on.
+            assert int(ticks) > 5
+        finally:
+            process.kill()
+
+
+PEAK = """
+import resource, torch
+from fastkl.backends import native
+p = torch.randn(64, 50257)
+qs = [torch.randn(64, 50257) for _ in range(5)] * 4
+native.kl_rows([q[:1] for q in qs], p[:1])
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+native.kl_rows(qs, p)
+native.kl_rows([q[:, ::2].reshape(64, -1) for q in qs[:0]] + qs, p)
+print(peak() - before)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
+def test_peak_memory():
+    result = python("-c", PEAK)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 8 * 1024
+
+
+@needs_native
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@pytest.mark.parametrize(("register", "step"), [("ymm", 2), ("zmm", 1)])
+def test_inner_loops_are_vectors(register, step):
+    """Exponentials are inlined in vector registers: 8 FMA a vector with the sum, no call, no spill."""
+    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
+    loops = []
+    for i, line in enumerate(lines):
+        jump = re.match(r" *[0-9a-f]+:\tj\w+ +([0-9a-f]+)", line)
+        start = where.get(jump[1], i) if jump else i
+        if i - 80 < start < i:
+            loops.append("\n".join(lines[start : i + 1]))
+    # A circuit's exponentials: the shift into the exponent, and the prefetch of the next block.
+    exponential = [
+        loop
+        for loop in loops
+        if "prefetch" in loop and len(re.findall(rf"vpslld +\$0x17,.*%{register}", loop)) == step
+    ]
+    assert exponential
+    shortest = min(exponential, key=len)
+    assert len(re.findall(rf"vfn?madd\w+ps .*%{register}", shortest)) == 8 * step
+    assert "call" not in shortest
+    assert not re.search(rf"vmov\w+ +%{register}\d+,.*\(", shortest)
+    assert shortest.count("\n") < 26 * step + 8
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The package without what was built before."""
+    target = tmp_path_factory.mktemp("sources")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    for name in ("fastkl", "kernels"):
+        ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+        shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    return target
+
+
+USE = """
+import sys
+# An editable install of this checkout would lend its own extension.
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+import torch, fastkl
+assert fastkl.__file__.startswith(sys.argv[1]), fastkl.__file__
+print(fastkl.available_backends()["native"])
+rows = torch.randn(3, 100)
+assert fastkl.kl_div(rows, rows) == 0 < fastkl.kl_div(rows, -rows)
+"""
+
+
+def built_wheel(sources, folder, **environment):
+    command = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder))
+    result = python(*command, str(sources), **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    shutil.unpack_archive(wheel, site, "zip")
+    return wheel.name, site, result.stdout + result.stderr
+
+
+def used(site):
+    # No compiler on this path, nor anything else.
+    result = python("-c", USE, str(site), folder=site, PYTHONPATH=str(site), PATH=str(site))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_a_failed_build_leaves_a_working_package_and_one_warning(sources, tmp_path):
+    _, site, log = built_wheel(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert log.count("fastkl._native was not built") == 1
+    assert "Install a C++17 compiler" in log
+    assert not list(site.glob("fastkl/_native*"))
+    assert "was not built" in used(site)
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_one_wheel_for_all_pythons(sources, tmp_path):
+    name, site, log = built_wheel(sources, tmp_path)
+    assert "was not built" not in log
+    assert "-cp310-abi3-" in name
+    assert [path.name for path in site.glob("fastkl/_native*")] == ["_native.abi3.so"]
+    assert used(site) == "None"
