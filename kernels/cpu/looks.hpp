@@ -118,26 +118,8 @@ Exponentials sum_exponentials(const Block& block, const T* q, float base, const 
     return {y.value(), s.value(), any(undefined), any(infinite)};
 }
 
-// The first moment alone, in float64: for logits near float32's limits, where look 1's overflows.
-template <class T> double wide_moment(const Block& block, const T* q, float base) {
-    const vf lowest = splat(-__FLT_MAX__);
-    Sum s;
-    const auto group = [&](int64_t i, const T* from) {
-        for (int u = 0; u < U; ++u) {
-            // Where either is -inf the weight is 0, and has to meet a number.
-            const vd a = __builtin_convertvector(max(load(block.a + i + u * W), lowest), vd);
-            const vd x = __builtin_convertvector(max(load(from + u * W), lowest), vd);
-            const vd w = __builtin_convertvector(load(block.w + i + u * W), vd);
-            s.total[u] += w * (a - (x - double(base)));
-        }
-    };
-    for_groups(q, block.n, reinterpret_cast<const char*>(q), group, group, [] {});
-    return s.value();
-}
-
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
-// reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c. At most one
-// exponential for each of those.
+// reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c.
 template <class T, bool MASKED>
 Divergence sum_divergence(const Block& block, const T* q, float base, float c, const char* ahead) {
     constexpr float inf = __builtin_inff();
@@ -157,12 +139,10 @@ Divergence sum_divergence(const Block& block, const T* q, float base, float c, c
         }
         if (__builtin_expect(any(some), 0)) {
             for (int u = 0; u < U; ++u) {
+                const vf x = load(from + u * W);
                 const vf w = load(block.w + i + u * W);
-                // From d itself, so that a rounding of d or of the pivot is in both terms; but not
-                // without a weight, where d may have lost all of q's digits.
-                const vf a = load(block.a + i + u * W), q_u = load(from + u * W);
-                vf e = exponential(a < kLowest ? q_u - base : a - d[u]);
-                if constexpr (masked) e = q_u == -inf ? vf{} : e;
+                vf e = exponential(x - base);
+                if constexpr (masked) e = x == -inf ? vf{} : e;
                 const vf t = w * d[u];
                 const vf near = w * (square[u] * phi_over_square(d[u]));
                 s.part[u] += t;

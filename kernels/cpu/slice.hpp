@@ -73,8 +73,7 @@ template <class T> class CircuitBlock {
         }
         const Mass q{base, sums.undefined ? __builtin_nan("") : sums.y};
         if (sums.undefined || block_.sum == 0) return {p, q, 0.0};
-        if (sums.infinite) return {p, q, double(__builtin_inff())};
-        if (!__builtin_isfinite(sums.s)) sums.s = wide_moment(block_, q_, base);
+        if (sums.infinite || !__builtin_isfinite(sums.s)) return {p, q, double(__builtin_inff())};
 
         // 0 for identical rows, whose sums are taken alike.
         const double x = ::log(block_.sum / sums.y);
