@@ -197,12 +197,11 @@ def test_second_look_only_where_needed(generator):
     assert session.total("finish_kernel").bytes_loaded < 0.05 * half[0].nbytes
 
 
-def test_offsets_beyond_31_bits():
-    """Rows more than 2^31 elements apart are addressed in 64 bits."""
+def test_offsets_beyond_31_bits(generator):
+    """Rows more than 2^31 elements apart are addressed in 64 bits, the reference's and a circuit's."""
     n_cols, far = 600, 2**31 + 64
-    # Reserved, never touched but for two rows of it.
-    memory = mmap.mmap(-1, 2 * (far + n_cols))
-    rows = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, n_cols), (far, 1))
-    reference = torch.randn(2, n_cols, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows.copy_(reference.flip(0))
-    check([rows], reference, arch=80)
+    # Reserved, never touched but for two rows of each.
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 2048)), dtype=torch.bfloat16)
+    (circuit,), reference = make(generator, 2, n_cols, (0.5,), torch.bfloat16)
+    rows = [memory.as_strided((2, n_cols), (far, 1), start) for start in (0, 1024)]
+    check([rows[0].copy_(circuit)], rows[1].copy_(reference), arch=80)

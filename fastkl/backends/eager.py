@@ -17,8 +17,6 @@ from fastkl.state import RowState
 NAME = "eager"
 # Elements a block: three float32 buffers of it and the logits themselves fit in a 4 MiB cache.
 _BLOCK_ELEMENTS = 1 << 18
-# φ(x) / x² needs this many terms to float32's half ulp up to this |x|; the last row is for all.
-_TERMS_UP_TO = ((1e-3, 3), (2e-2, 4), (1e-1, 5))
 
 
 class _Reference(NamedTuple):
@@ -110,7 +108,7 @@ def _blocks(
         m_p = p.amax(-1, keepdim=True)
         torch.sub(p, _finite_or_zero(m_p), out=a[:n])
         torch.exp(a[:n], out=w[:n])
-        ref = _Reference(p, a[:n], w[:n], m_p, w[:n].sum(-1, keepdim=True))
+        ref = _Reference(p, a[:n], w[:n], m_p, _row_sums(w[:n])[:, None])
         yield rows, ref, (b[:n], e[:n])
 
 
@@ -120,7 +118,7 @@ def _exponentials(q: Tensor, b: Tensor, e: Tensor) -> _Circuit:
     m_q = q.amax(-1, keepdim=True)
     torch.sub(q, _finite_or_zero(m_q), out=b)
     torch.exp(b, out=e)
-    return _Circuit(q, e, m_q, e.sum(-1, keepdim=True))
+    return _Circuit(q, e, m_q, _row_sums(e)[:, None])
 
 
 def _finite_or_zero(m: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ def _block_kl(circuit: Tensor, ref: _Reference, buffers: tuple[Tensor, Tensor]) 
         return state.finalize(_state(cir, ref))
     # The plain formula at the pivot m_p - m_q: (p - m_p) - (q - m_q) is d, and x loses both maxima.
     torch.sub(ref.a, b, out=b).mul_(ref.w)
-    s, z_p, z_q = b.sum(-1).double(), ref.z_p[:, 0].double(), cir.z_q[:, 0].double()
+    s, z_p, z_q = _row_sums(b).double(), ref.z_p[:, 0].double(), cir.z_q[:, 0].double()
     divergence = s / z_p - torch.log(z_p / z_q)
     # Small ones, NaN and infinities, from whatever cause, are looked at again.
     again = ~((divergence >= state.ACCURATE_BELOW) & (divergence < torch.inf))
@@ -162,14 +160,14 @@ def _state(cir: _Circuit, ref: _Reference) -> RowState:
     d.masked_fill_(absent, 1.0)
     size = d.abs()
     t = d * ref.w
-    s = torch.where(infinite, torch.inf, t.sum(-1).double())
-    if d.device.type == "cpu" and (largest := float(size.max())) < state.NEAR:
-        h = _near_terms(t, d, largest).sum(-1)
+    s = torch.where(infinite, torch.inf, _row_sums(t).double())
+    if d.device.type == "cpu" and float(size.max()) < state.NEAR:
+        h = _row_sums(_near_terms(t, d))
         g = torch.zeros_like(h)
     else:
         near = size < state.NEAR
-        h = torch.where(near, _near_terms(t, d, state.NEAR), t - ref.w).sum(-1)
-        g = torch.where(near, 0.0, cir.e).sum(-1)
+        h = _row_sums(torch.where(near, _near_terms(t, d), t - ref.w))
+        g = _row_sums(torch.where(near, 0.0, cir.e))
     h, g = h.double(), g.double()
     # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
     accurate = h + g * (z_p / z_q)
@@ -177,9 +175,14 @@ def _state(cir: _Circuit, ref: _Reference) -> RowState:
     return RowState(m_p, z_p, m_q, z_q, s, h, g, c.double())
 
 
-def _near_terms(t: Tensor, d: Tensor, largest: float) -> Tensor:
-    """e^(p - m_p) φ(d) for |d| <= largest, given t = e^(p - m_p) d."""
-    terms = None
-    if d.dtype == torch.float32:
-        terms = next((n for limit, n in _TERMS_UP_TO if largest <= limit), None)
-    return state.phi_over_square(d, terms).mul_(d).mul_(t)
+def _near_terms(t: Tensor, d: Tensor) -> Tensor:
+    """e^(p - m_p) φ(d) for |d| < NEAR, given t = e^(p - m_p) d."""
+    return state.phi_over_square(d).mul_(d).mul_(t)
+
+
+def _row_sums(x: Tensor) -> Tensor:
+    """Σ over the last dimension, whose bits do not depend on how many rows there are.
+
+    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
+    """
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)

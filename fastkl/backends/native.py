@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkl.backends import eager
 from fastkl.state import RowState
 
 NAME = "native"
@@ -78,9 +77,25 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
 
-    By the eager backend: states are asked for once a slice, and both keep the same fields.
+    The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
+    m_q is not the circuit's maximum, but a number near it.
     """
-    return eager.row_states(circuits, reference)
+    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64)
+    _measure(circuits, reference, states=states)
+    m_p, z_p, m_q, z_q, divergence = states.unbind(-1)
+    pivot = (m_p - m_q) + torch.log(z_p / z_q)
+    return RowState(
+        m_p=m_p,
+        z_p=z_p,
+        m_q=m_q,
+        z_q=z_q,
+        s=z_p * divergence,
+        h=z_p * divergence,
+        # The far tokens' circuit mass is part of h already, but for a slice without reference mass,
+        # where all tokens are far.
+        g=torch.where(z_p == 0, z_q, 0.0),
+        c=torch.where(pivot.isfinite(), pivot, 0.0),
+    )
 
 
 def _measure(

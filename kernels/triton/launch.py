@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 # within a tile in the thread, and four warps of 32 leave the scheduler many small programs to balance.
 # The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
 TILES = {
-    # 25 of 44: both sums fit.
+    # 26 of 44: both sums fit.
     (4, 4): Tile(lanes=128, vec=4, unroll=1, accurate=True),
     # 27 of 53.
     (4, 2): Tile(lanes=128, vec=4, unroll=1, accurate=True),
@@ -51,7 +51,8 @@ TILES = {
     (2, 4): Tile(lanes=128, vec=8, unroll=1, accurate=False),
     # 26 of 26: no better than the limit, but two single circuits would take 35 each.
     (2, 2): Tile(lanes=128, vec=8, unroll=2, accurate=True),
-    # 30 of 35; unrolled because the loop's own 2 a pair would push it past 85 %.
+    # 30 of 35; unrolled because the loop's own 2 a pair would push it past 85 %. Over whole rows,
+    # merging the lanes once a slice takes the rest (bench/NOTES.md).
     (2, 1): Tile(lanes=128, vec=8, unroll=4, accurate=True),
 }
 # Circuits that share a tile of the reference: as many fours as there are, then what is left.
