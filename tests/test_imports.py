@@ -20,6 +20,7 @@ LAYERS = {
     "state": 0,
     "_triton": 0,
     "_native": 0,
+    "backends.eager_formulas": 0,
     "backends.eager": 1,
     "backends.triton": 1,
     "backends.native": 1,

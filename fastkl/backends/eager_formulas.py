@@ -1,0 +1,172 @@
+"""The eager backend's formulas for rows on the CPU, each good within its reach, and the choice of one.
+
+With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d of `fastkl.state`)::
+
+    KL = log(1 + Σ P (e^x - 1)) - Σ P x
+
+for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
+The reach of a row is its largest |x|. Which formula a row gets depends on that row alone, and so do
+its bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Three of a block's shape, which are written over: for x, and for what a formula needs.
+Buffers = tuple[Tensor, Tensor, Tensor]
+
+# Up to these reaches e^x - 1 - x is a series; up to the last, exponentials are taken: weights below
+# float32's smallest then hold less than 1e-8 of Σ P e^x.
+_REACHES = torch.tensor([0.0625, 0.5, 1.0, 56.0])
+# The coefficients of (e^x - 1 - x) / x² for each series, a column each, from the highest power down:
+# minimax, with relative errors of 1e-6, 9e-7 and 1e-7.
+_SERIES = torch.tensor(
+    [
+        [0.0, 0.0, 2.49608129e-5],
+        [0.0, 0.0, 2.03254838e-4],
+        [0.0, 1.39146531e-3, 1.38913351e-3],
+        [0.0, 8.39541107e-3, 8.33093002e-3],
+        [0.0416680239, 0.0416674763, 0.0416665152],
+        [0.16669108, 0.166662797, 0.166666955],
+        [0.5, 0.5, 0.5],
+    ]
+)
+_N_SERIES = _SERIES.shape[1]
+_FIRST_POWER = (_SERIES == 0).sum(0).tolist()
+# A pivot this large is taken off before the difference is rounded at its size, to 1e-6.
+_LARGE_PIVOT = 16.0
+# Divergences from which float32 is good enough for e^x - 1: it is off by 1e-7 at the worst.
+_PLAIN_FROM = 0.02
+# The same for float64.
+_PLAIN_64_FROM = 1e-9
+
+
+class Reference(NamedTuple):
+    """A block of reference rows and what all circuits share of it."""
+
+    p: Tensor  # logits (R, V)
+    w: Tensor  # e^(p - m_p) (R, V)
+    m_p: Tensor  # max p (R, 1)
+    z_p: Tensor  # Σ w (R,), float64
+    likeliest: Tensor  # argmax p (R, 1)
+    large_pivot: Tensor  # the size of a pivot that is taken off first (R, 1)
+    absent: Tensor | None  # p = -inf (R, V); None if known to be so nowhere
+
+    @classmethod
+    def read(cls, p: Tensor, w: Tensor) -> "Reference":
+        """Return the block of logits p, its weights written to w."""
+        m_p, likeliest = p.max(-1, keepdim=True)
+        exponentials(p, m_p, out=w)
+        large_pivot = m_p.abs().mul_(2).clamp_(min=_LARGE_PIVOT)
+        absent = None if on_cpu(p) and p.amin() > -torch.inf else p == -torch.inf
+        return cls(p, w, m_p, row_sums(w).double(), likeliest, large_pivot, absent)
+
+    def pick(self, rows: Tensor) -> "Reference":
+        """Return a copy of some rows."""
+        p, w, m_p, z_p, likeliest, large_pivot, absent = self
+        some_absent = None if absent is None else absent[rows]
+        return Reference(
+            p[rows], w[rows], m_p[rows], z_p[rows], likeliest[rows], large_pivot[rows], some_absent
+        )
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether values may be asked for: elsewhere the host would wait for the device."""
+    return t.device.type == "cpu"
+
+
+def exponentials(logits: Tensor, maximum: Tensor, *, out: Tensor) -> None:
+    """Write e^(logits - maximum) to out: of a row of nothing but -inf, 0."""
+    torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out).exp_()
+
+
+def kl_by_reach(q: Tensor, ref: Reference, buffers: Buffers) -> tuple[Tensor, Tensor | None]:
+    """Return the divergences (R,) of a block of rows in float64, and where they are not good enough.
+
+    The latter, None for nowhere, is where logits are infinite or NaN or far from the reference's.
+    """
+    x, spare, series = buffers
+    formula = _set_rises(q, ref, x)
+    numbers = set(formula.tolist())
+    if max(numbers) < _N_SERIES:
+        return _series_kl(ref, x, spare, series, formula)
+    if numbers == {_N_SERIES}:
+        return _plain_kl(ref, x, spare)
+    divergence = torch.full((len(x),), torch.nan, dtype=torch.float64)
+    bad = formula > _N_SERIES
+    rows = (formula < _N_SERIES).nonzero()[:, 0]
+    n = len(rows)
+    if n:
+        divergence[rows], some_bad = _series_kl(
+            ref.pick(rows), x[rows], spare[:n], series[:n], formula[rows]
+        )
+        if some_bad is not None:
+            bad[rows] = some_bad
+    rows = (formula == _N_SERIES).nonzero()[:, 0]
+    if len(rows):
+        divergence[rows], some_bad = _plain_kl(ref.pick(rows), x[rows], spare[: len(rows)])
+        if some_bad is not None:
+            bad[rows] = some_bad
+    return divergence, bad if bad.any() else None
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Σ over the last dimension, whose bits do not depend on how many rows there are.
+
+    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
+    """
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
+
+
+def _set_rises(q: Tensor, ref: Reference, x: Tensor) -> Tensor:
+    """Set x; return each row's formula: a series' number, then exponentials, then none."""
+    c = ref.m_p - q.gather(-1, ref.likeliest)
+    first = c.abs() > ref.large_pivot
+    if first.any():
+        first = c.where(first, 0.0)
+        torch.add(q, first, out=x).sub_(ref.p).add_(c - first)
+    else:
+        torch.sub(q, ref.p, out=x).add_(c)
+    # A NaN comes out as the last. A fall without end is summed as such by exponentials.
+    formula = torch.bucketize(x.amax(-1), _REACHES, right=True)
+    if (formula < _N_SERIES).any():
+        falls = torch.bucketize(-x.amin(-1), _REACHES[:_N_SERIES], right=True)
+        formula = torch.maximum(formula, falls)
+    return formula
+
+
+def _series_kl(
+    ref: Reference, x: Tensor, t: Tensor, series: Tensor, formula: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    first = row_sums(torch.mul(ref.w, x, out=t)) / ref.z_p
+    # A column of a row's coefficients; those above its own series are 0, and cost it no digit.
+    coefficients = _SERIES[:, formula][:, :, None]
+    start = _FIRST_POWER[int(formula.max())]
+    torch.addcmul(coefficients[start + 1], coefficients[start], x, out=series)
+    for coefficient in coefficients[start + 2 :]:
+        torch.addcmul(coefficient, series, x, out=series)
+    higher = row_sums(series.mul_(x).mul_(t)) / ref.z_p
+    divergence = torch.log1p(first + higher).sub_(first)
+    # About higher - first² / 2: the difference costs digits where the pivot was a bad one.
+    bad = first.square_() > divergence * 64
+    return divergence, bad if bad.any() else None
+
+
+def _plain_kl(ref: Reference, x: Tensor, spare: Tensor) -> tuple[Tensor, Tensor | None]:
+    first = row_sums(torch.mul(ref.w, x, out=spare)) / ref.z_p
+    # Without the 1 a sum's rounding is that of the differences only.
+    change = row_sums(torch.exp(x, out=spare).sub_(1).mul_(ref.w)) / ref.z_p
+    divergence = torch.log1p(change).sub_(first)
+    # `first` is off by some 1e-7 of itself.
+    good = divergence >= first.abs_().div_(16).clamp_(min=_PLAIN_FROM)
+    if good.all():
+        return divergence, None
+    rows = (~good).nonzero()[:, 0]
+    x, w = x[rows].double(), ref.w[rows].double()
+    z_p = row_sums(w)
+    first = row_sums(w * x) / z_p
+    divergence[rows] = torch.log1p(row_sums(torch.expm1(x).mul_(w)) / z_p) - first
+    bad = ~(divergence > _PLAIN_64_FROM)
+    return divergence, bad if bad.any() else None

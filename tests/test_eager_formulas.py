@@ -1,0 +1,99 @@
+"""The eager backend's formulas: each within its reach and at its ends, and rows of all kinds together."""
+
+import pytest
+import torch
+from conftest import assert_matches, kl_rows, oracle
+
+from fastkl.backends import eager_formulas as formulas
+
+N_COLS = 2053
+SERIES = range(formulas._N_SERIES)
+EXPONENTIALS, NONE = formulas._N_SERIES, formulas._N_SERIES + 1
+
+
+def pair(generator, reach, n_rows=1, at=1.0):
+    """Rows whose logits rise and fall by up to at · reach, but for the likeliest token."""
+    reference = torch.randn(n_rows, N_COLS, generator=generator) * 3
+    rise = (torch.rand(n_rows, N_COLS, generator=generator) * 2 - 1) * reach * at
+    rise[:, 7], rise[:, 11] = reach * at, -reach * at
+    rise.scatter_(-1, reference.argmax(-1, keepdim=True), 0.0)
+    return reference + rise, reference
+
+
+def chosen(circuit, reference):
+    x, weights = torch.empty_like(circuit), torch.empty_like(circuit)
+    return formulas._set_rises(circuit, formulas.Reference.read(reference, weights), x).tolist()
+
+
+@pytest.mark.parametrize("side", [0.98, 1.02], ids=["within", "beyond"])
+@pytest.mark.parametrize("number", range(len(formulas._REACHES)))
+def test_reaches(generator, number, side):
+    circuit, reference = pair(generator, float(formulas._REACHES[number]), 3, side)
+    # A fall of any depth is summed; what rises too far is left to the states.
+    assert chosen(circuit, reference) == [number + (side > 1)] * 3
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("number", SERIES)
+def test_series(number):
+    """The error stated for each, over its whole reach, against float64."""
+    reach = float(formulas._REACHES[number])
+    x = torch.linspace(-reach, reach, 4001)[torch.arange(4001) != 2000].double()
+    series = torch.zeros_like(x)
+    for coefficient in formulas._SERIES[:, number].double():
+        series = series * x + coefficient
+    exact = sum(
+        x**n / torch.exp(torch.lgamma(torch.tensor(n + 3.0, dtype=torch.float64)))
+        for n in range(20)
+    )
+    assert ((series / exact - 1).abs().max()) < (1.1e-6, 9e-7, 1.2e-7)[number]
+
+
+def test_each_rows_bits_are_its_own(generator):
+    """Rows of every formula in one block, and each of them alone."""
+    reaches = [0.0, 0.03, 0.2, 0.8, 3.0, 20.0, 70.0]
+    pairs = [pair(generator, reach) for reach in reaches]
+    circuit, reference = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+    circuit = torch.cat([circuit, circuit[:2]])
+    reference = torch.cat([reference, reference[:2]])
+    circuit[-2, 5], circuit[-1, 5] = torch.nan, -torch.inf
+    assert set(chosen(circuit, reference)) == {*SERIES, EXPONENTIALS, NONE}
+    together = kl_rows([circuit], reference, "eager")[0]
+    alone = torch.cat(
+        [kl_rows([circuit[i : i + 1]], reference[i : i + 1], "eager")[0] for i in range(9)]
+    )
+    torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
+    assert_matches(together, oracle(circuit, reference))
+
+
+def test_one_token_far_off_and_the_rest_close(generator):
+    """The sums are of the size of one token's rounding, which no quick formula survives."""
+    circuit, reference = pair(generator, 1e-6, 2)
+    reference[:, 7] = circuit[:, 7] = -25.0
+    circuit[0, 7] += 5
+    circuit[1, 7] -= 5
+    assert chosen(circuit, reference) == [EXPONENTIALS] * 2
+    divergence = kl_rows([circuit], reference, "eager")[0]
+    assert_matches(divergence, oracle(circuit, reference))
+    assert (divergence >= 0).all()
+
+
+@pytest.mark.parametrize("pivot", [3.0, 40.0, -1000.0, 3e4])
+def test_pivots(generator, pivot):
+    """A circuit an offset away measures what it does without, but for its own rounding."""
+    circuit, reference = pair(generator, 0.4, 3)
+    # So many binary digits are left when the offset has been added.
+    circuit, reference = (torch.round(rows * 128) / 128 for rows in (circuit, reference))
+    moved = kl_rows([circuit + pivot], reference, "eager")[0]
+    assert_matches(moved, oracle(circuit, reference))
+
+
+def test_the_likeliest_token_far_from_the_middle(generator):
+    """Everything moved but the likeliest token, which has nearly all the mass."""
+    circuit, reference = pair(generator, 0.01, 2)
+    likeliest = reference.argmax(-1, keepdim=True)
+    for rows in (circuit, reference):
+        rows.scatter_add_(-1, likeliest, torch.full((2, 1), 20.0))
+    circuit -= 14
+    circuit.scatter_add_(-1, likeliest, torch.full((2, 1), 14.0))
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
