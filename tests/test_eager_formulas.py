@@ -1,4 +1,4 @@
-"""The eager backend's formulas: each within its reach and at its ends, and rows of all kinds together."""
+"""The eager backend's formulas: each within its reach, at its ends, and all kinds of rows together."""
 
 import pytest
 import torch
