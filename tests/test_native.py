@@ -294,11 +294,13 @@ def test_inner_loops_are_vectors(register, step):
         start = where.get(jump[1], i) if jump else i
         if i - 80 < start < i:
             loops.append("\n".join(lines[start : i + 1]))
-    # A circuit's exponentials: the shift into the exponent, and the prefetch of the next block.
+    # A circuit's exponentials: 2^n by a shift into the exponent or by an instruction of its own, and
+    # the prefetch of the next block.
+    power = {"ymm": r"vpslld +\$0x17,", "zmm": "vscalefps "}[register]
     exponential = [
         loop
         for loop in loops
-        if "prefetch" in loop and len(re.findall(rf"vpslld +\$0x17,.*%{register}", loop)) == step
+        if "prefetch" in loop and len(re.findall(rf"{power}.*%{register}", loop)) == step
     ]
     assert exponential
     shortest = min(exponential, key=len)

@@ -6,16 +6,18 @@ constexpr float kHighest = 88.0f;
 // |d| from which φ is not summed as a polynomial.
 constexpr float kNear = 0.5f;
 
-// e^x for kLowest <= x <= kHighest, and e^ of the nearer limit outside; garbage for NaN.
+// e^x for kLowest <= x <= kHighest, and garbage for NaN. Where CLAMPED, e^ of the nearer limit
+// outside; else inf or NaN above, and below 0 or, for x < -4e15, inf or NaN (AVX-512, where leaving
+// the limits out saves instructions; the others are clamped always).
 //
 // x = n log 2 + r, |r| <= 0.347, and a polynomial of degree 5 with a relative error of 1.1e-7 for
 // e^r. With the rounding of r and of the polynomial the relative error is below 2.5e-7 for fused
 // levels over the whole range, and below 3e-7 for the others; both are tested.
-inline vf exponential(vf x) {
+template <bool CLAMPED> inline vf exponential(vf x) {
     constexpr float kLog2E = 0x1.715476p+0f;
     // Adding it rounds to an integer, which is left in the low bits.
     constexpr float kRound = 0x1.8p+23f;
-    x = min(max(x, splat(kLowest)), splat(kHighest));
+    if constexpr (CLAMPED || !kScales) x = min(max(x, splat(kLowest)), splat(kHighest));
     const vf shifted = fma(x, splat(kLog2E), splat(kRound));
     const vf n = shifted - kRound;
     vf r;
@@ -31,6 +33,7 @@ inline vf exponential(vf x) {
     e = fma(e, r, splat(0.499992311f));
     e = fma(e, r, splat(1.0f));
     e = fma(e, r, splat(1.0f));
+    if constexpr (kScales) return scale(e, n);
     return (vf)((vi)e + ((vi)shifted << 23));
 }
 

@@ -86,7 +86,23 @@ inline bool any(vi mask) {
 #endif
 }
 
-inline vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
+// Whether a lane of x is at least as large as the bound; a NaN is not.
+inline bool any_at_least(vf x, float bound) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ) != 0;
+#else
+    return any(x >= bound);
+#endif
+}
+
+// a 2^n for integers n of any size, where the level has the instruction: inf or 0 beyond float's range.
+#if defined(__AVX512F__)
+constexpr bool kScales = true;
+inline vf scale(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
+#else
+constexpr bool kScales = false;
+inline vf scale(vf a, vf) { return a; }
+#endif
 
 inline float largest(vf x) {
     float result = x[0];

@@ -51,8 +51,11 @@ template <class T> class CircuitBlock {
     State state(double guess, uint8_t& small) {
         const Mass p{block_.max, block_.sum};
         if (__builtin_isnan(block_.sum)) return {p, p, 0.0};
-        const bool guessed = __builtin_isfinite(guess);
-        if (!guessed) guess = finite_or_zero(sample(block_.p) - sample(q_));
+        bool guessed = __builtin_isfinite(guess);
+        if (!guessed) {
+            guess = finite_or_zero(sample(block_.p) - sample(q_));
+            guessed = block_.n >= 4 * kChunk && from_first_chunk(guess, small);
+        }
         if (guessed && small && !masked_ && __builtin_fabs(guess) < kFarApart) {
             State result;
             if (from_divergence(float(guess), result)) {
@@ -63,7 +66,7 @@ template <class T> class CircuitBlock {
 
         float base = block_.max - float(guess);
         Exponentials sums = exponentials(base);
-        if (!masked_ && !__builtin_isfinite(sums.s)) {
+        if (!masked_ && !(__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) {
             masked_ = true;
             sums = exponentials(base);
         }
@@ -89,6 +92,19 @@ template <class T> class CircuitBlock {
   private:
     template <class L> float sample(const L* row) const {
         return maximum(row, block_.n < kSample ? block_.n : kSample);
+    }
+
+    // A better guess, and whether the divergence is small, by look 1 at a part of the block.
+    bool from_first_chunk(double& guess, uint8_t& small) const {
+        Block chunk = block_;
+        chunk.n = kChunk;
+        const float base = block_.max - float(guess);
+        const Exponentials sums = sum_exponentials<T, false>(chunk, q_, base, ahead_);
+        const double x = ::log(block_.first / sums.y);
+        if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
+        guess = (double(block_.max) - base) + x;
+        small = sums.s / block_.first - x < kAccurateBelow;
+        return true;
     }
 
     Exponentials exponentials(float base) const {
@@ -181,7 +197,7 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
 }
 
 void exponential_of(const float* x, float* y, int64_t n) {
-    for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential(load(x + i)));
+    for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential<true>(load(x + i)));
 }
 
 bool supported() { return LEVEL_SUPPORTED; }
