@@ -146,7 +146,9 @@ def _fastkl() -> Measure:
 
 
 def _compiled() -> Measure:
-    one = torch.compile(lambda circuit, reference: textbook([circuit], reference)[0])
+    # Forget other shapes: past a few of them torch.compile would quietly run eagerly.
+    torch.compiler.reset()
+    one = torch.compile(lambda circuit, reference: textbook([circuit], reference)[0], dynamic=False)
     return lambda circuits, reference: torch.stack([one(c, reference) for c in circuits])
 
 
@@ -358,7 +360,6 @@ def measure_cases(
     cases: Sequence[Case], peers: Sequence[Peer], card: Cuda
 ) -> Iterator[tuple[Case, Peer, dict | str]]:
     """Yield what each peer measures of each case, or why it does not."""
-    ready: dict[str, Measure] = {}
     for case in cases:
         free = card.free_bytes()
         inputs: list[tuple[list[Tensor], Tensor]] = []
@@ -372,15 +373,17 @@ def measure_cases(
                     make_inputs(case, card.device) for _ in range(case.copies(card.cache_bytes))
                 ]
                 expected = exact(*inputs[0])
-            if peer.name not in ready:
-                ready[peer.name] = peer.prepare()
-            measure = ready[peer.name]
+            measure = peer.prepare()
             try:
                 absolute, relative = check(peer, case, measure(*inputs[0]), expected)
+                timing = card.time(measure, inputs)
             except WrongResultError as error:
                 yield case, peer, f"wrong, so not timed: {error}"
                 continue
-            timing = card.time(measure, inputs)
+            except torch.OutOfMemoryError as error:
+                # What a peer holds is an estimate; one that is off must not end the run.
+                yield case, peer, f"out of memory: {str(error).splitlines()[0]}"
+                continue
             yield case, peer, result(case, peer, timing, absolute, relative)
 
 

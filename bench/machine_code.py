@@ -38,6 +38,8 @@ class Instruction:
 
     opcode: str
     target: str | None = None
+    # Whether it runs only where a predicate holds.
+    predicated: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class Block:
     def load_bytes(self) -> int:
         """Bytes a thread loads from global memory."""
         return sum(self.load_widths)
+
+    @property
+    def masked_loads(self) -> int:
+        """Loads from global memory under a predicate, as NVIDIA's are where a mask is."""
+        return sum(i.predicated and _load_bytes(i.opcode, self.amd) > 0 for i in self.instructions)
 
     @property
     def barriers(self) -> int:
@@ -203,11 +210,11 @@ def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
         line = raw.strip()
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
-        elif code := re.match(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
+        elif code := re.match(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
             # In Triton's kernels a call is a jump too far for a branch; only branches close loops.
-            jump = re.search(r"`\((\.L_x_\d+)\)", code[2]) if code[1].startswith("BRA") else None
-            if code[1] != "NOP":
-                instructions.append(Instruction(code[1], jump and jump[1]))
+            jump = re.search(r"`\((\.L_x_\d+)\)", code[3]) if code[2].startswith("BRA") else None
+            if code[2] != "NOP":
+                instructions.append(Instruction(code[2], jump and jump[1], code[1] is not None))
     return _split(instructions, labels, amd=False)
 
 

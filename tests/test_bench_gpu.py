@@ -138,6 +138,16 @@ def test_what_is_skipped_says_why():
     assert card.timed == []
 
 
+def test_running_out_of_memory_ends_one_peer_alone():
+    def greedy(circuits, reference):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much more to say.")
+
+    peers = [peer("greedy", lambda: greedy), peer("modest")]
+    first, second = [o for _, _, o in gpu.measure_cases([CASE], peers, MadeUpCard())]
+    assert first == "out of memory: CUDA out of memory."
+    assert second["peer"] == "modest"
+
+
 @pytest.fixture
 def made_up_card(monkeypatch):
     monkeypatch.setattr(gpu, "Cuda", MadeUpCard)

@@ -41,6 +41,8 @@ def test_body_loop(dtype, group):
     assert set(body.load_widths) == {16}
     assert body.load_bytes == pairs * BYTES[dtype] * (1 + 1 / group)
     assert (body.barriers, body.shuffles, body.shared_accesses, body.spills) == (0, 0, 0, 0)
+    # A mask that no load is narrowed by still costs, and says that the tail was not peeled.
+    assert body.masked_loads == 0
     instructions, special = BUDGETS[dtype, group]
     assert len(body) / pairs <= instructions
     assert body.special / pairs <= special

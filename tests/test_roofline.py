@@ -149,6 +149,7 @@ def test_reading_sass():
     (loop,), outside = machine_code.parse_sass(SASS)
     assert len(loop) == 8
     assert loop.load_widths == [2, 8]
+    assert (loop.masked_loads, outside.masked_loads) == (1, 0)
     assert (loop.special, loop.spills, loop.shuffles, loop.barriers) == (1, 1, 1, 1)
     assert loop.occupied == {"issue": 8, "fma": 2, "alu": 0, "special": 1}
     assert outside.load_widths == [16]
