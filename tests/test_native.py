@@ -54,6 +54,17 @@ def test_it_is_the_default_on_the_cpu(monkeypatch):
     assert "cuda" in native.missing(torch.device("cuda"), torch.float32)
 
 
+@each_level
+def test_differences_beyond_float32(monkeypatch, level):
+    """Finite logits whose differences are not: weight 0 takes them out, and the rows are identical."""
+    monkeypatch.setenv(native.LEVEL_VARIABLE, level)
+    rows = torch.randn(3, 137)
+    rows[:, 81], rows[:, 89], rows[:, 126] = 3e38, -3e38, -1e4
+    assert (
+        fastkl.kl_div(rows.clone(), rows, reduction="none", backend="native").tolist() == [0.0] * 3
+    )
+
+
 @needs_native
 def test_an_unknown_level_is_an_error_and_no_fallback(monkeypatch):
     monkeypatch.setenv(native.LEVEL_VARIABLE, "mmx")

@@ -97,7 +97,9 @@ Exponentials sum_exponentials(const Block& block, const T* q, float base, const 
     vi undefined = {}, infinite = {};
     const auto group = [&](auto masked, int64_t i, const T* from) {
         for (int u = 0; u < U; ++u) {
-            const vf x = load(from + u * W) - base;
+            vf x = load(from + u * W) - base;
+            // A finite logit keeps a finite x, as it keeps a finite a.
+            if constexpr (masked) x = max(x, splat(-__FLT_MAX__));
             vf e = exponential<masked>(x);
             vf d = load(block.a + i + u * W) - x;
             if constexpr (masked) {

@@ -1,0 +1,252 @@
+// Feeds the native kernel random rows and compares it with float64, under sanitizers: .ci/sanitize.
+//
+//   native_fuzz [first seed] [number of seeds]
+//
+// Every matrix lies in a block of the heap of just its size, so that a read beside it is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../kernels/cpu/kl.hpp"
+
+namespace {
+
+using namespace fastkl;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+class Random {
+  public:
+    explicit Random(uint64_t seed) : engine_(seed) {}
+
+    // Of 0 to n - 1.
+    int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
+    bool chance(double p) { return std::bernoulli_distribution(p)(engine_); }
+    double uniform(double low, double high) {
+        return std::uniform_real_distribution<double>(low, high)(engine_);
+    }
+    double normal() { return normal_(engine_); }
+    template <class T> T among(std::initializer_list<T> values) {
+        return values.begin()[below(int64_t(values.size()))];
+    }
+
+  private:
+    std::mt19937_64 engine_;
+    std::normal_distribution<double> normal_;
+};
+
+// Rows of logits as the kernel gets them, and as the numbers that they are.
+class Rows {
+  public:
+    Rows(Random& random, Dtype dtype, int64_t n_rows, int64_t n_cols)
+        : dtype_(dtype),
+          stride_(random.chance(0.1) ? 0 : n_cols + random.below(random.chance(0.5) ? 1 : 9)),
+          offset_(random.below(17)),
+          n_cols_(n_cols) {
+        const int64_t length = offset_ + (n_rows - 1) * stride_ + n_cols;
+        data_.reset(std::malloc(length * size()));
+        std::memset(data_.get(), 0xff, length * size());
+    }
+
+    Matrix matrix() const {
+        return {static_cast<const char*>(data_.get()) + offset_ * size(), stride_, dtype_};
+    }
+
+    void set(int64_t row, int64_t column, double value) {
+        const float number = static_cast<float>(value);
+        char* to = address(row, column);
+        if (dtype_ == Dtype::float32) {
+            std::memcpy(to, &number, 4);
+        } else if (dtype_ == Dtype::float16) {
+            const _Float16 half = static_cast<_Float16>(number);
+            std::memcpy(to, &half, 2);
+        } else {
+            uint32_t bits;
+            std::memcpy(&bits, &number, 4);
+            if (!std::isnan(number)) bits += 0x7fff + (bits >> 16 & 1);
+            const uint16_t half = static_cast<uint16_t>(bits >> 16);
+            std::memcpy(to, &half, 2);
+        }
+    }
+
+    double get(int64_t row, int64_t column) const {
+        const char* from = const_cast<Rows*>(this)->address(row, column);
+        float number;
+        if (dtype_ == Dtype::float32) {
+            std::memcpy(&number, from, 4);
+        } else if (dtype_ == Dtype::float16) {
+            _Float16 half;
+            std::memcpy(&half, from, 2);
+            number = static_cast<float>(half);
+        } else {
+            uint16_t half;
+            std::memcpy(&half, from, 2);
+            const uint32_t bits = uint32_t(half) << 16;
+            std::memcpy(&number, &bits, 4);
+        }
+        return number;
+    }
+
+    std::vector<double> row(int64_t row) const {
+        std::vector<double> result(n_cols_);
+        for (int64_t i = 0; i < n_cols_; ++i) result[i] = get(row, i);
+        return result;
+    }
+
+  private:
+    struct Free {
+        void operator()(void* data) const { std::free(data); }
+    };
+
+    int64_t size() const { return dtype_ == Dtype::float32 ? 4 : 2; }
+    char* address(int64_t row, int64_t column) {
+        return static_cast<char*>(data_.get()) + (offset_ + row * stride_ + column) * size();
+    }
+
+    Dtype dtype_;
+    int64_t stride_, offset_, n_cols_;
+    std::unique_ptr<void, Free> data_;
+};
+
+double log_sum_exp(const std::vector<double>& logits) {
+    double max = -kInf;
+    for (double logit : logits) {
+        if (!(logit < kInf)) return kNan;
+        max = std::fmax(max, logit);
+    }
+    if (max == -kInf) return kNan;
+    double sum = 0;
+    for (double logit : logits) sum += std::exp(logit - max);
+    return max + std::log(sum);
+}
+
+struct Expected {
+    double kl;
+    double tolerance;
+};
+
+// Σ P φ(log P - log Q), and Q where P is 0; φ(x) = e^(-x) - 1 + x.
+Expected expect(const std::vector<double>& p, const std::vector<double>& q) {
+    const double lse_p = log_sum_exp(p), lse_q = log_sum_exp(q);
+    if (std::isnan(lse_p) || std::isnan(lse_q)) return {kNan, 0};
+    double kl = 0, span = 0;
+    for (size_t i = 0; i < p.size(); ++i) {
+        if (p[i] == -kInf) {
+            kl += std::exp(q[i] - lse_q);
+            continue;
+        }
+        if (q[i] == -kInf) return {kInf, 0};
+        const double d = (p[i] - q[i]) - (lse_p - lse_q), weight = std::exp(p[i] - lse_p);
+        if (weight == 0) {
+            kl += std::exp(q[i] - lse_q);
+        } else if (std::fabs(d) < 0.25) {
+            double series = 0;
+            for (int n = 14; n > 1; --n) series = (1 - d * series) / n;
+            kl += weight * d * d * series;
+        } else {
+            kl += std::exp(q[i] - lse_q) + weight * (d - 1);
+        }
+        span = std::fmax(span, std::fabs(p[i] - q[i]));
+    }
+    // Differences as large as `span` are rounded by up to 6e-8 of it, which moves the divergence by that
+    // times Σ |Q - P| <= sqrt(2 KL) (Pinsker); the rest is the tolerance of all backends.
+    return {kl, 1e-5 * kl + 1e-8 + std::sqrt(2 * kl) * 6e-8 * span};
+}
+
+[[noreturn]] void fail(uint64_t seed, const std::string& what) {
+    std::fprintf(stderr, "seed %llu: %s\n", static_cast<unsigned long long>(seed), what.c_str());
+    std::exit(1);
+}
+
+bool always(void*) { return true; }
+
+bool countdown(void* left) { return (*static_cast<int*>(left))-- > 0; }
+
+void try_seed(uint64_t seed) {
+    Random random(seed);
+    const int64_t n_rows = 1 + random.below(5), n_circuits = 1 + random.below(4);
+    const int64_t n_cols =
+        1 + random.below(random.among<int64_t>({4, 40, 40, 700, 700, 9000, 70000}));
+    const auto dtype = [&] {
+        return random.among({Dtype::float32, Dtype::bfloat16, Dtype::float16});
+    };
+    const double scale = random.among({0.1, 1.0, 3.0, 10.0});
+    const double special = random.chance(0.5) ? 0.0 : std::pow(10, random.uniform(-5, -1));
+
+    Rows reference(random, dtype(), n_rows, n_cols);
+    std::vector<Rows> circuits;
+    for (int64_t k = 0; k < n_circuits; ++k) circuits.emplace_back(random, dtype(), n_rows, n_cols);
+    const auto odd = [&](double usual) {
+        if (!random.chance(special)) return usual;
+        return random.among({-kInf, -kInf, -kInf, kNan, kInf, 3e38, -3e38, 1e4, -1e4, 1e-42});
+    };
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const int64_t masked = random.chance(0.1) ? random.below(n_cols + 1) : 0;
+        for (int64_t i = 0; i < n_cols; ++i)
+            reference.set(r, i, i < masked ? -kInf : odd(random.normal() * scale));
+    }
+    for (Rows& circuit : circuits) {
+        const bool same = random.chance(0.1);
+        const double noise = same ? 0.0 : std::pow(10, random.uniform(-6, 1));
+        const double shift = random.chance(0.3) ? random.normal() * 20 : 0.0;
+        for (int64_t r = 0; r < n_rows; ++r)
+            for (int64_t i = 0; i < n_cols; ++i) {
+                const double p = reference.get(r, i);
+                circuit.set(r, i, same ? p : odd(p + shift + random.normal() * noise));
+            }
+    }
+
+    std::vector<Matrix> matrices;
+    for (const Rows& circuit : circuits) matrices.push_back(circuit.matrix());
+    const Problem problem{matrices.data(), n_circuits, reference.matrix(), n_rows, n_cols};
+    for (const Level* const* level = levels(); *level; ++level) {
+        const std::string name = (*level)->name;
+        std::vector<float> kl(n_circuits * n_rows, -1), again(n_circuits * n_rows, -1);
+        std::vector<State> states(n_circuits * n_rows);
+        if (!run(**level, problem, {kl.data(), nullptr}, 1, {always, nullptr}) ||
+            !run(**level, problem, {again.data(), states.data()}, 2 + int(random.below(4)),
+                 {always, nullptr}))
+            fail(seed, name + " says that it was stopped");
+        if (std::memcmp(kl.data(), again.data(), kl.size() * sizeof(float)) != 0)
+            fail(seed, name + ": bits depend on the number of threads");
+        int left = int(random.below(4));
+        run(**level, problem, {again.data(), nullptr}, 2, {countdown, &left});
+
+        for (int64_t k = 0; k < n_circuits; ++k)
+            for (int64_t r = 0; r < n_rows; ++r) {
+                const Expected expected = expect(reference.row(r), circuits[k].row(r));
+                const float found = kl[k * n_rows + r];
+                const bool close =
+                    found >= 0 && std::fabs(found - expected.kl) <= expected.tolerance;
+                // Sums of differences near float32's largest may pass it on the way.
+                const bool good = std::isnan(expected.kl) ? std::isnan(found)
+                                  : expected.kl > 1e37    ? found == kInf || close
+                                                          : close;
+                if (!good)
+                    fail(seed, name + ": circuit " + std::to_string(k) + ", row " +
+                                   std::to_string(r) + " of " + std::to_string(n_cols) +
+                                   " tokens measures " + std::to_string(found) + ", not " +
+                                   std::to_string(expected.kl));
+            }
+    }
+}
+
+}  // namespace
+
+int main(int n_arguments, char** arguments) {
+    const uint64_t first = n_arguments > 1 ? std::strtoull(arguments[1], nullptr, 10) : 1;
+    const uint64_t count = n_arguments > 2 ? std::strtoull(arguments[2], nullptr, 10) : 1000;
+    for (uint64_t seed = first; seed < first + count; ++seed) try_seed(seed);
+    std::string names;
+    for (const Level* const* level = levels(); *level; ++level)
+        names += ' ' + std::string((*level)->name);
+    std::printf("%llu seeds from %llu, levels%s: good\n", static_cast<unsigned long long>(count),
+                static_cast<unsigned long long>(first), names.c_str());
+}
