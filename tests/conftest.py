@@ -51,6 +51,21 @@ def oracle(circuit: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return torch.where(nan, torch.nan, divergence)
 
 
+def oracle_gradients(
+    circuit: torch.Tensor, reference: torch.Tensor, grad: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dKL/dq and dKL/dp of rows (R, V), times grad, by float64 autograd of the definition."""
+    circuit, reference = (
+        t.detach().double().clone().requires_grad_() for t in (circuit, reference)
+    )
+    masked = reference == -torch.inf
+    log_p, log_q = (t.log_softmax(-1).masked_fill(masked, 0) for t in (reference, circuit))
+    divergence = (reference.softmax(-1) * (log_p - log_q)).sum(-1)
+    return torch.autograd.grad(
+        divergence, (circuit, reference), torch.ones_like(divergence) if grad is None else grad
+    )
+
+
 def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert that divergences are within the tolerance of the oracle's, NaN and inf in their places."""
     wide = divergence.dtype == torch.float64

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fastkl"
 LAYERS = {
     "errors": 0,
     "state": 0,
+    "gradient": 0,
     "_triton": 0,
     "_native": 0,
     "backends.eager_formulas": 0,

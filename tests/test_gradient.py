@@ -1,0 +1,204 @@
+"""The gradients against float64 autograd of the definition, and the table of what odd rows give."""
+
+import math
+
+import pytest
+import torch
+from conftest import oracle_gradients
+
+from fastkl import gradient
+
+INF, NAN = math.inf, math.nan
+NOISES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5)
+# Norm-wise, a row: |dq - dq64| <= BOUND |dq64|. A few roundings of float32; 4e-7 was the most seen.
+BOUND = 2e-6
+
+
+def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * scale
+    circuit = reference + noise * torch.randn(n_rows, n_cols, generator=generator)
+    return circuit.to(dtype), reference.to(dtype)
+
+
+def one(circuit, reference, grad=None):
+    """The gradients (dq, dp) of one circuit's rows."""
+    if grad is None:
+        grad = torch.ones(circuit.shape[:1])
+    (dq,), dp = gradient.gradients(grad[None], [circuit], reference, [True], True)
+    return dq, dp
+
+
+def error(found, expected):
+    """The largest relative error of a row, norm-wise."""
+    norms = expected.double().norm(dim=-1)
+    return ((found.double() - expected).norm(dim=-1) / norms).max().item()
+
+
+@pytest.mark.parametrize("n_cols", [33, 50257])
+@pytest.mark.parametrize("scale", [1, 3])
+@pytest.mark.parametrize("noise", NOISES)
+def test_relative_error(generator, noise, scale, n_cols):
+    circuit, reference = make(generator, 4, n_cols, noise, scale)
+    grad = torch.rand(4, generator=generator) + 0.5
+    found, expected = one(circuit, reference, grad), oracle_gradients(circuit, reference, grad)
+    for ours, exact in zip(found, expected, strict=True):
+        assert error(ours, exact) <= BOUND
+    # Elementwise too, beside the rounding of what all tokens share: x, and the mean of d.
+    bounds = [shared * reference.double().softmax(-1) * grad[:, None] for shared in (1e-6, 1e-5)]
+    for ours, exact, bound in zip(found, expected, bounds, strict=True):
+        assert ((ours - exact).abs() <= 1e-5 * exact.abs() + min(noise, 1) * bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("shift", [64.0, -1000.0])
+def test_shifts_change_nothing(generator, shift):
+    """But for the rounding of p - q, of which the logits themselves have as much."""
+    circuit, reference = make(generator, 4, 5000, 0.1)
+    circuit = circuit + shift
+    found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
+    for ours, exact in zip(found, expected, strict=True):
+        assert error(ours, exact) <= BOUND + abs(shift) * 2**-23 / 0.1
+
+
+def test_both_rows_far_from_zero(generator):
+    """Logits of -60 or so, as GPT-2's are: p - q is exact, and nothing is lost."""
+    circuit, reference = make(generator, 4, 5000, 0, 1)
+    reference -= 60
+    circuit = reference + 1e-3 * torch.randn(4, 5000, generator=generator)
+    found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
+    for ours, exact in zip(found, expected, strict=True):
+        assert error(ours, exact) <= BOUND
+
+
+def test_identical_rows_have_no_gradient(generator):
+    _, reference = make(generator, 4, 5000, 0)
+    for ours in one(reference.clone(), reference):
+        assert (ours == 0).all()
+
+
+def test_disjoint_peaks():
+    """Tokens with mass on one side only: Q - P where e^(q - p) overflows, and where P is 0."""
+    reference, circuit = torch.zeros(2, 1500), torch.zeros(2, 1500)
+    reference[:, 7] = circuit[:, 1203] = 300.0
+    found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=1e-38)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(generator, dtype):
+    """Computed in float32 from the numbers as they are, and rounded once."""
+    circuit, reference = make(generator, 4, 5000, 0.1, dtype=dtype)
+    half = one(circuit, reference)
+    whole = one(circuit.float(), reference.float())
+    for ours, single in zip(half, whole, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, single.to(dtype))
+
+
+def test_float64(generator):
+    circuit, reference = make(generator, 4, 5000, 1e-5, dtype=torch.float64)
+    found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float64
+        # What float64 autograd of the definition itself is off by, at such a small gradient.
+        assert error(ours, exact) <= 1e-9
+
+
+def test_mixed_dtypes(generator):
+    circuit, reference = make(generator, 4, 500, 0.1)
+    dq, dp = one(circuit.bfloat16(), reference.double())
+    assert (dq.dtype, dp.dtype) == (torch.bfloat16, torch.float64)
+    expected = oracle_gradients(circuit.bfloat16(), reference)
+    assert error(dp, expected[1]) <= 1e-12
+    assert error(dq, expected[0]) <= 2**-8
+
+
+def test_only_what_is_wanted(generator):
+    circuit, reference = make(generator, 3, 500, 0.1)
+    circuits = [circuit, circuit * 1.1, circuit * 0.9]
+    grad = torch.randn(3, 3, generator=generator)
+    every, dp = gradient.gradients(grad, circuits, reference, [True] * 3, True)
+    some, none = gradient.gradients(grad, circuits, reference, [False, True, False], False)
+    assert some[0] is some[2] is none is None
+    assert torch.equal(some[1], every[1])
+    _, alone = gradient.gradients(grad, circuits, reference, [False] * 3, True)
+    assert torch.equal(alone, dp)
+    # The reference's gradient is the sum over circuits.
+    expected = sum(
+        oracle_gradients(c, reference, g)[1] for c, g in zip(circuits, grad, strict=True)
+    )
+    assert error(dp, expected) <= BOUND
+
+
+def test_rows_do_not_depend_on_the_batch(generator):
+    """Nor on where the blocks of rows are cut."""
+    circuit, reference = make(generator, 9, 40000, 0.1)
+    together = one(circuit, reference)
+    for row in range(9):
+        alone = one(circuit[row : row + 1].clone(), reference[row : row + 1])
+        for ours, whole in zip(alone, together, strict=True):
+            assert torch.equal(ours[0], whole[row])
+
+
+@pytest.mark.parametrize("side", ["p", "q", "both"])
+def test_masked_tokens(generator, side):
+    """A logit of -inf has gradient 0; of a token that the reference alone masks, the circuit's is Q."""
+    circuit, reference = make(generator, 3, 700, 0.1)
+    masked = torch.rand(3, 700, generator=generator) < 0.5
+    masked[2] = False
+    grad = torch.tensor([1.0, 0.3, 2.0])
+    if side != "q":
+        reference[masked] = -INF
+    if side != "p":
+        circuit[masked] = -INF
+    dq, dp = one(circuit, reference, grad)
+    assert (dp[masked] == 0).all()
+    if side == "p":
+        assert (dq[masked] > 0).all()
+    else:
+        assert (dq[masked] == 0).all()
+    if side != "q":
+        for ours, exact in zip((dq, dp), oracle_gradients(circuit, reference, grad), strict=True):
+            assert error(ours, exact) <= BOUND
+        return
+    # The divergence of the first two rows is infinite: Q - P, and NaN.
+    difference = (circuit.double().softmax(-1) - reference.double().softmax(-1)) * grad[:, None]
+    assert error(dq, difference.masked_fill(masked, 0)) <= BOUND
+    assert dp[:2][~masked[:2]].isnan().all()
+    assert error(dp[2:], oracle_gradients(circuit[2:], reference[2:], grad[2:])[1]) <= BOUND
+
+
+@pytest.mark.parametrize("p_v", [NAN, INF, 0.5])
+@pytest.mark.parametrize("q_v", [NAN, INF, 0.5])
+def test_undefined_rows(generator, p_v, q_v):
+    """A row whose divergence is NaN is NaN, alone; with masked tokens in it too."""
+    circuit, reference = make(generator, 3, 700, 0.1)
+    clean = one(circuit, reference)
+    reference[1, 5], circuit[1, 5] = p_v, q_v
+    circuit[1, 9] = reference[1, 9] = -INF
+    for ours, before in zip(one(circuit, reference), clean, strict=True):
+        assert ours[1].isnan().all() == (p_v != 0.5 or q_v != 0.5)
+        assert torch.equal(ours[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("which", ["p", "q", "both"])
+def test_rows_without_any_mass(generator, which):
+    circuit, reference = make(generator, 3, 700, 0.1)
+    if which != "q":
+        reference[1] = -INF
+    if which != "p":
+        circuit[1] = -INF
+    for ours in one(circuit, reference):
+        assert ours[1].isnan().all()
+        assert ours[[0, 2]].isfinite().all()
+
+
+def test_rows_no_one_asks_for(generator):
+    """A loss that leaves out rows without a divergence is not spoiled by 0 · NaN."""
+    circuit, reference = make(generator, 4, 700, 0.1)
+    reference[0] = circuit[0] = -INF
+    circuit[1, 3] = NAN
+    circuit[2, 3] = -INF
+    for ours in one(circuit, reference, torch.tensor([0.0, 0.0, 0.0, 1.0])):
+        assert (ours[:3] == 0).all()
+        assert (ours[3] != 0).any()
