@@ -55,15 +55,6 @@ def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> Non
         )
 
 
-def check_no_gradient(tensors: Sequence[Tensor]) -> None:
-    """Refuse to drop a gradient silently."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise ValueError(
-            "logits require a gradient and fastkl does not differentiate: call it under "
-            "torch.no_grad() or on detached logits"
-        )
-
-
 def check_model(model: object) -> None:
     """Refuse what is not a model with an out_slice."""
     if not callable(model):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl import backends, errors
+from fastkl import errors, operator
 
 
 def kl_div(
@@ -29,8 +29,8 @@ def kl_div(
         "mean" divides the sum over rows by their number (a row is one distribution: everything but
         the last dimension); "none" keeps one number a row. The mean of no rows is NaN.
     backend : str, optional
-        "eager" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the device,
-        decide. See :func:`fastkl.available_backends`.
+        "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
+        device, decide. See :func:`fastkl.available_backends`.
 
     Returns
     -------
@@ -40,12 +40,20 @@ def kl_div(
         NaN; a circuit logit of -inf where the reference's is finite makes the row +inf; a token that
         is -inf in the reference counts 0.
 
+    Notes
+    -----
+    Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
+    nearly identical rows as the divergence itself. Only the logits are kept for it. A logit of -inf has
+    gradient 0, but for a circuit's where the reference alone is -inf, which has Q; a row that is NaN has
+    NaN. Gradients are computed by PyTorch, whatever the backend. The operator `torch.ops.fastkl.kl_div`
+    behind it can be compiled, exported and batched by `torch.vmap`.
+
     Raises
     ------
     TypeError
         Something is not a tensor, or not of a floating dtype.
     ValueError
-        Shapes, vocabularies or devices differ; the reduction is unknown; a gradient is required.
+        Shapes, vocabularies or devices differ; the reduction is unknown.
     RuntimeError
         The backend asked for can not run here.
 
@@ -66,8 +74,7 @@ def kl_div(
     errors.check_logits(reference, "reference")
     errors.check_logits(circuit, "circuit")
     errors.check_pair(circuit, reference)
-    errors.check_no_gradient((circuit, reference))
-    rows = kl_rows([circuit], reference, backend=backend)
+    rows = _kl_rows([circuit], reference, backend)
     return _reduce(rows, reference.shape[:-1], reduction)[0]
 
 
@@ -117,22 +124,19 @@ def kl_div_many(
     for k, circuit in enumerate(circuits):
         errors.check_logits(circuit, f"circuits[{k}]")
         errors.check_pair(circuit, reference, f"circuits[{k}]")
-    errors.check_no_gradient((*circuits, reference))
-    rows = kl_rows(circuits, reference, backend=backend)
+    rows = _kl_rows(circuits, reference, backend)
     return _reduce(rows, reference.shape[:-1], reduction)
 
 
 def kl_rows(circuits: Sequence[Tensor], reference: Tensor, *, backend: str | None) -> Tensor:
-    """Return the divergences (K, R) of checked logits (..., V), by the backend that suits them."""
-    dtype = reference.dtype
-    for circuit in circuits:
-        dtype = torch.promote_types(dtype, circuit.dtype)
-    chosen = backends.choose(backend, reference.device, dtype)
-    if not circuits or reference.shape[:-1].numel() == 0:
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (len(circuits), reference.shape[:-1].numel())
-        return torch.empty(shape, dtype=dtype, device=reference.device)
-    return chosen.kl_rows([_as_rows(circuit) for circuit in circuits], _as_rows(reference))
+    """Return the divergences (K, R) of checked logits (..., V), without a gradient."""
+    return operator.measure([_as_rows(c) for c in circuits], _as_rows(reference), backend)
+
+
+def _kl_rows(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
+    """Return the same through the operator, which has one."""
+    rows: Tensor = operator.kl_div([_as_rows(c) for c in circuits], _as_rows(reference), backend)
+    return rows
 
 
 def _as_rows(logits: Tensor) -> Tensor:

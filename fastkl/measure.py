@@ -74,8 +74,8 @@ def measure_kl_div(
     compare_to_clean : bool
         Whether the full model runs on the clean (True) or the corrupt (False) prompts.
     backend : str, optional
-        "eager" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the device,
-        decide. See :func:`fastkl.available_backends`.
+        "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
+        device, decide. See :func:`fastkl.available_backends`.
     progress : bool
         Show a progress bar over batches, if the output is a terminal.
 

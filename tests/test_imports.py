@@ -26,14 +26,15 @@ LAYERS = {
     "backends.triton": 1,
     "backends.native": 1,
     "backends": 2,
-    "functional": 3,
-    "measure": 4,
-    "": 5,
-    "auto_circuit": 6,
-    "plot": 6,
-    "demo_model": 6,
-    "demo": 7,
-    "cli": 8,
+    "operator": 3,
+    "functional": 4,
+    "measure": 5,
+    "": 6,
+    "auto_circuit": 7,
+    "plot": 7,
+    "demo_model": 7,
+    "demo": 8,
+    "cli": 9,
 }
 
 

@@ -1,0 +1,233 @@
+"""kl_div as a PyTorch operator: gradients, and what compiles, exports and batches it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import oracle, oracle_gradients
+from torch.nn import functional
+
+import fastkl
+from bench import memory
+from fastkl import operator
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def pair(generator):
+    reference = torch.randn(4, 6, 50, generator=generator) * 3
+    return reference + torch.randn(4, 6, 50, generator=generator) * 0.3, reference
+
+
+def definition(circuit, reference):
+    """The mean divergence by PyTorch's own functions."""
+    log_p, log_q = reference.log_softmax(-1), circuit.log_softmax(-1)
+    return functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(pair, dtype, wanted):
+    circuit, reference = (
+        t.to(dtype)[0].requires_grad_(want) for t, want in zip(pair, wanted, strict=True)
+    )
+    other = (circuit.detach() * 2).requires_grad_(wanted[0])
+    torch.library.opcheck(operator.kl_div, ([circuit, other], reference, None))
+    grad = torch.ones(1, 6)
+    torch.library.opcheck(
+        operator.kl_div_backward, (grad, [circuit.detach()], reference.detach(), [True], True)
+    )
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 0.1, 1.0, 5.0])
+def test_gradients_against_float64(generator, noise):
+    reference = torch.randn(3, 5003, generator=generator) * 3
+    circuit = reference + noise * torch.randn(3, 5003, generator=generator)
+    grad = torch.rand(3, generator=generator)
+    inputs = circuit.clone().requires_grad_(), reference.clone().requires_grad_()
+    fastkl.kl_div(*inputs, reduction="none").backward(grad)
+    for leaf, exact in zip(inputs, oracle_gradients(circuit, reference, grad), strict=True):
+        assert ((leaf.grad.double() - exact).norm(dim=-1) <= 1e-5 * exact.norm(dim=-1)).all()
+
+
+def test_gradcheck(generator):
+    reference = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    circuits = [torch.randn(3, 7, dtype=torch.float64, generator=generator) for _ in range(2)]
+    leaves = [t.requires_grad_() for t in (*circuits, reference)]
+
+    def many(first, second, reference):
+        return fastkl.kl_div_many([first, second], reference, reduction="none")
+
+    assert torch.autograd.gradcheck(many, leaves)
+    assert torch.autograd.gradcheck(fastkl.kl_div, leaves[1:])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(pair, reduction):
+    """Their gradients reach the operator expanded, with stride 0."""
+    circuit, reference = pair[0].clone().requires_grad_(), pair[1]
+    fastkl.kl_div(circuit, reference, reduction=reduction).backward()
+    rows = 24 if reduction == "mean" else 1
+    grad = torch.full((24,), 1 / rows, dtype=torch.float64)
+    exact, _ = oracle_gradients(circuit.flatten(0, 1), reference.flatten(0, 1), grad)
+    torch.testing.assert_close(circuit.grad.flatten(0, 1).double(), exact, rtol=1e-5, atol=1e-8)
+
+
+def test_odd_strides(pair):
+    """A transposed circuit, and a gradient that is not contiguous."""
+    circuit, reference = pair
+    leaf = circuit.transpose(0, 1).contiguous().requires_grad_()
+    grad = torch.rand(6, 4).t()
+    fastkl.kl_div(leaf.transpose(0, 1), reference, reduction="none").backward(grad)
+    exact, _ = oracle_gradients(circuit.flatten(0, 1), reference.flatten(0, 1), grad.reshape(-1))
+    found = leaf.grad.transpose(0, 1).flatten(0, 1).double()
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-8)
+
+
+def test_inputs_are_left_alone(pair):
+    inputs = [t.clone().requires_grad_() for t in pair]
+    fastkl.kl_div(*inputs).backward()
+    for leaf, before in zip(inputs, pair, strict=True):
+        assert torch.equal(leaf.detach(), before)
+
+
+def test_a_second_derivative_is_refused(pair):
+    circuit, reference = pair[0].clone().requires_grad_(), pair[1]
+    (first,) = torch.autograd.grad(fastkl.kl_div(circuit, reference), circuit, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiates once"):
+        first.sum().backward()
+
+
+def test_compile(pair):
+    """In one graph, forward and backward, and for other sizes without another compilation."""
+    compilations = 0
+
+    def counting(graph, _):
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    def loss(circuit, reference):
+        return fastkl.kl_div(circuit * 2, reference, reduction="none").exp().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counting)
+    inductor = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n_rows in (4, 3, 2):
+        circuit, reference = (t[:n_rows].clone().requires_grad_() for t in pair)
+        assert torch.equal(compiled(circuit, reference), loss(circuit, reference))
+        loss(circuit, reference).backward()
+        expected, circuit.grad = circuit.grad, None
+        inductor(circuit, reference).backward()
+        torch.testing.assert_close(circuit.grad, expected)
+    assert compilations == 1
+
+
+def test_export(pair):
+    class Divergence(torch.nn.Module):
+        def forward(self, circuit, reference):
+            return fastkl.kl_div(circuit, reference)
+
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(
+        Divergence(), pair, dynamic_shapes=({0: rows}, {0: rows}), strict=True
+    )
+    smaller = [t[:3] for t in pair]
+    assert torch.equal(program.module()(*smaller), fastkl.kl_div(*smaller))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, 1), (0, None), (None, 0)])
+def test_vmap(pair, in_dims):
+    inputs = [t if dim is not None else t[0] for t, dim in zip(pair, in_dims, strict=True)]
+    if in_dims == (1, 1):
+        inputs = [t.transpose(0, 1) for t in pair]
+    found = torch.vmap(fastkl.kl_div, in_dims)(*inputs)
+    whole = [
+        t if dim is not None else t.expand(4, 6, 50) for t, dim in zip(inputs, in_dims, strict=True)
+    ]
+    whole = [t.transpose(0, 1) if in_dims == (1, 1) else t for t in whole]
+    expected = oracle(*whole).mean(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_gradients_through_vmap(pair):
+    inputs = [t.clone().requires_grad_() for t in pair]
+    torch.vmap(fastkl.kl_div)(*inputs).sum().backward()
+    grad = torch.full((24,), 1 / 6, dtype=torch.float64)
+    exact = oracle_gradients(*(t.flatten(0, 1) for t in pair), grad)
+    for leaf, expected in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.flatten(0, 1).double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_autocast_and_determinism(pair):
+    """Neither changes anything: all is computed in float32 and in a fixed order already."""
+    expected = fastkl.kl_div(*pair)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fastkl.kl_div(*pair), expected)
+    torch.use_deterministic_algorithms(True)
+    try:
+        circuit = pair[0].clone().requires_grad_()
+        fastkl.kl_div(circuit, pair[1]).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert circuit.grad.isfinite().all()
+
+
+def test_meta_tensors_have_shapes(pair):
+    circuit, reference = (t.to("meta") for t in pair)
+    assert fastkl.kl_div(circuit, reference, reduction="none").shape == (4, 6)
+
+
+def test_distillation(generator):
+    """A student learns a teacher, step by step as it does with PyTorch's own functions."""
+    inputs = torch.randn(64, 8, generator=generator)
+    teacher = inputs @ torch.randn(8, 300, generator=generator)
+    curves = []
+    for loss in (fastkl.kl_div, definition):
+        student = torch.nn.Linear(8, 300, bias=False)
+        torch.nn.init.zeros_(student.weight)
+        optimizer = torch.optim.SGD(student.parameters(), lr=3.0)
+        curve = []
+        for _ in range(60):
+            value = loss(student(inputs), teacher)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            curve.append(value.item())
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0] / 5
+    torch.testing.assert_close(*curves, rtol=1e-5, atol=1e-5)
+
+
+PEAK = """
+import torch, fastkl
+from bench.memory import peak
+inputs = [torch.randn(40, 50257).requires_grad_() for _ in range(2)]
+def step():
+    for leaf in inputs:
+        leaf.grad = None
+    fastkl.kl_div(*inputs).backward()
+step()
+for leaf in inputs:
+    leaf.grad = None
+print(peak(step) - sum(leaf.nbytes for leaf in inputs))
+"""
+
+
+@pytest.mark.skipif(memory.missing() is not None, reason=f"memory: {memory.missing()}")
+def test_peak_memory():
+    """Forward and backward take the gradients and 8 MiB, whatever the number of rows."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 2**20
