@@ -25,13 +25,22 @@ def measure(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) 
     return chosen.kl_rows(list(circuits), reference)
 
 
-@torch.library.custom_op("fastkl::kl_div", mutates_args=())
+@torch.library.custom_op(
+    "fastkl::kl_div",
+    mutates_args=(),
+    schema="(Tensor[] circuits, Tensor reference, str? backend) -> Tensor",
+)
 def kl_div(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
     """Return the divergences (K, R) of rows (R, V), with a gradient."""
     return measure(circuits, reference, backend)
 
 
-@torch.library.custom_op("fastkl::kl_div_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastkl::kl_div_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor[] circuits, Tensor reference, bool[] wanted, "
+    "bool reference_wanted) -> Tensor[]",
+)
 def kl_div_backward(
     grad: Tensor,
     circuits: Sequence[Tensor],
