@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastkl.backends import requested
+from fastkl.functional import kl_div
 from fastkl.measure import Batch, EdgeCount, Model, measure_kl_div
 
 __all__ = ["Patch", "patch", "unpatch"]
@@ -21,16 +22,22 @@ __all__ = ["Patch", "patch", "unpatch"]
 _TESTED = "1.0.1"
 _KL_DIV = "auto_circuit.metrics.prune_metrics.kl_div"
 _PRUNE_METRICS = "auto_circuit.metrics.prune_metrics.prune_metrics"
-_FUNCTION = "measure_kl_div"
+_TENSOR_OPS = "auto_circuit.utils.tensor_ops"
 _METRICS = ("CLEAN_KL_DIV_METRIC", "CORRUPT_KL_DIV_METRIC")
-_PARAMETERS = ("model", "dataloader", "circuit_outs", "compare_to_clean")
+_MEASURE, _MULTIBATCH = "measure_kl_div", "multibatch_kl_div"
+# Where each function is defined, and the parameters by which it is known.
+_FUNCTIONS = {
+    _MEASURE: (_KL_DIV, ("model", "dataloader", "circuit_outs", "compare_to_clean")),
+    _MULTIBATCH: (_TENSOR_OPS, ("input_logprobs", "target_logprobs")),
+}
 
-_Measure = Callable[..., Any]
+_Function = Callable[..., Any]
 
 
 class _Site(NamedTuple):
     """One attribute to swap: where it is, and what it held before."""
 
+    function: str
     name: str
     owner: object
     attribute: str
@@ -53,11 +60,13 @@ class Patch:
         The backend asked for; None leaves the choice to fastkl at each call.
     """
 
-    def __init__(self, sites: list[_Site], replacement: _Measure, backend: str | None) -> None:
+    def __init__(
+        self, sites: list[_Site], replacements: dict[str, _Function], backend: str | None
+    ) -> None:
         self.sites = tuple(site.name for site in sites)
         self.backend = backend
         self._saved = sites
-        self._replacement = replacement
+        self._replacements = replacements
 
     def __enter__(self) -> Patch:
         if self not in _active:
@@ -85,12 +94,12 @@ _active: list[Patch] = []
 
 
 def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
-    """Make auto_circuit measure KL divergence with :func:`fastkl.measure_kl_div`.
+    """Make auto_circuit measure KL divergence, and train on it, with fastkl.
 
-    Swaps ``measure_kl_div`` in the module that defines it, every copy of it in a module of
-    auto_circuit that is already imported, and the ``metric_func`` of ``CLEAN_KL_DIV_METRIC`` and
-    ``CORRUPT_KL_DIV_METRIC``, which ``PRUNE_METRICS``, ``PRUNE_METRIC_DICT`` and
-    ``measure_prune_metrics`` use. The metric objects stay the same objects.
+    Swaps ``measure_kl_div`` and ``multibatch_kl_div`` in the modules that define them, every copy of
+    them in a module of auto_circuit that is already imported, and the ``metric_func`` of
+    ``CLEAN_KL_DIV_METRIC`` and ``CORRUPT_KL_DIV_METRIC``, which ``PRUNE_METRICS``,
+    ``PRUNE_METRIC_DICT`` and ``measure_prune_metrics`` use. The metric objects stay the same objects.
 
     The patch holds for the whole process until :func:`unpatch`, or until the end of the block
     when used in a ``with`` statement, whether it ends by an exception or not. It imports
@@ -133,8 +142,12 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
 
     Only modules of auto_circuit are touched: a name that another module has imported, such as
     ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div`` before the patch,
-    keeps the function it had. ``multibatch_kl_div``, which auto_circuit's searches and
-    completeness metrics call and which needs gradients, is left alone.
+    keeps the function it had.
+
+    ``multibatch_kl_div`` takes log-probabilities, of which :func:`fastkl.kl_div` is the same as of
+    logits. Subnetwork probing and the training of knockouts differentiate it: the gradient that
+    reaches a log-probability is Q - P in place of -P, and the same once it has passed the
+    log-softmax that made it.
 
     A ``PruneMetric`` hashes by its fields, so its hash differs while it is patched; auto_circuit
     itself looks metrics up by ``key``.
@@ -147,6 +160,7 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     >>> patched  # doctest: +SKIP
     fastkl's patch of auto_circuit 1.0.1 (undone, backend: chosen at each call)
       auto_circuit.metrics.prune_metrics.kl_div.measure_kl_div
+      ...
       auto_circuit.metrics.prune_metrics.prune_metrics.measure_kl_div
       auto_circuit.metrics.prune_metrics.prune_metrics.CLEAN_KL_DIV_METRIC.metric_func
       auto_circuit.metrics.prune_metrics.prune_metrics.CORRUPT_KL_DIV_METRIC.metric_func
@@ -154,11 +168,12 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     # Refused here, not by the first measurement, which may be hours of circuit search away.
     requested(backend)
     sites = _find_sites()
-    replacement = _replacement(backend, progress)
-    patched = Patch(sites, replacement, backend)
+    replacements = _replacements(backend, progress)
+    patched = Patch(sites, replacements, backend)
     # Known as active before the first write, so that an interrupt in between can be undone.
     _active.append(patched)
     for site in sites:
+        replacement = replacements[site.function]
         if isinstance(site.before, functools.partial):
             site.write(functools.partial(replacement, *site.before.args, **site.before.keywords))
         else:
@@ -183,8 +198,8 @@ def unpatch() -> tuple[str, ...]:
     return _undo(0)
 
 
-def _replacement(backend: str | None, progress: bool) -> _Measure:
-    """Build the function that stands in for auto_circuit's, with auto_circuit's parameters."""
+def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:
+    """Build the functions that stand in for auto_circuit's, with auto_circuit's parameters."""
 
     def measure(
         model: Model,
@@ -196,48 +211,58 @@ def _replacement(backend: str | None, progress: bool) -> _Measure:
             model, dataloader, circuit_outs, compare_to_clean, backend=backend, progress=progress
         )
 
-    measure.__name__ = measure.__qualname__ = _FUNCTION
+    def multibatch(input_logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
+        """Return the mean KL(target ‖ input), in nats, of rows of log-probabilities (..., V)."""
+        return kl_div(input_logprobs, target_logprobs, backend=backend)
+
     measure.__doc__ = measure_kl_div.__doc__
-    return measure
+    functions: dict[str, _Function] = {_MEASURE: measure, _MULTIBATCH: multibatch}
+    for name, function in functions.items():
+        function.__name__ = function.__qualname__ = name
+    return functions
 
 
 def _find_sites() -> list[_Site]:
     """List every attribute to swap, or raise and say which is not as it should be."""
     # The package itself first, so that its absence is not taken for that of a module in it.
-    _, kl_div, prune_metrics = map(_import, ("auto_circuit", _KL_DIV, _PRUNE_METRICS))
-    original = getattr(kl_div, _FUNCTION, None)
-    if original is None:
-        raise _mismatch([f"{_KL_DIV}.{_FUNCTION} is missing"])
-    parameters = tuple(inspect.signature(original).parameters)
-    if parameters != _PARAMETERS:
-        raise _mismatch([f"{_KL_DIV}.{_FUNCTION} takes ({', '.join(parameters)})"])
+    _import("auto_circuit")
+    prune_metrics = _import(_PRUNE_METRICS)
+    problems: list[str] = []
+    copies: dict[str, list[_Site]] = {}
+    originals: dict[str, Any] = {}
+    for name, (module_name, wanted) in _FUNCTIONS.items():
+        original = originals[name] = getattr(_import(module_name), name, None)
+        if original is None:
+            raise _mismatch([f"{module_name}.{name} is missing"])
+        parameters = tuple(inspect.signature(original).parameters)
+        if parameters != wanted:
+            raise _mismatch([f"{module_name}.{name} takes ({', '.join(parameters)})"])
+        copies[name] = list(_copies(name, original))
 
-    problems = []
-    sites = list(_copies(original))
-    if getattr(prune_metrics, _FUNCTION, None) is not original:
-        problems.append(_problem(prune_metrics, _FUNCTION))
+    sites = copies[_MEASURE]
+    if getattr(prune_metrics, _MEASURE, None) is not originals[_MEASURE]:
+        problems.append(_problem(prune_metrics, _MEASURE))
     for name in _METRICS:
         metric = getattr(prune_metrics, name, None)
         before = getattr(metric, "metric_func", None)
-        if isinstance(before, functools.partial) and before.func is original:
-            sites.append(
-                _Site(f"{_PRUNE_METRICS}.{name}.metric_func", metric, "metric_func", before)
-            )
+        if isinstance(before, functools.partial) and before.func is originals[_MEASURE]:
+            where = f"{_PRUNE_METRICS}.{name}.metric_func"
+            sites.append(_Site(_MEASURE, where, metric, "metric_func", before))
         else:
             problems.append(_problem(prune_metrics, name))
     if problems:
         raise _mismatch(problems)
-    return sites
+    return sites + copies[_MULTIBATCH]
 
 
-def _copies(function: _Measure) -> Iterator[_Site]:
+def _copies(name: str, function: _Function) -> Iterator[_Site]:
     """Yield every attribute of a module of auto_circuit that is this very function."""
     for module_name, module in sorted(sys.modules.items()):
         if module_name.partition(".")[0] != "auto_circuit" or not isinstance(module, ModuleType):
             continue
         for attribute, value in vars(module).items():
             if value is function:
-                yield _Site(f"{module_name}.{attribute}", module, attribute, function)
+                yield _Site(name, f"{module_name}.{attribute}", module, attribute, function)
 
 
 def _undo(first: int) -> tuple[str, ...]:
@@ -250,10 +275,11 @@ def _undo(first: int) -> tuple[str, ...]:
             names.append(site.name)
         # What was imported meanwhile has copied the replacement: put the function there too that
         # it would have found without the patch.
-        original = patched._saved[0].before
-        for late in list(_copies(patched._replacement)):
-            late.write(original)
-            names.append(late.name)
+        for name, replacement in patched._replacements.items():
+            original = next(site.before for site in patched._saved if site.function == name)
+            for late in list(_copies(name, replacement)):
+                late.write(original)
+                names.append(late.name)
         _active.pop()
     return tuple(dict.fromkeys(names))
 
@@ -276,7 +302,7 @@ def _problem(module: ModuleType, attribute: str) -> str:
     name = f"{module.__name__}.{attribute}"
     if not hasattr(module, attribute):
         return f"{name} is missing"
-    return f"{name} does not hold {_KL_DIV}.{_FUNCTION}"
+    return f"{name} does not hold {_KL_DIV}.{_MEASURE}"
 
 
 def _mismatch(problems: list[str]) -> RuntimeError:

@@ -83,11 +83,15 @@ def _save(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, str | None], output:
     del output
     circuits, reference, _ = inputs
     # The logits alone: a backward pass reads them once more rather than keep anything of their size.
-    ctx.save_for_backward(*circuits, reference)
+    logits = (*circuits, reference)
+    ctx.save_for_backward(*(None if t.is_inference() else t for t in logits))
+    # A teacher's, made under inference mode: autograd does not save such, and no one can change them.
+    ctx.inference = [t if t.is_inference() else None for t in logits]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None]:
-    *circuits, reference = ctx.saved_tensors
+    kept = zip(ctx.saved_tensors, ctx.inference, strict=True)
+    *circuits, reference = (saved if saved is not None else other for saved, other in kept)
     wanted, reference_wanted, _ = ctx.needs_input_grad
     found = iter(kl_div_backward(grad, circuits, reference, wanted, reference_wanted))
     dqs = [next(found) if want else None for want in wanted]

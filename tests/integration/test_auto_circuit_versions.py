@@ -11,11 +11,16 @@ import pytest
 import fastkl.auto_circuit
 
 KL_DIV = "auto_circuit.metrics.prune_metrics.kl_div"
+TENSOR_OPS = "auto_circuit.utils.tensor_ops"
 PRUNE_METRICS = "auto_circuit.metrics.prune_metrics.prune_metrics"
 
 KL_DIV_SOURCE = """
 def measure_kl_div(model, dataloader, circuit_outs, compare_to_clean=True):
     return []
+"""
+TENSOR_OPS_SOURCE = """
+def multibatch_kl_div(input_logprobs, target_logprobs):
+    return 0.0
 """
 PRUNE_METRICS_SOURCE = f"""
 from dataclasses import dataclass
@@ -41,18 +46,26 @@ def no_auto_circuit(monkeypatch):
 
 @pytest.fixture
 def other_version(no_auto_circuit, monkeypatch, tmp_path):
-    """Return a function that installs version 9.9 of auto_circuit, made of these two modules."""
+    """Return a function that installs version 9.9 of auto_circuit, made of these modules."""
 
-    def install(kl_div=KL_DIV_SOURCE, prune_metrics=PRUNE_METRICS_SOURCE):
+    def install(
+        kl_div=KL_DIV_SOURCE, prune_metrics=PRUNE_METRICS_SOURCE, tensor_ops=TENSOR_OPS_SOURCE
+    ):
         metadata = tmp_path / "auto_circuit-9.9.dist-info" / "METADATA"
         metadata.parent.mkdir()
         metadata.write_text("Metadata-Version: 2.1\nName: auto-circuit\nVersion: 9.9\n")
         folder = tmp_path / "auto_circuit" / "metrics" / "prune_metrics"
         folder.mkdir(parents=True)
         (tmp_path / "auto_circuit" / "__init__.py").touch()
-        for name, source in (("kl_div", kl_div), ("prune_metrics", prune_metrics)):
+        utils = tmp_path / "auto_circuit" / "utils"
+        utils.mkdir()
+        for path, source in (
+            (folder / "kl_div.py", kl_div),
+            (folder / "prune_metrics.py", prune_metrics),
+            (utils / "tensor_ops.py", tensor_ops),
+        ):
             if source is not None:
-                (folder / f"{name}.py").write_text(source)
+                path.write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
 
     yield install
@@ -105,7 +118,7 @@ def test_another_version_with_the_same_sites_is_patched(other_version):
     with fastkl.auto_circuit.patch() as patched:
         before_exit = snapshot()
         assert "auto_circuit 9.9 " in repr(patched)
-        assert len(patched.sites) == 4
+        assert len(patched.sites) == 5
     assert snapshot() != before_exit
 
 
@@ -118,6 +131,12 @@ def test_another_version_with_the_same_sites_is_patched(other_version):
         (
             {"kl_div": KL_DIV_SOURCE.replace("compare_to_clean", "direction")},
             [f"{KL_DIV}.measure_kl_div takes (model, dataloader, circuit_outs, direction)"],
+        ),
+        ({"tensor_ops": ""}, [f"{TENSOR_OPS}.multibatch_kl_div is missing"]),
+        ({"tensor_ops": None}, [f"{TENSOR_OPS} is missing"]),
+        (
+            {"tensor_ops": TENSOR_OPS_SOURCE.replace("target_logprobs", "target")},
+            [f"{TENSOR_OPS}.multibatch_kl_div takes (input_logprobs, target)"],
         ),
         (
             {"prune_metrics": PRUNE_METRICS_SOURCE + "del measure_kl_div"},
