@@ -55,6 +55,12 @@ def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> Non
         )
 
 
+def check_backend(backend: object) -> None:
+    """Refuse what can not be the name of a backend."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be the name of one, or None; got {type(backend).__name__}")
+
+
 def check_model(model: object) -> None:
     """Refuse what is not a model with an out_slice."""
     if not callable(model):

@@ -71,6 +71,7 @@ def kl_div(
     tensor([0.1201, 0.0000])
     """
     errors.check_reduction(reduction)
+    errors.check_backend(backend)
     errors.check_logits(reference, "reference")
     errors.check_logits(circuit, "circuit")
     errors.check_pair(circuit, reference)
@@ -119,6 +120,7 @@ def kl_div_many(
     tensor([0.0000, 0.0000, 0.4621])
     """
     errors.check_reduction(reduction)
+    errors.check_backend(backend)
     errors.check_logits(reference, "reference")
     circuits = list(circuits)
     for k, circuit in enumerate(circuits):

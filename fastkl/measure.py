@@ -115,6 +115,7 @@ def measure_kl_div(
     if not circuit_outs:
         return []
     errors.check_model(model)
+    errors.check_backend(backend)
     backends.requested(backend)
 
     inputs = "clean" if compare_to_clean else "corrupt"

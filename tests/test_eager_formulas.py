@@ -1,9 +1,13 @@
 """The eager backend's formulas: each within its reach, at its ends, and all kinds of rows together."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import assert_matches, kl_rows, oracle
 
+from fastkl import available_backends
 from fastkl.backends import eager_formulas as formulas
 
 N_COLS = 2053
@@ -97,3 +101,39 @@ def test_the_likeliest_token_far_from_the_middle(generator):
     circuit -= 14
     circuit.scatter_add_(-1, likeliest, torch.full((2, 1), 14.0))
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_the_process_change_nothing(default, backend):
+    """Set before fastkl is imported: tables and results stay where the logits are."""
+    if reason := available_backends()[backend]:
+        pytest.skip(reason)
+    setting = {
+        "device": "torch.set_default_device('meta')",
+        "dtype": "torch.set_default_dtype(torch.float64)",
+    }
+    code = f"""
+import torch
+generator = torch.Generator().manual_seed(0)
+reference = torch.randn(6, 999, generator=generator, dtype=torch.float32) * 3
+noise = torch.randn(6, 999, generator=generator, dtype=torch.float32)
+circuit = reference + noise * torch.tensor([0, 0.01, 0.1, 0.2, 1, 30])[:, None]
+circuit[5, 0] = -torch.inf
+{setting[default]}
+import fastkl
+rows = fastkl.kl_div(circuit, reference, reduction="none", backend={backend!r})
+assert rows.device.type == "cpu" and rows.dtype == torch.float32, rows
+print(*rows.tolist())
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    plain = subprocess.run(
+        [sys.executable, "-c", code.replace(setting[default], "")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == plain.stdout != ""

@@ -193,3 +193,9 @@ def test_messages_never_hold_contents():
     with pytest.raises(ValueError, match="same shape") as raised:
         fastkl.kl_div(secret, secret[None])
     assert "31337" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", [3, ["eager"]])
+def test_a_backend_that_is_no_name(backend):
+    with pytest.raises(TypeError, match="backend must be the name of one, or None; got"):
+        fastkl.kl_div(F32, F32, backend=backend)

@@ -19,7 +19,8 @@ Buffers = tuple[Tensor, Tensor, Tensor]
 
 # Up to these reaches e^x - 1 - x is a series; up to the last, exponentials are taken: weights below
 # float32's smallest then hold less than 1e-8 of Σ P e^x.
-_REACHES = torch.tensor([0.0625, 0.5, 1.0, 56.0])
+# Tables lie on the CPU in float32, whatever the defaults are when this is imported.
+_REACHES = torch.tensor([0.0625, 0.5, 1.0, 56.0], dtype=torch.float32, device="cpu")
 # The coefficients of (e^x - 1 - x) / x² for each series, a column each, from the highest power down:
 # minimax, with relative errors of 1e-6, 9e-7 and 1e-7.
 _SERIES = torch.tensor(
@@ -31,10 +32,13 @@ _SERIES = torch.tensor(
         [0.0416680239, 0.0416674763, 0.0416665152],
         [0.16669108, 0.166662797, 0.166666955],
         [0.5, 0.5, 0.5],
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )
-_N_SERIES = _SERIES.shape[1]
-_FIRST_POWER = (_SERIES == 0).sum(0).tolist()
+_N_SERIES = 3
+# Where each column begins.
+_FIRST_POWER = (4, 2, 0)
 # A pivot this large is taken off before the difference is rounded at its size, to 1e-6.
 _LARGE_PIVOT = 16.0
 # Divergences from which float32 is good enough for e^x - 1: it is off by 1e-7 at the worst.
@@ -94,7 +98,7 @@ def kl_by_reach(q: Tensor, ref: Reference, buffers: Buffers) -> tuple[Tensor, Te
         return _series_kl(ref, x, spare, series, formula)
     if numbers == {_N_SERIES}:
         return _plain_kl(ref, x, spare)
-    divergence = torch.full((len(x),), torch.nan, dtype=torch.float64)
+    divergence = x.new_full((len(x),), torch.nan, dtype=torch.float64)
     bad = formula > _N_SERIES
     rows = (formula < _N_SERIES).nonzero()[:, 0]
     n = len(rows)

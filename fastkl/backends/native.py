@@ -68,7 +68,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     Tensor (K, R)
         float32.
     """
-    result = torch.empty((len(circuits), reference.shape[0]), dtype=torch.float32)
+    result = torch.empty((len(circuits), reference.shape[0]), dtype=torch.float32, device="cpu")
     _measure(circuits, reference, kl=result)
     return result
 
@@ -80,7 +80,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
     m_q is not the circuit's maximum, but a number near it.
     """
-    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64)
+    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64, device="cpu")
     _measure(circuits, reference, states=states)
     m_p, z_p, m_q, z_q, divergence = states.unbind(-1)
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
