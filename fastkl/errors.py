@@ -3,13 +3,15 @@
 Checks run before any work and look at types, shapes, dtypes and devices, never at contents.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("none", "sum", "mean")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+DIRECTIONS = ("forward", "reverse")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -17,6 +19,66 @@ def check_reduction(reduction: str) -> None:
     """Refuse a reduction that is not in the table."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_direction(direction: str) -> None:
+    """Refuse a direction that is not in the table."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+
+
+def check_temperature(temperature: object) -> None:
+    """Refuse what logits can not be divided by."""
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def check_beta(beta: object) -> None:
+    """Refuse a weight that leaves no mixture."""
+    if not isinstance(beta, (int, float)):
+        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must lie between 0 and 1, got {beta}: at 0 and 1 the Jensen-Shannon divergence is "
+            f"0; divided by beta or 1 - beta it tends to kl_div's two directions"
+        )
+
+
+def check_vocab_size(vocab_size: object, logits: Tensor, name: str) -> None:
+    """Refuse more tokens than there are logits for."""
+    if vocab_size is None:
+        return
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise TypeError(f"vocab_size must be an integer, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= logits.shape[-1]:
+        raise ValueError(
+            f"vocab_size must lie between 1 and the {logits.shape[-1]} tokens of {name} with shape "
+            f"{tuple(logits.shape)}, got {vocab_size}"
+        )
+
+
+def check_row_values(values: object, reference: Tensor, name: str, *, boolean: bool) -> None:
+    """Refuse a mask or weights that are not one number a row."""
+    if values is None:
+        return
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+    if boolean and values.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True for rows that count; got {values.dtype}")
+    if not boolean and not values.is_floating_point():
+        raise TypeError(f"{name} must be floating, got {values.dtype}; a boolean one is a mask")
+    if values.shape != reference.shape[:-1]:
+        raise ValueError(
+            f"{name} must have one value a row, shape {tuple(reference.shape[:-1])} for logits "
+            f"{tuple(reference.shape)}; got {tuple(values.shape)}"
+        )
+    if values.device != reference.device:
+        raise ValueError(
+            f"{name} and the logits must be on the same device, got {values.device} and "
+            f"{reference.device}"
+        )
 
 
 def check_logits(logits: object, name: str) -> None:
@@ -41,7 +103,7 @@ def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> Non
         raise ValueError(
             f"{name} and reference must have the same vocabulary, got {circuit.shape[-1]} tokens "
             f"in shape {tuple(circuit.shape)} and {reference.shape[-1]} in "
-            f"{tuple(reference.shape)}; if one is padded, slice both to the tokens they share"
+            f"{tuple(reference.shape)}; if one is padded, say how many tokens they share: vocab_size="
         )
     if circuit.shape != reference.shape:
         raise ValueError(

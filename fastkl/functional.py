@@ -1,16 +1,57 @@
 """KL divergence from logits: shapes and reductions."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from fastkl import errors, operator
+from fastkl.reductions import as_rows, reduce
+from fastkl.statistics import KLStatistics, statistics
 
 
+@overload
 def kl_div(
-    circuit: Tensor, reference: Tensor, *, reduction: str = "mean", backend: str | None = None
-) -> Tensor:
+    circuit: Tensor,
+    reference: Tensor,
+    *,
+    reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def kl_div(
+    circuit: Tensor,
+    reference: Tensor,
+    *,
+    reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, KLStatistics]: ...
+def kl_div(
+    circuit: Tensor,
+    reference: Tensor,
+    *,
+    reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, KLStatistics]:
     r"""KL divergence KL(P ‖ Q) of a circuit from a reference, in nats, straight from logits.
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
@@ -25,9 +66,26 @@ def kl_div(
         Half precision is computed in float32; nothing is rounded first.
     reference : Tensor (..., V)
         Logits of the full model; the same shape and device.
-    reduction : {"mean", "sum", "none"}
+    reduction : {"mean", "sum", "none", "batchmean"}
         "mean" divides the sum over rows by their number (a row is one distribution: everything but
-        the last dimension); "none" keeps one number a row. The mean of no rows is NaN.
+        the last dimension); "batchmean", as in torch, by the size of the first dimension; "none" keeps
+        one number a row. The mean of no rows is NaN.
+    direction : {"forward", "reverse"}
+        "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), the circuit's mass deciding which tokens count.
+    temperature : float
+        What all logits are divided by first. The result is not multiplied by its square, as
+        distillation often wants.
+    mask : Tensor (...), bool, optional
+        Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
+    weights : Tensor (...), floating, optional
+        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. No
+        gradient flows to them but from the sums themselves.
+    vocab_size : int, optional
+        The tokens that count are the first so many; padding beyond them is not read, and the circuit
+        may be padded otherwise than the reference.
+    return_stats : bool
+        Return (divergence, :class:`fastkl.KLStatistics`): log-sum-exps, entropies and the agreement of
+        the likeliest tokens, for every row, without a gradient. They take another sweep over the logits.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
         device, decide. See :func:`fastkl.available_backends`.
@@ -45,7 +103,7 @@ def kl_div(
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
     nearly identical rows as the divergence itself. Only the logits are kept for it. A logit of -inf has
     gradient 0, but for a circuit's where the reference alone is -inf, which has Q; a row that is NaN has
-    NaN. Gradients are computed by PyTorch, whatever the backend. The operator `torch.ops.fastkl.kl_div`
+    NaN; one whose own gradient is 0 has 0. The operator `torch.ops.fastkl.kl_div`
     behind it can be compiled, exported and batched by `torch.vmap`.
 
     Raises
@@ -70,26 +128,69 @@ def kl_div(
     >>> fastkl.kl_div(circuit, reference, reduction="none")
     tensor([0.1201, 0.0000])
     """
-    errors.check_reduction(reduction)
-    errors.check_backend(backend)
-    errors.check_logits(reference, "reference")
-    errors.check_logits(circuit, "circuit")
-    errors.check_pair(circuit, reference)
-    rows = _kl_rows([circuit], reference, backend)
-    return _reduce(rows, reference.shape[:-1], reduction)[0]
+    divergence = _kl_div(
+        [circuit],
+        ["circuit"],
+        reference,
+        reduction,
+        direction,
+        temperature,
+        mask,
+        weights,
+        vocab_size,
+        return_stats,
+        backend,
+    )
+    if isinstance(divergence, Tensor):
+        return divergence[0]
+    return divergence[0][0], KLStatistics(*(field[0] for field in divergence[1]))
 
 
+@overload
 def kl_div_many(
     circuits: Sequence[Tensor],
     reference: Tensor,
     *,
     reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: Literal[False] = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def kl_div_many(
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    *,
+    reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, KLStatistics]: ...
+def kl_div_many(
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    *,
+    reduction: str = "mean",
+    direction: str = "forward",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, KLStatistics]:
     """KL divergence of K circuits from one reference, in nats, straight from logits.
 
     The same as :func:`kl_div` of each circuit, but the reference is read and exponentiated once for
-    many circuits.
+    many circuits (in the reverse direction, once for each).
 
     Parameters
     ----------
@@ -97,10 +198,10 @@ def kl_div_many(
         Logits of the circuits; dtypes as for :func:`kl_div`.
     reference : Tensor (..., V)
         Logits of the full model; the shape and device of each circuit.
-    reduction : {"mean", "sum", "none"}
+    reduction : {"mean", "sum", "none", "batchmean"}
         As for :func:`kl_div`, over the rows of each circuit.
-    backend : str, optional
-        As for :func:`kl_div`.
+    direction, temperature, mask, weights, vocab_size, return_stats, backend
+        As for :func:`kl_div`; the same for all circuits.
 
     Returns
     -------
@@ -119,39 +220,153 @@ def kl_div_many(
     >>> fastkl.kl_div_many([reference, reference + 3, -reference], reference)
     tensor([0.0000, 0.0000, 0.4621])
     """
-    errors.check_reduction(reduction)
-    errors.check_backend(backend)
-    errors.check_logits(reference, "reference")
     circuits = list(circuits)
-    for k, circuit in enumerate(circuits):
-        errors.check_logits(circuit, f"circuits[{k}]")
-        errors.check_pair(circuit, reference, f"circuits[{k}]")
-    rows = _kl_rows(circuits, reference, backend)
-    return _reduce(rows, reference.shape[:-1], reduction)
+    names = [f"circuits[{k}]" for k in range(len(circuits))]
+    return _kl_div(
+        circuits,
+        names,
+        reference,
+        reduction,
+        direction,
+        temperature,
+        mask,
+        weights,
+        vocab_size,
+        return_stats,
+        backend,
+    )
 
 
-def kl_rows(circuits: Sequence[Tensor], reference: Tensor, *, backend: str | None) -> Tensor:
+def js_div(
+    circuit: Tensor,
+    reference: Tensor,
+    *,
+    beta: float = 0.5,
+    reduction: str = "mean",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    r"""Generalized Jensen-Shannon divergence of a circuit and a reference, in nats, from logits.
+
+    .. math:: JS = β KL(P ‖ M) + (1 - β) KL(Q ‖ M), \quad M = βP + (1 - β) Q,
+        \quad P = softmax(reference), \quad Q = softmax(circuit)
+
+    Parameters
+    ----------
+    circuit, reference : Tensor (..., V)
+        Logits, as for :func:`kl_div`.
+    beta : float
+        The reference's weight in the mixture, between 0 and 1. At 0.5 the divergence is symmetric and
+        at most log 2.
+    reduction, temperature, mask, weights, vocab_size
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    Tensor
+        A scalar, or (...) for "none"; float64 if an input is float64, else float32. Never negative, 0
+        for identical rows, and finite where a token is masked (-inf) on one side only; a row with a NaN
+        or +inf, or with only -inf, is NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`kl_div`, and where beta is not between 0 and 1.
+
+    Notes
+    -----
+    Computed by PyTorch in blocks of rows on every device, with nothing of the logits' size beside them:
+    the backends' kernels do not have it. Differentiable once in both arguments.
+
+    References
+    ----------
+    .. [1] J. Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Transactions on Information
+       Theory 37 (1991).
+    .. [2] R. Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649 (2023).
+
+    Examples
+    --------
+    >>> import torch, fastkl
+    >>> fastkl.js_div(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor(0.0895)
+    """
+    errors.check_reduction(reduction)
+    errors.check_beta(beta)
+    errors.check_temperature(temperature)
+    (circuit,), reference = _checked([circuit], ["circuit"], reference, vocab_size, mask, weights)
+    rows = operator.js_div(as_rows(circuit), as_rows(reference), float(beta), float(temperature))
+    return reduce(rows[None], reference.shape[:-1], reduction, mask, weights)[0]
+
+
+def kl_rows(
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str | None,
+) -> Tensor:
     """Return the divergences (K, R) of checked logits (..., V), without a gradient."""
-    return operator.measure([_as_rows(c) for c in circuits], _as_rows(reference), backend)
+    rows = [as_rows(c) for c in circuits]
+    return operator.measure(rows, as_rows(reference), temperature, backend)
 
 
-def _kl_rows(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
-    """Return the same through the operator, which has one."""
-    rows: Tensor = operator.kl_div([_as_rows(c) for c in circuits], _as_rows(reference), backend)
-    return rows
+def _kl_div(
+    circuits: list[Tensor],
+    names: list[str],
+    reference: Tensor,
+    reduction: str,
+    direction: str,
+    temperature: float,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    vocab_size: int | None,
+    return_stats: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, KLStatistics]:
+    errors.check_reduction(reduction)
+    errors.check_direction(direction)
+    errors.check_temperature(temperature)
+    errors.check_backend(backend)
+    circuits, reference = _checked(circuits, names, reference, vocab_size, mask, weights)
+    leading, temperature = reference.shape[:-1], float(temperature)
+    cir, ref = [as_rows(c) for c in circuits], as_rows(reference)
+    if direction == "forward" or not cir:
+        rows = operator.kl_div(cir, ref, temperature, backend)
+    else:
+        rows = torch.cat([operator.kl_div([ref], c, temperature, backend) for c in cir])
+    divergence = reduce(rows, leading, reduction, mask, weights)
+    if not return_stats:
+        return divergence
+    forward = (
+        rows
+        if direction == "forward"
+        else kl_rows(cir, ref, temperature=temperature, backend=backend)
+    )
+    found = statistics(cir, ref, forward, temperature)
+    return divergence, KLStatistics(*(field.reshape(-1, *leading) for field in found))
 
 
-def _as_rows(logits: Tensor) -> Tensor:
-    """View logits (..., V) as (R, V) with a contiguous last dimension; copy only if there is no view."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def _reduce(rows: Tensor, leading: torch.Size, reduction: str) -> Tensor:
-    """Reduce (K, R) over rows, in float64, or give the rows their leading dimensions back."""
-    if reduction == "none":
-        return rows.reshape(-1, *leading) if rows.numel() else rows.reshape(rows.shape[0], *leading)
-    total = rows.sum(dim=1, dtype=torch.float64)
-    if reduction == "mean":
-        total /= rows.shape[1] if rows.shape[1] else float("nan")
-    return total.to(rows.dtype)
+def _checked(
+    circuits: list[Tensor],
+    names: list[str],
+    reference: Tensor,
+    vocab_size: int | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the logits of the tokens that count, of inputs that belong to one another."""
+    errors.check_logits(reference, "reference")
+    errors.check_vocab_size(vocab_size, reference, "reference")
+    for circuit, name in zip(circuits, names, strict=True):
+        errors.check_logits(circuit, name)
+        errors.check_vocab_size(vocab_size, circuit, name)
+    if vocab_size is not None:
+        reference = reference[..., :vocab_size]
+        circuits = [circuit[..., :vocab_size] for circuit in circuits]
+    for circuit, name in zip(circuits, names, strict=True):
+        errors.check_pair(circuit, reference, name)
+    errors.check_row_values(mask, reference, "mask", boolean=True)
+    errors.check_row_values(weights, reference, "weights", boolean=False)
+    return circuits, reference

@@ -22,26 +22,14 @@ References
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastkl.rows import Rows, blocks, compute_dtype, masked, pivot, read, row_sums
+
 # |d| from which Q - P is the difference: the larger is more than twice the smaller then.
 NEAR = 1.0
-# Elements a block of rows: half a dozen float32 buffers of it stay in a CPU's cache.
-_BLOCK_ELEMENTS = 1 << 17
-# On other devices a block fills the chip many times over, and a launch costs next to nothing.
-_DEVICE_BLOCK_ELEMENTS = 1 << 23
-
-
-class _Row(NamedTuple):
-    """A block of one side's rows: logits (R, V) and the two parts of their log-sum-exps (R, 1)."""
-
-    logits: Tensor
-    weights: Tensor  # e^(logits - m) (R, V)
-    m: Tensor
-    z: Tensor
 
 
 @torch.no_grad()
@@ -51,6 +39,7 @@ def gradients(
     reference: Tensor,
     wanted: Sequence[bool],
     reference_wanted: bool,
+    temperature: float = 1.0,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits.
 
@@ -66,6 +55,8 @@ def gradients(
         Which circuits' gradients are wanted.
     reference_wanted : bool
         Whether the reference's is.
+    temperature : float
+        What all logits are divided by; all of the above is multiplied by its inverse.
 
     Returns
     -------
@@ -75,8 +66,9 @@ def gradients(
         with KL = NaN is NaN. A row with KL = inf has Q - P for the circuit, and NaN for the reference,
         wherever both logits are finite. A row whose `grad` is 0 is 0, whatever its logits.
     """
-    tensors = (reference, *circuits)
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    dtype = compute_dtype(reference, *circuits)
+    if temperature != 1:
+        grad = grad / temperature
     dqs = [
         torch.empty(circuit.shape, dtype=circuit.dtype, device=circuit.device) if want else None
         for circuit, want in zip(circuits, wanted, strict=True)
@@ -84,19 +76,15 @@ def gradients(
     dp = None
     if reference_wanted:
         dp = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
-    n_rows, n_cols = reference.shape
-    elements = _BLOCK_ELEMENTS if reference.device.type == "cpu" else _DEVICE_BLOCK_ELEMENTS
-    size = max(1, elements // n_cols)
-    for start in range(0, n_rows, size):
-        rows = slice(start, min(start + size, n_rows))
-        ref = _exponentials(reference[rows], dtype)
+    for rows in blocks(reference):
+        ref = read(reference[rows], dtype, temperature)
         total = torch.zeros_like(ref.weights) if reference_wanted else None
         for k, (circuit, dq) in enumerate(zip(circuits, dqs, strict=True)):
             if dq is None and total is None:
                 continue
             _block(
                 grad[k, rows, None],
-                _exponentials(circuit[rows], dtype),
+                read(circuit[rows], dtype, temperature),
                 ref,
                 None if dq is None else dq[rows],
                 total,
@@ -106,22 +94,12 @@ def gradients(
     return dqs, dp
 
 
-def _exponentials(logits: Tensor, dtype: torch.dtype) -> _Row:
-    logits = logits.to(dtype)
-    m = logits.amax(-1, keepdim=True)
-    # Of a row of nothing but -inf, 0 is subtracted, so that its sum is 0.
-    weights = torch.sub(logits, m.masked_fill(m == -torch.inf, 0.0)).exp_()
-    return _Row(logits, weights, m.double(), _row_sums(weights))
-
-
-def _block(grad: Tensor, cir: _Row, ref: _Row, dq: Tensor | None, total: Tensor | None) -> None:
+def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor | None) -> None:
     """Set dq to a block of the circuit's gradient, and add to the reference's what it has of it."""
     dtype = ref.weights.dtype
-    # The pivot is the number as it is subtracted, in the logits' own precision.
-    c = (ref.m - cir.m) + torch.log(ref.z / cir.z)
-    c = torch.where(c.isfinite(), c, 0.0).to(dtype)
+    c = pivot(cir, ref)
     d = torch.sub(ref.logits, cir.logits).sub_(c)
-    masked_p, masked_q = (_masked(row.logits) for row in (ref, cir))
+    masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
 
     # A NaN in a sum fails the comparison: then the whole row is NaN.
     defined = (ref.z > 0) & (cir.z > 0) & (ref.m < torch.inf) & (cir.m < torch.inf)
@@ -132,7 +110,7 @@ def _block(grad: Tensor, cir: _Row, ref: _Row, dq: Tensor | None, total: Tensor 
         # Reference tokens that are masked take no part, whatever the circuit says of them.
         t = d if masked_p is None else d.masked_fill(masked_p, 0.0)
         t = t * ref.weights
-        mean = _row_sums(t) / ref.z
+        mean = row_sums(t) / ref.z
         mean = torch.where(mean.isfinite(), mean, torch.nan)
         t = t.mul_(scale.to(dtype)).addcmul_(ref.weights, (-scale * mean).to(dtype))
         _settle(t, grad, scale, masked_p, masked_q)
@@ -146,20 +124,12 @@ def _block(grad: Tensor, cir: _Row, ref: _Row, dq: Tensor | None, total: Tensor 
         ratio = torch.exp((cir.m - ref.m) + c.double()).to(dtype)
         far = cir.weights.mul_(ratio).sub_(ref.weights)
         t = torch.where(near, t, far, out=t)
-        x = -torch.log1p(_row_sums(t) / ref.z)
+        x = -torch.log1p(row_sums(t) / ref.z)
         # With the right pivot the weights e^(-d) are e^x times as large.
         t.mul_((scale * torch.exp(x)).to(dtype))
         t.addcmul_(ref.weights, (scale * torch.expm1(x)).to(dtype))
         _settle(t, grad, scale, masked_q)
         dq.copy_(t)
-
-
-def _masked(logits: Tensor) -> Tensor | None:
-    """Return where logits are -inf; None if it is known that none is."""
-    # Asking another device than the CPU would wait for it.
-    if logits.device.type == "cpu" and logits.amin() > -torch.inf:
-        return None
-    return logits == -torch.inf
 
 
 def _settle(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> None:
@@ -170,12 +140,3 @@ def _settle(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> No
     unasked = grad == 0
     if t.device.type != "cpu" or unasked.any():
         t.masked_fill_(unasked, 0.0)
-
-
-def _row_sums(x: Tensor) -> Tensor:
-    """Σ over the last dimension (R, 1) in float64, whose bits do not depend on the other rows.
-
-    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
-    """
-    sums = x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
-    return sums.double()[:, None]

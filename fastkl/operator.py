@@ -1,7 +1,8 @@
 """The PyTorch operators behind `kl_div`: what compiles, exports, batches and differentiates.
 
 `fastkl::kl_div` measures K circuits by a backend; `fastkl::kl_div_backward` is its derivative, and has
-none itself. Both take rows (R, V) with a contiguous last dimension.
+none itself; `fastkl::js_div` and `fastkl::js_div_backward` are the same of the Jensen-Shannon divergence
+of one circuit. All take rows (R, V) with a contiguous last dimension.
 """
 
 from collections.abc import Sequence
@@ -10,36 +11,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl import backends
-from fastkl.gradient import gradients
+from fastkl import backends, jensen_shannon
+from fastkl.rows import compute_dtype
 
 
-def measure(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
+def measure(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
+) -> Tensor:
     """Return the divergences (K, R) of rows (R, V), by the backend that suits them."""
+    chosen = _choose(circuits, reference, backend)
+    if not circuits or reference.shape[0] == 0:
+        return _empty(circuits, reference)
+    return chosen.kl_rows(list(circuits), reference, temperature)
+
+
+def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> backends.Backend:
     dtype = reference.dtype
     for circuit in circuits:
         dtype = torch.promote_types(dtype, circuit.dtype)
-    chosen = backends.choose(backend, reference.device, dtype)
-    if not circuits or reference.shape[0] == 0:
-        return _empty(circuits, reference)
-    return chosen.kl_rows(list(circuits), reference)
+    return backends.choose(backend, reference.device, dtype)
 
 
 @torch.library.custom_op(
     "fastkl::kl_div",
     mutates_args=(),
-    schema="(Tensor[] circuits, Tensor reference, str? backend) -> Tensor",
+    schema="(Tensor[] circuits, Tensor reference, float temperature, str? backend) -> Tensor",
 )
-def kl_div(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
+def kl_div(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
+) -> Tensor:
     """Return the divergences (K, R) of rows (R, V), with a gradient."""
-    return measure(circuits, reference, backend)
+    return measure(circuits, reference, temperature, backend)
 
 
 @torch.library.custom_op(
     "fastkl::kl_div_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor[] circuits, Tensor reference, bool[] wanted, "
-    "bool reference_wanted) -> Tensor[]",
+    "bool reference_wanted, float temperature, str? backend) -> Tensor[]",
 )
 def kl_div_backward(
     grad: Tensor,
@@ -47,21 +56,25 @@ def kl_div_backward(
     reference: Tensor,
     wanted: Sequence[bool],
     reference_wanted: bool,
+    temperature: float,
+    backend: str | None,
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuits' first, each like its logits."""
-    dqs, dp = gradients(grad, circuits, reference, wanted, reference_wanted)
+    chosen = _choose(circuits, reference, backend)
+    dqs, dp = chosen.gradients(grad, circuits, reference, wanted, reference_wanted, temperature)
     return [gradient for gradient in (*dqs, dp) if gradient is not None]
 
 
 def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
-    wide = any(t.dtype == torch.float64 for t in (reference, *circuits))
     shape = (len(circuits), reference.shape[0])
-    return reference.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    return reference.new_empty(shape, dtype=compute_dtype(reference, *circuits))
 
 
 @kl_div.register_fake
-def _(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> Tensor:
-    del backend
+def _(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
+) -> Tensor:
+    del temperature, backend
     return _empty(circuits, reference)
 
 
@@ -72,30 +85,45 @@ def _(
     reference: Tensor,
     wanted: Sequence[bool],
     reference_wanted: bool,
+    temperature: float,
+    backend: str | None,
 ) -> list[Tensor]:
-    del grad
+    del grad, temperature, backend
     wants = (*wanted, reference_wanted)
     logits = zip((*circuits, reference), wants, strict=True)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, want in logits if want]
 
 
-def _save(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, str | None], output: Tensor) -> None:
-    del output
-    circuits, reference, _ = inputs
-    # The logits alone: a backward pass reads them once more rather than keep anything of their size.
-    logits = (*circuits, reference)
+def _keep(ctx: Any, *logits: Tensor) -> None:
+    """Save the logits alone: a backward pass reads them again rather than keep more of their size."""
     ctx.save_for_backward(*(None if t.is_inference() else t for t in logits))
     # A teacher's, made under inference mode: autograd does not save such, and no one can change them.
     ctx.inference = [t if t.is_inference() else None for t in logits]
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None]:
+def _kept(ctx: Any) -> list[Tensor]:
     kept = zip(ctx.saved_tensors, ctx.inference, strict=True)
-    *circuits, reference = (saved if saved is not None else other for saved, other in kept)
-    wanted, reference_wanted, _ = ctx.needs_input_grad
-    found = iter(kl_div_backward(grad, circuits, reference, wanted, reference_wanted))
+    return [saved if saved is not None else other for saved, other in kept]
+
+
+def _save(
+    ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, float, str | None], output: Tensor
+) -> None:
+    del output
+    circuits, reference, ctx.temperature, ctx.backend = inputs
+    _keep(ctx, *circuits, reference)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None, None]:
+    *circuits, reference = _kept(ctx)
+    wanted, reference_wanted, *_ = ctx.needs_input_grad
+    found = iter(
+        kl_div_backward(
+            grad, circuits, reference, wanted, reference_wanted, ctx.temperature, ctx.backend
+        )
+    )
     dqs = [next(found) if want else None for want in wanted]
-    return dqs, next(found) if reference_wanted else None, None
+    return dqs, next(found) if reference_wanted else None, None, None
 
 
 kl_div.register_autograd(_backward, setup_context=_save)
@@ -120,12 +148,96 @@ def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
 @kl_div.register_vmap
 def _(
     info: Any,
-    in_dims: tuple[Sequence[int | None], int | None, None],
+    in_dims: tuple[Sequence[int | None], int | None, None, None],
     circuits: Sequence[Tensor],
     reference: Tensor,
+    temperature: float,
     backend: str | None,
 ) -> tuple[Tensor, int]:
-    dims, reference_dim, _ = in_dims
+    dims, reference_dim, *_ = in_dims
     rows = [_fold(t, dim, info.batch_size) for t, dim in zip(circuits, dims, strict=True)]
-    result = kl_div(rows, _fold(reference, reference_dim, info.batch_size), backend)
+    result = kl_div(rows, _fold(reference, reference_dim, info.batch_size), temperature, backend)
     return result.reshape(len(rows), info.batch_size, -1), 1
+
+
+@torch.library.custom_op(
+    "fastkl::js_div",
+    mutates_args=(),
+    schema="(Tensor circuit, Tensor reference, float beta, float temperature) -> Tensor",
+)
+def js_div(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
+    """Return the Jensen-Shannon divergences (R,) of rows (R, V), with a gradient."""
+    return jensen_shannon.js_rows(circuit, reference, beta, temperature)
+
+
+@torch.library.custom_op(
+    "fastkl::js_div_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor circuit, Tensor reference, float beta, float temperature, "
+    "bool wanted, bool reference_wanted) -> Tensor[]",
+)
+def js_div_backward(
+    grad: Tensor,
+    circuit: Tensor,
+    reference: Tensor,
+    beta: float,
+    temperature: float,
+    wanted: bool,
+    reference_wanted: bool,
+) -> list[Tensor]:
+    """Return the gradients that are wanted, the circuit's first, each like its logits."""
+    return jensen_shannon.js_gradients(
+        grad, circuit, reference, beta, temperature, wanted, reference_wanted
+    )
+
+
+@js_div.register_fake
+def _(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
+    del beta, temperature
+    return _empty([circuit], reference)[0]
+
+
+@js_div_backward.register_fake
+def _(
+    grad: Tensor,
+    circuit: Tensor,
+    reference: Tensor,
+    beta: float,
+    temperature: float,
+    wanted: bool,
+    reference_wanted: bool,
+) -> list[Tensor]:
+    del grad, beta, temperature
+    logits = ((circuit, wanted), (reference, reference_wanted))
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, want in logits if want]
+
+
+def _js_save(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
+    del output
+    circuit, reference, ctx.beta, ctx.temperature = inputs
+    _keep(ctx, circuit, reference)
+
+
+def _js_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    wanted = ctx.needs_input_grad[:2]
+    found = iter(js_div_backward(grad, *_kept(ctx), ctx.beta, ctx.temperature, *wanted))
+    dq, dp = (next(found) if want else None for want in wanted)
+    return dq, dp, None, None
+
+
+js_div.register_autograd(_js_backward, setup_context=_js_save)
+js_div_backward.register_autograd(_refuse)
+
+
+@js_div.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[int | None, int | None, None, None],
+    circuit: Tensor,
+    reference: Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, int]:
+    sides = zip((circuit, reference), in_dims[:2], strict=True)
+    rows = [_fold(t, dim, info.batch_size) for t, dim in sides]
+    return js_div(*rows, beta, temperature).reshape(info.batch_size, -1), 0

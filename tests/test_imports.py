@@ -18,23 +18,28 @@ PACKAGE = ROOT / "fastkl"
 LAYERS = {
     "errors": 0,
     "state": 0,
-    "gradient": 0,
+    "rows": 0,
+    "reductions": 0,
     "_triton": 0,
     "_native": 0,
-    "backends.eager_formulas": 0,
-    "backends.eager": 1,
-    "backends.triton": 1,
-    "backends.native": 1,
-    "backends": 2,
-    "operator": 3,
-    "functional": 4,
-    "measure": 5,
-    "": 6,
-    "auto_circuit": 7,
-    "plot": 7,
-    "demo_model": 7,
-    "demo": 8,
-    "cli": 9,
+    "gradient": 1,
+    "jensen_shannon": 1,
+    "statistics": 1,
+    "backends.eager_formulas": 1,
+    "backends.eager": 2,
+    "backends.triton": 2,
+    "backends.native": 2,
+    "backends": 3,
+    "operator": 4,
+    "functional": 5,
+    "measure": 6,
+    "modules": 6,
+    "": 7,
+    "auto_circuit": 8,
+    "plot": 8,
+    "demo_model": 8,
+    "demo": 9,
+    "cli": 10,
 }
 
 
@@ -119,7 +124,7 @@ def test_importing_fastkl_is_light():
     assert not brought & {"triton", "matplotlib", "rich", "auto_circuit", "hypothesis", "scipy"}
 
 
-@pytest.mark.parametrize("name", ["functional", "measure", "backends", "auto_circuit"])
+@pytest.mark.parametrize("name", ["functional", "measure", "modules", "backends", "auto_circuit"])
 def test_examples_in_docstrings(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     module = importlib.import_module(f"fastkl.{name}")
@@ -131,8 +136,12 @@ def test_examples_in_docstrings(name):
 
 def test_public_names():
     assert sorted(fastkl.__all__) == [
+        "JSDivLoss",
+        "KLDivLoss",
+        "KLStatistics",
         "__version__",
         "available_backends",
+        "js_div",
         "kl_div",
         "kl_div_many",
         "measure_kl_div",

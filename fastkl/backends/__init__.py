@@ -24,8 +24,21 @@ class Backend(Protocol):
     ) -> str | None:
         """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
 
-    def kl_rows(self, circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+    def kl_rows(
+        self, circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+    ) -> Tensor:
         """Return KL(reference ‖ circuit) (K, R) of K circuits (R, V) and a reference (R, V)."""
+
+    def gradients(
+        self,
+        grad: Tensor,
+        circuits: Sequence[Tensor],
+        reference: Tensor,
+        wanted: Sequence[bool],
+        reference_wanted: bool,
+        temperature: float = 1.0,
+    ) -> tuple[list[Tensor | None], Tensor | None]:
+        """Return what `fastkl.gradient.gradients` does."""
 
     def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         """Return the same rows' states, each field (K, R), to be merged with other slices'."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl import state
+from fastkl import gradient, state
 from fastkl.backends.eager_formulas import (
     Buffers,
     Reference,
@@ -20,6 +20,7 @@ from fastkl.backends.eager_formulas import (
     on_cpu,
     row_sums,
 )
+from fastkl.rows import compute_dtype, cool
 from fastkl.state import RowState
 
 NAME = "eager"
@@ -37,6 +38,9 @@ class _Circuit(NamedTuple):
     z_q: Tensor  # Σ e (R,), float64
 
 
+gradients = gradient.gradients
+
+
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Return None: PyTorch is always there, and computes on any device in any floating dtype."""
     del device, dtype
@@ -44,7 +48,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
-def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(reference ‖ circuit) of every row, in nats.
 
     Parameters
@@ -53,26 +57,28 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
         Logits of the circuits.
     reference : Tensor (R, V)
         Logits of the full model.
+    temperature : float
+        What all logits are divided by.
 
     Returns
     -------
     Tensor (K, R)
         float64 if any input is, else float32.
     """
-    dtype = _compute_dtype(circuits, reference)
+    dtype = compute_dtype(reference, *circuits)
     divergence = torch.empty(
         (len(circuits), reference.shape[0]), dtype=dtype, device=reference.device
     )
-    for rows, ref, buffers in _blocks(reference, dtype):
+    for rows, ref, buffers in _blocks(reference, dtype, temperature):
         for k, circuit in enumerate(circuits):
-            divergence[k, rows] = _block_kl(circuit[rows], ref, buffers)
+            divergence[k, rows] = _block_kl(cool(circuit[rows], dtype, temperature), ref, buffers)
     return divergence
 
 
 @torch.no_grad()
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64."""
-    dtype = _compute_dtype(circuits, reference)
+    dtype = compute_dtype(reference, *circuits)
     shape = (len(circuits), reference.shape[0])
     result = RowState(
         *(
@@ -88,12 +94,9 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     return result
 
 
-def _compute_dtype(circuits: Sequence[Tensor], reference: Tensor) -> torch.dtype:
-    tensors = (reference, *circuits)
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _blocks(reference: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Reference, Buffers]]:
+def _blocks(
+    reference: Tensor, dtype: torch.dtype, temperature: float = 1.0
+) -> Iterator[tuple[slice, Reference, Buffers]]:
     """Yield blocks of rows with the reference's exponentials, and buffers of their shape."""
     n_rows, n_cols = reference.shape
     size = max(1, min(n_rows, _BLOCK_ELEMENTS // n_cols))
@@ -104,7 +107,8 @@ def _blocks(reference: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Refe
         rows = slice(start, min(start + size, n_rows))
         n = rows.stop - rows.start
         first, second, third = (buffer[:n] for buffer in buffers)
-        yield rows, Reference.read(reference[rows].to(dtype), w[:n]), (first, second, third)
+        ref = Reference.read(cool(reference[rows], dtype, temperature), w[:n])
+        yield rows, ref, (first, second, third)
 
 
 def _read_circuit(q: Tensor, e: Tensor) -> _Circuit:
@@ -119,7 +123,7 @@ def _block_kl(circuit: Tensor, ref: Reference, buffers: Buffers) -> Tensor:
     if not on_cpu(circuit) or ref.w.dtype == torch.float64:
         # Choosing by values would wait for the device: all rows get the full treatment.
         return state.finalize(_state(_read_circuit(circuit, buffers[0]), ref))
-    divergence, bad = kl_by_reach(circuit.to(ref.w.dtype), ref, buffers)
+    divergence, bad = kl_by_reach(circuit, ref, buffers)
     if bad is not None:
         rows = bad.nonzero()[:, 0]
         cir = _read_circuit(circuit[rows], buffers[0][: len(rows)])

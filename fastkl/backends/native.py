@@ -13,6 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastkl import gradient
+from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
 NAME = "native"
@@ -26,6 +28,9 @@ def _extension() -> ModuleType | None:
         return importlib.import_module("fastkl._native")
     except ImportError:
         return None
+
+
+gradients = gradient.gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -53,7 +58,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
-def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(reference ‖ circuit) of every row, in nats.
 
     Parameters
@@ -62,12 +67,16 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
         Logits of the circuits: float32, float16 or bfloat16 each, any row stride.
     reference : Tensor (R, V)
         Logits of the full model.
+    temperature : float
+        What all logits are divided by, in blocks of rows.
 
     Returns
     -------
     Tensor (K, R)
         float32.
     """
+    if temperature != 1:
+        return measure_cooled(kl_rows, circuits, reference, temperature)
     result = torch.empty((len(circuits), reference.shape[0]), dtype=torch.float32, device="cpu")
     _measure(circuits, reference, kl=result)
     return result

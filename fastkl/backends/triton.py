@@ -10,11 +10,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastkl import state
+from fastkl import gradient, state
+from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+gradients = gradient.gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -39,7 +43,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
-def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(reference ‖ circuit) of every row, in nats.
 
     Parameters
@@ -48,12 +52,16 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
         Logits of the circuits: float32, float16 or bfloat16, any row stride.
     reference : Tensor (R, V)
         Logits of the full model, on the same device.
+    temperature : float
+        What all logits are divided by, in blocks of rows.
 
     Returns
     -------
     Tensor (K, R)
         float32.
     """
+    if temperature != 1:
+        return measure_cooled(kl_rows, circuits, reference, temperature)
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)

@@ -1,0 +1,140 @@
+r"""The generalized Jensen-Shannon divergence and its gradients, in plain PyTorch.
+
+With β the weight of P, u = 1 - β and the mixture M = βP + uQ::
+
+    JS = β KL(P ‖ M) + u KL(Q ‖ M)
+
+Its terms are of both signs and cancel where P and Q are close. With w = Q/P - 1 and z = P/Q - 1 the
+parts of first order, βuPw + βuQz, are 0 token by token; without them no term is negative, and each is of
+second order like the divergence itself::
+
+    near    β P r(u w) + u Q r(β z)       r(x) = x - log(1 + x)
+    far     where a token is likelier in P: -P ((β + u e) log(β + u e) + u e |d|)    e = Q/P = e^(-|d|)
+            where in Q: the same with P and Q, and β and u, the other way round
+
+The gradients are softmaxes' of what a token's mass is worth::
+
+    dJS/dq = u Q (log Q/M - Σ Q log Q/M)        dJS/dp = β P (log P/M - Σ P log P/M)
+
+so that what all d = log P/Q are off by alike cancels.
+
+References
+----------
+.. [1] J. Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Transactions on Information
+   Theory 37 (1991).
+.. [2] R. Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649 (2023).
+"""
+
+import torch
+from torch import Tensor
+
+from fastkl.rows import Rows, blocks, compute_dtype, pivot, read, row_sums
+
+# |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
+_NEAR = 0.25
+
+
+@torch.no_grad()
+def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
+    """Return the divergence (R,) of rows (R, V), in nats: float64 if any logits are, else float32."""
+    dtype = compute_dtype(circuit, reference)
+    result = torch.empty(circuit.shape[:1], dtype=dtype, device=circuit.device)
+    for rows in blocks(reference):
+        ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
+        d = _log_ratio(cir, ref)
+        p, q = _masses(ref), _masses(cir)
+        size = d.abs()
+        # The far form, of the side where the token is likelier.
+        likelier = d > 0
+        most = torch.where(likelier, p, q)
+        own = torch.where(likelier, *_weights(beta, d))
+        other = torch.where(likelier, *_weights(1 - beta, d))
+        e = torch.exp(-size)
+        mixture = own + other * e
+        # Close to 1 by its distance from it.
+        rest = torch.log1p(other * torch.expm1(-size))
+        rest = torch.where(mixture < 0.5, torch.log(mixture), rest)
+        # Of no mass there is nothing to weigh: not 0 · inf.
+        shift = torch.where(e == 0, 0.0, other * e * size)
+        far = -most * (mixture * rest + shift)
+        inner = d.clamp(-_NEAR, _NEAR)
+        near = beta * p * _excess((1 - beta) * torch.expm1(-inner))
+        near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
+        total = row_sums(torch.where(size < _NEAR, near, far))[:, 0]
+        defined = (ref.defined & cir.defined)[:, 0]
+        result[rows] = torch.where(defined, total, torch.nan)
+    return result
+
+
+@torch.no_grad()
+def js_gradients(
+    grad: Tensor,
+    circuit: Tensor,
+    reference: Tensor,
+    beta: float,
+    temperature: float,
+    wanted: bool,
+    reference_wanted: bool,
+) -> list[Tensor]:
+    """Return the gradients of Σ grad · JS that are wanted, the circuit's first, each like its logits.
+
+    A logit of -inf has gradient 0; a row without a divergence is NaN; a row whose grad (R,) is 0 is 0.
+    """
+    dtype = compute_dtype(circuit, reference)
+    wants = (wanted, reference_wanted)
+    sides = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else None
+        for t, want in zip((circuit, reference), wants, strict=True)
+    ]
+    for rows in blocks(reference):
+        ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
+        d = _log_ratio(cir, ref)
+        scale = torch.where(ref.defined & cir.defined, grad[rows, None].double(), torch.nan)
+        scale = scale / temperature
+        for out, side, sign, weight in (
+            (sides[0], cir, -1, 1 - beta),
+            (sides[1], ref, 1, beta),
+        ):
+            if out is None:
+                continue
+            mass = _masses(side)
+            worth = torch.where(mass == 0, 0.0, _log_of_mixture(sign * d, weight))
+            # Where one token has nearly all mass the mean is its worth, to the last few digits.
+            worth -= worth.gather(-1, mass.argmax(-1, keepdim=True))
+            worth -= row_sums(mass * worth).to(dtype)
+            t = worth.mul_(mass).mul_((scale * weight).to(dtype))
+            t = torch.where(mass == 0, torch.where(scale.isnan(), torch.nan, 0.0).to(dtype), t)
+            out[rows] = t.masked_fill_(grad[rows, None] == 0, 0.0).to(out.dtype)
+    return [side for side in sides if side is not None]
+
+
+def _log_ratio(cir: Rows, ref: Rows) -> Tensor:
+    """Return d = log P/Q; 0 where neither has the token."""
+    d = torch.sub(ref.logits, cir.logits).sub_(pivot(cir, ref))
+    return d.masked_fill_((ref.logits == -torch.inf) & (cir.logits == -torch.inf), 0.0)
+
+
+def _masses(side: Rows) -> Tensor:
+    return side.weights / side.z.to(side.weights.dtype)
+
+
+def _weights(beta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return beta and 1 - beta in a tensor's dtype, on its device."""
+    return like.new_full((), beta), like.new_full((), 1 - beta)
+
+
+def _excess(x: Tensor) -> Tensor:
+    """X - log(1 + x) for -0.25 < x < 0.3, without cancellation: by the series of atanh(x / (2 + x))."""
+    y = x / (2 + x)
+    square = y * y
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11))))
+    return y * (x - 2 * square * series)
+
+
+def _log_of_mixture(d: Tensor, weight: float) -> Tensor:
+    """Return log A/M for d = log A/B and M = weight · A + (1 - weight) · B."""
+    other = 1 - weight
+    # Near 0 by its distance from 1. Where B has more mass by far, that would overflow.
+    near = -torch.log1p(other * torch.expm1(-d.clamp(min=-1.0)))
+    far = d - torch.log(other + weight * torch.exp(d.clamp(max=0.0)))
+    return torch.where(d < -1, far, near)

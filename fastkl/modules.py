@@ -1,0 +1,149 @@
+"""The divergences as modules, for where a loss is configured once and called often."""
+
+import torch
+from torch import Tensor
+
+from fastkl import errors
+from fastkl.functional import js_div, kl_div
+
+
+class KLDivLoss(torch.nn.Module):
+    """KL divergence from logits, as :func:`fastkl.kl_div`, in nats.
+
+    Unlike :class:`torch.nn.KLDivLoss` it takes logits on both sides, and "mean" divides by rows.
+
+    Parameters
+    ----------
+    reduction : {"mean", "sum", "none", "batchmean"}
+    direction : {"forward", "reverse"}
+    temperature : float
+    vocab_size : int, optional
+    backend : str, optional
+        All as for :func:`fastkl.kl_div`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not one of these, on construction.
+
+    Examples
+    --------
+    >>> import torch, fastkl
+    >>> loss = fastkl.KLDivLoss(reduction="sum", temperature=2.0)
+    >>> loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor(0.1109)
+    """
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        direction: str = "forward",
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        errors.check_reduction(reduction)
+        errors.check_direction(direction)
+        errors.check_temperature(temperature)
+        errors.check_backend(backend)
+        self.reduction = reduction
+        self.direction = direction
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+        self.backend = backend
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the divergence of logits `input`, the circuit's, from `target`, the reference's."""
+        return kl_div(
+            input,
+            target,
+            reduction=self.reduction,
+            direction=self.direction,
+            temperature=self.temperature,
+            mask=mask,
+            weights=weights,
+            vocab_size=self.vocab_size,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what print shows."""
+        return (
+            f"reduction={self.reduction!r}, direction={self.direction!r}, "
+            f"temperature={self.temperature}, vocab_size={self.vocab_size}, backend={self.backend!r}"
+        )
+
+
+class JSDivLoss(torch.nn.Module):
+    """Generalized Jensen-Shannon divergence from logits, as :func:`fastkl.js_div`, in nats.
+
+    Parameters
+    ----------
+    beta : float
+    reduction : {"mean", "sum", "none", "batchmean"}
+    temperature : float
+    vocab_size : int, optional
+        All as for :func:`fastkl.js_div`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is not one of these, on construction.
+
+    Examples
+    --------
+    >>> import torch, fastkl
+    >>> fastkl.JSDivLoss()(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]]))
+    tensor(0.0895)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        errors.check_beta(beta)
+        errors.check_reduction(reduction)
+        errors.check_temperature(temperature)
+        self.beta = beta
+        self.reduction = reduction
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the divergence of logits `input`, the circuit's, and `target`, the reference's."""
+        return js_div(
+            input,
+            target,
+            beta=self.beta,
+            reduction=self.reduction,
+            temperature=self.temperature,
+            mask=mask,
+            weights=weights,
+            vocab_size=self.vocab_size,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what print shows."""
+        return (
+            f"beta={self.beta}, reduction={self.reduction!r}, temperature={self.temperature}, "
+            f"vocab_size={self.vocab_size}"
+        )

@@ -1,0 +1,98 @@
+"""Blocks of rows in plain PyTorch: their exponentials and log-sum-exps, on any device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements a block of rows: half a dozen float32 buffers of it stay in a CPU's cache.
+_BLOCK_ELEMENTS = 1 << 17
+# On other devices a block fills the chip many times over, and a launch costs next to nothing.
+_DEVICE_BLOCK_ELEMENTS = 1 << 23
+
+
+class Rows(NamedTuple):
+    """A block of one side's rows: logits (R, V) and the two parts of their log-sum-exps (R, 1)."""
+
+    logits: Tensor
+    weights: Tensor  # e^(logits - m) (R, V)
+    m: Tensor  # float64
+    z: Tensor  # float64
+
+    @property
+    def defined(self) -> Tensor:
+        """Where there is a distribution (R, 1): some mass, and no NaN or +inf."""
+        # A NaN in a sum fails the comparison.
+        return (self.z > 0) & (self.m < torch.inf)
+
+
+def compute_dtype(*logits: Tensor) -> torch.dtype:
+    """Return the dtype that logits are computed in: float64 if any are, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in logits) else torch.float32
+
+
+def blocks(logits: Tensor) -> Iterator[slice]:
+    """Yield the slices of rows (R, V) that are computed at a time."""
+    n_rows, n_cols = logits.shape
+    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else _DEVICE_BLOCK_ELEMENTS
+    size = max(1, elements // n_cols)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """Return logits in the dtype that is computed in, divided by the temperature there."""
+    logits = logits.to(dtype)
+    return logits if temperature == 1 else logits / temperature
+
+
+def measure_cooled(
+    kl_rows: Callable[[Sequence[Tensor], Tensor], Tensor],
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Return the divergences (K, R) of cooled logits, for kernels that can not divide.
+
+    Only a block of rows of one circuit is copied at a time.
+    """
+    dtype = compute_dtype(reference, *circuits)
+    result = torch.empty((len(circuits), reference.shape[0]), dtype=dtype, device=reference.device)
+    for rows in blocks(reference):
+        ref = cool(reference[rows], dtype, temperature)
+        for k, circuit in enumerate(circuits):
+            result[k, rows] = kl_rows([cool(circuit[rows], dtype, temperature)], ref)[0]
+    return result
+
+
+def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
+    """Return a block of logits (R, V), divided by the temperature, with its exponentials."""
+    logits = cool(logits, dtype, temperature)
+    m = logits.amax(-1, keepdim=True)
+    # Of a row of nothing but -inf, 0 is subtracted, so that its sum is 0.
+    weights = torch.sub(logits, m.masked_fill(m == -torch.inf, 0.0)).exp_()
+    return Rows(logits, weights, m.double(), row_sums(weights))
+
+
+def pivot(cir: Rows, ref: Rows) -> Tensor:
+    """Return lse_p - lse_q (R, 1), rounded as it is subtracted, to the logits' own precision."""
+    c = (ref.m - cir.m) + torch.log(ref.z / cir.z)
+    return torch.where(c.isfinite(), c, 0.0).to(ref.weights.dtype)
+
+
+def masked(logits: Tensor) -> Tensor | None:
+    """Return where logits are -inf; None if it is known that none is."""
+    # Asking another device than the CPU would wait for it.
+    if logits.device.type == "cpu" and logits.amin() > -torch.inf:
+        return None
+    return logits == -torch.inf
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Σ over the last dimension (R, 1) in float64, whose bits do not depend on the other rows.
+
+    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
+    """
+    sums = x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
+    return sums.double()[:, None]

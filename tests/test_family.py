@@ -1,0 +1,377 @@
+"""Directions, temperatures, masks, paddings, statistics, and the Jensen-Shannon divergence."""
+
+import math
+
+import pytest
+import torch
+from conftest import ABSOLUTE, RELATIVE, assert_matches, oracle, oracle_gradients
+
+import fastkl
+from fastkl import operator
+
+NAN, INF = math.nan, math.inf
+NOISES = (1e-5, 1e-3, 0.1, 1, 5)
+
+
+def make(generator, n_rows, n_cols, noise, dtype=torch.float32):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * 3
+    circuit = reference + noise * torch.randn(n_rows, n_cols, generator=generator)
+    return circuit.to(dtype), reference.to(dtype)
+
+
+def js_definition(circuit, reference, beta):
+    """The divergence of rows in float64; its terms cancel, to 1e-16 or so."""
+    p, q = reference.double().softmax(-1), circuit.double().softmax(-1)
+    mixture = beta * p + (1 - beta) * q
+    terms = [torch.where(x > 0, x * (x / mixture).log(), 0.0).sum(-1) for x in (p, q)]
+    return beta * terms[0] + (1 - beta) * terms[1]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_reverse(generator, backend, largest_vocabulary, noise):
+    circuit, reference = make(generator, 3, largest_vocabulary, noise)
+    found = fastkl.kl_div(
+        circuit, reference, direction="reverse", reduction="none", backend=backend
+    )
+    assert_matches(found, oracle(reference, circuit))
+
+
+def test_reverse_of_many(generator):
+    circuit, reference = make(generator, 4, 300, 0.5)
+    circuits = [circuit, reference, 2 * circuit]
+    found = fastkl.kl_div_many(circuits, reference, direction="reverse", reduction="none")
+    assert_matches(found, torch.stack([oracle(reference, c) for c in circuits]))
+    assert fastkl.kl_div_many([], reference, direction="reverse").shape == (0,)
+
+
+def test_gradient_of_reverse(generator):
+    circuit, reference = make(generator, 4, 300, 0.5)
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    fastkl.kl_div(*leaves, direction="reverse", reduction="sum").backward()
+    of_reference, of_circuit = oracle_gradients(reference, circuit)
+    for leaf, exact in zip(leaves, (of_circuit, of_reference), strict=True):
+        assert (leaf.grad - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2, 3.7])
+@pytest.mark.parametrize("noise", NOISES)
+def test_temperature(generator, backend, largest_vocabulary, noise, temperature):
+    """Of the quotients as they are, not as float32 rounds them."""
+    circuit, reference = make(generator, 3, largest_vocabulary, noise)
+    found = fastkl.kl_div(
+        circuit, reference, temperature=temperature, reduction="none", backend=backend
+    )
+    assert_matches(found, oracle(circuit.double() / temperature, reference.double() / temperature))
+    same = fastkl.kl_div(reference, reference.clone(), temperature=temperature, backend=backend)
+    assert same == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_temperature_of_other_dtypes(generator, dtype):
+    circuit, reference = make(generator, 9, 40000, 0.3, dtype)
+    found = fastkl.kl_div(circuit, reference, temperature=1.5, reduction="none")
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_matches(found, oracle(circuit.double() / 1.5, reference.double() / 1.5))
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("noise", NOISES)
+def test_gradient_at_a_temperature(generator, noise, backend):
+    if reason := fastkl.available_backends()[backend]:
+        pytest.skip(reason)
+    circuit, reference = make(generator, 4, 5003, noise)
+    grad = torch.rand(4, generator=generator)
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    rows = fastkl.kl_div(*leaves, temperature=2.5, reduction="none", backend=backend)
+    rows.backward(grad)
+    scaled = [t.double() / 2.5 for t in (circuit, reference)]
+    for leaf, exact in zip(leaves, oracle_gradients(*scaled, grad / 2.5), strict=True):
+        # The quotients' own rounding, 1e-7 of logits of some 5, beside a difference of `noise`.
+        bound = 1e-5 + 5e-7 / noise
+        assert ((leaf.grad - exact).norm(dim=-1) <= bound * exact.norm(dim=-1)).all()
+
+
+def test_masked_rows_count_nothing(generator):
+    circuit, reference = make(generator, 6, 50, 0.5)
+    mask = torch.tensor([True, False, True, True, False, False])
+    circuit[1, 3], reference[4], circuit[5, 2] = NAN, -INF, -INF
+    circuit, reference = circuit.reshape(2, 3, 50), reference.reshape(2, 3, 50)
+    kept = oracle(circuit, reference).flatten()[mask]
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    for reduction, expected in (
+        ("mean", kept.mean()),
+        ("sum", kept.sum()),
+        ("batchmean", kept.sum() / 2),
+    ):
+        found = fastkl.kl_div(*leaves, mask=mask.reshape(2, 3), reduction=reduction)
+        assert_matches(found.detach(), expected)
+    rows = fastkl.kl_div(*leaves, mask=mask.reshape(2, 3), reduction="none")
+    assert (rows.detach()[~mask.reshape(2, 3)] == 0).all()
+    rows.sum().backward()
+    for leaf in leaves:
+        assert (leaf.grad.reshape(6, 50)[~mask] == 0).all()
+        assert (leaf.grad.reshape(6, 50)[mask] != 0).any(-1).all()
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert fastkl.kl_div(circuit, reference, mask=nothing).isnan()
+    assert fastkl.kl_div(circuit, reference, mask=nothing, reduction="sum") == 0
+
+
+def test_row_weights(generator):
+    circuit, reference = make(generator, 5, 50, 0.5)
+    circuit[1, 3] = NAN
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])
+    mask = torch.tensor([True, True, True, False, True])
+    exact = oracle(circuit, reference)
+    each = torch.where(weights > 0, exact * weights, 0.0)
+    assert_matches(fastkl.kl_div(circuit, reference, weights=weights), each.sum() / 6.5)
+    assert_matches(fastkl.kl_div(circuit, reference, weights=weights, reduction="none"), each)
+    both = fastkl.kl_div_many([circuit, circuit], reference, weights=weights, mask=mask)
+    assert_matches(both, (each[mask].sum() / 5.5).expand(2))
+    weights.requires_grad_()
+    fastkl.kl_div(circuit, reference, weights=weights, reduction="sum").backward()
+    expected = torch.where(weights > 0, exact, 0.0).float()
+    torch.testing.assert_close(weights.grad, expected)
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+def test_batchmean_is_torchs(generator, function):
+    circuit, reference = make(generator, 6, 50, 0.5)
+    circuit, reference = circuit.reshape(2, 3, 50), reference.reshape(2, 3, 50)
+    total = function(circuit, reference, reduction="sum")
+    torch.testing.assert_close(function(circuit, reference, reduction="batchmean"), total / 2)
+    assert function(circuit[:0], reference[:0], reduction="batchmean").isnan()
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+def test_padded_vocabularies(generator, function):
+    """Padded otherwise on each side, with anything in the padding, which gets no gradient."""
+    circuit, reference = make(generator, 6, 50, 0.5)
+    padded = [
+        torch.cat([t, torch.full((6, n), NAN)], -1).reshape(2, 3, -1).requires_grad_()
+        for t, n in ((circuit, 3), (reference, 14))
+    ]
+    found = function(*padded, vocab_size=50)
+    assert torch.equal(found, function(circuit, reference))
+    found.backward()
+    for leaf in padded:
+        assert (leaf.grad[..., 50:] == 0).all()
+        assert (leaf.grad[..., :50] != 0).any()
+
+
+def test_statistics(generator):
+    circuit, reference = make(generator, 6, 5000, 0.5)
+    reference[0, 7] = -INF
+    circuit[1] = reference[1]
+    circuit[2, 3] = NAN
+    circuits = [t.reshape(2, 3, -1) for t in (circuit, 3 * circuit)]
+    reference = reference.reshape(2, 3, -1).requires_grad_()
+    divergence, stats = fastkl.kl_div_many(
+        circuits, reference, temperature=2, reduction="none", return_stats=True
+    )
+    plain = fastkl.kl_div_many(circuits, reference, temperature=2, reduction="none")
+    torch.testing.assert_close(divergence, plain, rtol=0, atol=0, equal_nan=True)
+    log_p = (reference.detach().double() / 2).log_softmax(-1)
+    entropy = -torch.where(log_p > -INF, log_p.exp() * log_p, 0.0).sum(-1)
+    for k, c in enumerate(circuits):
+        log_q = (c.double() / 2).log_softmax(-1)
+        cross = -torch.where(log_p > -INF, log_p.exp() * log_q, 0.0).sum(-1)
+        agree = (c.argmax(-1) == reference.argmax(-1)) & ~log_q.isnan().any(-1)
+        expected = fastkl.KLStatistics(
+            (reference.detach().double() / 2).logsumexp(-1),
+            (c.double() / 2).logsumexp(-1),
+            entropy,
+            cross,
+            agree,
+        )
+        for name, field, exact in zip(stats._fields, stats, expected, strict=True):
+            assert field.shape == (2, 2, 3), name
+            assert not field.requires_grad
+            torch.testing.assert_close(
+                field[k].double(), exact.double(), rtol=1e-5, atol=1e-6, equal_nan=True
+            )
+    assert stats.top1_agreement.dtype == torch.bool
+    assert stats.top1_agreement[0, 0, 1]
+    one, alone = fastkl.kl_div(circuits[0], reference, return_stats=True, direction="reverse")
+    assert one.shape == ()
+    torch.testing.assert_close(
+        alone.cross_entropy - alone.reference_entropy,
+        fastkl.kl_div(circuits[0], reference, reduction="none"),
+        equal_nan=True,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
+@pytest.mark.parametrize("noise", [*NOISES, 40])
+def test_jensen_shannon(generator, noise, beta):
+    circuit, reference = make(generator, 3, 50257, noise)
+    found = fastkl.js_div(circuit, reference, beta=beta, reduction="none")
+    exact = js_definition(circuit, reference, beta)
+    assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
+    # Where the definition in float64 itself is off by as much, ours in float64 says more.
+    wide = fastkl.js_div(circuit.double(), reference.double(), beta=beta, reduction="none")
+    assert ((wide - exact).abs() <= 1e-12 * exact + 1e-14).all()
+    assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
+
+
+def test_jensen_shannon_laws(generator):
+    circuit, reference = make(generator, 3, 5000, 0.5)
+    assert (fastkl.js_div(reference, reference.clone(), reduction="none") == 0).all()
+    there = fastkl.js_div(circuit, reference, beta=0.3, reduction="none")
+    back = fastkl.js_div(reference, circuit, beta=0.7, reduction="none")
+    torch.testing.assert_close(there, back, rtol=1e-5, atol=1e-8)
+    disjoint = torch.zeros(2, 5000)
+    disjoint[0, 3] = disjoint[1, 4] = 500.0
+    bound = fastkl.js_div(disjoint[:1], disjoint[1:])
+    torch.testing.assert_close(bound, torch.tensor(math.log(2)))
+    cooled = fastkl.js_div(circuit, reference, temperature=2, reduction="none")
+    torch.testing.assert_close(
+        cooled.double(), js_definition(circuit.double() / 2, reference.double() / 2, 0.5)
+    )
+    alone = fastkl.js_div(circuit[1:2], reference[1:2], beta=0.3, reduction="none")
+    assert torch.equal(alone, there[1:2])
+
+
+@pytest.mark.parametrize("p_v", [NAN, INF, -INF, 0.5])
+@pytest.mark.parametrize("q_v", [NAN, INF, -INF, 0.5])
+def test_jensen_shannon_of_odd_tokens(generator, p_v, q_v):
+    """A token masked on one side costs what it is worth; one NaN or +inf undoes its row alone."""
+    circuit, reference = make(generator, 3, 50, 0.5)
+    reference[1, 5], circuit[1, 5] = p_v, q_v
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    found = fastkl.js_div(*leaves, beta=0.3, reduction="none")
+    exact = js_definition(circuit, reference, 0.3)
+    odd = any(math.isnan(v) or v == INF for v in (p_v, q_v))
+    exact[1] = NAN if odd else exact[1]
+    assert exact[[0, 2]].isfinite().all()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-8, equal_nan=True)
+    found.sum().backward()
+    for leaf, value in zip(leaves, (q_v, p_v), strict=True):
+        assert leaf.grad[1].isnan().all() == odd
+        assert leaf.grad[[0, 2]].isfinite().all()
+        if not odd and value == -INF:
+            assert leaf.grad[1, 5] == 0
+
+
+def test_jensen_shannon_without_any_mass(generator):
+    circuit, reference = make(generator, 3, 50, 0.5)
+    circuit[0], reference[1] = -INF, -INF
+    found = fastkl.js_div(circuit, reference, reduction="none")
+    assert found.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1, 2.5])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 0.1, 1, 5, 40])
+def test_gradient_of_jensen_shannon(generator, noise, beta, temperature):
+    circuit, reference = make(generator, 3, 5003, noise)
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    grad = torch.tensor([1.0, 0.0, 2.0])
+    fastkl.js_div(*leaves, beta=beta, temperature=temperature, reduction="none").backward(grad)
+    wide = [t.double().clone().requires_grad_() for t in (circuit, reference)]
+    definition = js_definition(*(t / temperature for t in wide), beta)
+    definition.backward(grad.double())
+    for ours, exact in zip(leaves, wide, strict=True):
+        error = (ours.grad - exact.grad).norm(dim=-1)
+        # Quotients that are rounded differ from the noise, by 1e-7 of logits of some 5.
+        bound = 1e-5 + (0 if temperature == 1 else 5e-7 / noise)
+        # So do logits that are 150 apart: the rounding of that changes what one token weighs.
+        bound = 1e-4 if noise == 40 else bound
+        assert (error <= bound * exact.grad.norm(dim=-1)).all()
+        assert (ours.grad[1] == 0).all()
+
+
+def test_jensen_shannon_as_an_operator(generator):
+    circuit, reference = make(generator, 3, 20, 0.5, torch.float64)
+    leaves = [t.requires_grad_() for t in (circuit, reference)]
+    assert torch.autograd.gradcheck(lambda q, p: fastkl.js_div(q, p, beta=0.3), leaves)
+    torch.library.opcheck(operator.js_div, (*leaves, 0.3, 1.0))
+    compiled = torch.compile(fastkl.js_div, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), fastkl.js_div(*leaves))
+    batch = torch.vmap(lambda q: fastkl.js_div(q, reference.detach()))(
+        torch.stack([circuit.detach(), 2 * circuit.detach()])
+    )
+    alone = [fastkl.js_div(t.detach(), reference.detach()) for t in (circuit, 2 * circuit)]
+    assert torch.equal(batch, torch.stack(alone))
+    (first,) = torch.autograd.grad(fastkl.js_div(*leaves), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiates once"):
+        first.sum().backward()
+
+
+def test_modules(generator):
+    circuit, reference = make(generator, 4, 60, 0.5)
+    mask = torch.tensor([True, True, False, True])
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    loss = fastkl.KLDivLoss(
+        reduction="sum", direction="reverse", temperature=2.0, vocab_size=50, backend="eager"
+    )
+    expected = fastkl.kl_div(
+        circuit[:, :50],
+        reference[:, :50],
+        reduction="sum",
+        direction="reverse",
+        temperature=2.0,
+        mask=mask,
+        weights=weights,
+        backend="eager",
+    )
+    assert torch.equal(loss(circuit, reference, mask, weights), expected)
+    assert repr(loss) == (
+        "KLDivLoss(reduction='sum', direction='reverse', temperature=2.0, vocab_size=50, "
+        "backend='eager')"
+    )
+    loss = fastkl.JSDivLoss(beta=0.2, reduction="sum", temperature=2.0, vocab_size=50)
+    expected = fastkl.js_div(
+        circuit[:, :50],
+        reference[:, :50],
+        beta=0.2,
+        reduction="sum",
+        temperature=2.0,
+        mask=mask,
+        weights=weights,
+    )
+    assert torch.equal(loss(circuit, reference, mask, weights), expected)
+    assert repr(loss) == "JSDivLoss(beta=0.2, reduction='sum', temperature=2.0, vocab_size=50)"
+
+
+BAD = (
+    ({"direction": "back"}, ValueError, "direction must be one of"),
+    ({"temperature": 0}, ValueError, "positive and finite, got 0"),
+    ({"temperature": NAN}, ValueError, "positive and finite, got nan"),
+    ({"temperature": "2"}, TypeError, "temperature must be a number, got str"),
+    ({"mask": torch.ones(4)}, TypeError, "mask must be boolean.*float32"),
+    ({"mask": [True]}, TypeError, "mask must be a torch.Tensor, got list"),
+    ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"shape \(4,\).*got \(3,\)"),
+    ({"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "meta and cpu"),
+    ({"weights": torch.ones(4, dtype=torch.bool)}, TypeError, "weights must be floating"),
+    ({"weights": torch.ones(4, 1)}, ValueError, r"shape \(4,\).*got \(4, 1\)"),
+    ({"vocab_size": 51}, ValueError, r"50 tokens of reference with shape \(4, 50\), got 51"),
+    ({"vocab_size": 0}, ValueError, "got 0"),
+    ({"vocab_size": 5.0}, TypeError, "vocab_size must be an integer, got float"),
+)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_errors(generator, arguments, error, message):
+    circuit, reference = make(generator, 4, 50, 0.5)
+    with pytest.raises(error, match=message):
+        fastkl.kl_div(circuit, reference, **arguments)
+    with pytest.raises(error, match=message):
+        fastkl.kl_div_many([circuit], reference, **arguments)
+    if "direction" not in arguments:
+        with pytest.raises(error, match=message):
+            fastkl.js_div(circuit, reference, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("beta", "error"), [(0, ValueError), (1.0, ValueError), (NAN, ValueError), ("a", TypeError)]
+)
+def test_errors_of_beta(generator, beta, error):
+    circuit, reference = make(generator, 4, 50, 0.5)
+    with pytest.raises(error, match=f"beta must.*{'str' if beta == 'a' else beta}"):
+        fastkl.js_div(circuit, reference, beta=beta)
+    with pytest.raises(error, match="beta must"):
+        fastkl.JSDivLoss(beta=beta)
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        fastkl.KLDivLoss(reduction="average")
