@@ -39,8 +39,7 @@ def peak_of(name: str, case: Case, seed: int, n_threads: int) -> int:
     done = subprocess.run(
         command,
         cwd=Path(__file__).parents[1],
-        # Or else glibc keeps and splits freed blocks of up to 32 MiB, and the size means little.
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,
@@ -48,6 +47,12 @@ def peak_of(name: str, case: Case, seed: int, n_threads: int) -> int:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return int(done.stdout)
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process whose resident size is to mean something."""
+    # Or else glibc keeps and splits freed blocks of up to 32 MiB.
+    return os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def peak(function) -> int:

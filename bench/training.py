@@ -1,0 +1,291 @@
+"""Time a loss and its gradients, as distillation takes them: `python -m bench.training`.
+
+The student's logits have a gradient, the teacher's have none; a second case differentiates both. Each
+peer's gradients are checked against float64 before it is timed, in turns with the others. Memory is
+measured in a process of its own and counts what is taken beyond the logits and their gradients. Writes
+training.json into bench/results unless --quick; then `python -m bench.report` brings the README up to
+date. On a CUDA device (--device cuda) times include waiting for it.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkl
+from bench import facts, memory
+from bench.cases import SEED
+from bench.report import RESULTS, table
+from bench.timing import interleave, keep_freed_memory, ratio, summarize
+
+# Relative errors of the gradient, norm-wise over all rows: what the package promises, and what the
+# textbook's float32 may take at these divergences.
+_TOLERANCE, _TEXTBOOK = 1e-5, 1e-2
+_MIB = 2**20
+_SECONDS, _QUICK_SECONDS = 12.0, 0.5
+
+
+@dataclass(frozen=True)
+class Training:
+    """One point of the grid; as it stands, the main case."""
+
+    n_rows: int = 256
+    n_vocabulary: int = 50257
+    dtype: str = "float32"
+    noise: float = 0.5
+    both: bool = False
+
+    def __str__(self) -> str:
+        sides = "both gradients" if self.both else "the student's gradient"
+        return f"R={self.n_rows} V={self.n_vocabulary} {self.dtype} noise {self.noise:g}, {sides}"
+
+    def logits(self, device: str, seed: int = SEED) -> tuple[Tensor, Tensor]:
+        """Return the student's logits and the teacher's, as leaves."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.n_rows, self.n_vocabulary)
+        teacher = 3 * torch.randn(shape, generator=generator)
+        student = teacher + self.noise * torch.randn(shape, generator=generator)
+        dtype = getattr(torch, self.dtype)
+        student, teacher = (t.to(dtype).to(device) for t in (student, teacher))
+        return student.requires_grad_(), teacher.requires_grad_(self.both)
+
+
+GRID = (
+    Training(),
+    Training(noise=1e-3),
+    Training(both=True),
+    Training(dtype="bfloat16"),
+    Training(n_rows=16),
+    Training(n_vocabulary=151936, n_rows=64),
+)
+QUICK_GRID = (Training(8, 5000), Training(8, 5000, both=True))
+
+
+def definition(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean divergence as PyTorch's own functions compute it."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def liger(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the same by Liger-Kernel, with the log_softmaxes that it asks for."""
+    from liger_kernel.transformers import LigerKLDIVLoss  # noqa: PLC0415
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    divergence: Tensor = loss(student.log_softmax(-1), teacher.log_softmax(-1))
+    return divergence
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def losses(device: str) -> dict[str, Loss]:
+    """Return the peers that can run here; the first is what the others are compared with."""
+    found: dict[str, Loss] = {"eager torch": definition}
+    if sys.platform != "win32":
+        found["torch.compile"] = torch.compile(definition, dynamic=False)
+    if device != "cpu" and importlib.util.find_spec("liger_kernel"):
+        found["Liger-Kernel"] = liger
+    for backend, reason in fastkl.available_backends().items():
+        if reason is None and (backend == "eager" or (backend == "native") == (device == "cpu")):
+            found[f"fastkl {backend}"] = _fastkl(backend)
+    return found
+
+
+def _fastkl(backend: str) -> Loss:
+    return lambda student, teacher: fastkl.kl_div(student, teacher, backend=backend)
+
+
+def step(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], None]:
+    """Return a function that computes a loss and its gradients anew."""
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(*leaves).backward()  # type: ignore[no-untyped-call]
+        if leaves[0].is_cuda:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def errors(leaves: Sequence[Tensor]) -> float:
+    """Return the largest relative error of the leaves' gradients, norm-wise, against float64."""
+    student, teacher = (t.detach().double().log_softmax(-1) for t in leaves)
+    d = teacher - student
+    p = teacher.exp()
+    divergence = (p * d).sum(-1, keepdim=True)
+    exact = (p * torch.expm1(-d), p * (d - divergence))
+    found = [
+        ((leaf.grad.double() * len(leaf) - gradient).norm() / gradient.norm()).item()
+        for leaf, gradient in zip(leaves, exact, strict=True)
+        if leaf.grad is not None
+    ]
+    return max(found)
+
+
+def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> dict[str, Any]:
+    """Check and time all peers on one case."""
+    torch.compiler.reset()
+    leaves = case.logits(device, seed)
+    steps, entries = {}, {}
+    for name, loss in losses(device).items():
+        run = step(loss, leaves)
+        run()
+        error = errors(leaves)
+        limit = _TOLERANCE if name.startswith("fastkl ") else _TEXTBOOK
+        if case.dtype != "float32":
+            # The gradient is rounded to it.
+            limit = 2**-8
+        if case.noise < 1e-2 and not name.startswith("fastkl "):
+            limit = 1.0
+        if not error <= limit:
+            entries[name] = {"wrong": f"{name}: relative error {error:.1e} on {case}"}
+            continue
+        entries[name] = {"error_relative": error}
+        steps[name] = run
+    times = interleave(steps, seconds, seed=seed)
+    baseline = next(iter(times))
+    for name in steps:
+        entries[name] |= summarize(times[name])
+        entries[name]["times_faster"] = ratio(times[baseline], times[name])
+        entries[name]["peak_bytes"] = _peak(name, case, device, seed)
+    return asdict(case) | {"peers": entries}
+
+
+def _peak(name: str, case: Training, device: str, seed: int) -> int | None:
+    """Return the bytes that a step takes beyond the logits and their gradients."""
+    if device == "cpu" and memory.missing() is not None:
+        return None
+    command = [sys.executable, "-m", "bench.training", "--peak", name, "--seed", str(seed)]
+    command += ["--device", device, "--case", json.dumps(asdict(case))]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[1],
+        env=memory.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _measure_peak(name: str, case: Training, device: str, seed: int) -> int:
+    leaves = case.logits(device, seed)
+    run = step(losses(device)[name], leaves)
+    run()
+    gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
+    for leaf in leaves:
+        leaf.grad = None
+    if device == "cpu":
+        return max(memory.peak(run) - gradients, 0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before - gradients
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """Return the README's table."""
+    names = list(document["cases"][0]["peers"])
+    rows = [["R, V, dtype, noise, gradients", *(f"{name}, ms (MiB)" for name in names)]]
+    for case in document["cases"]:
+        sides = "both" if case["both"] else "student's"
+        sizes = (
+            f"{case['n_rows']}, {case['n_vocabulary']}, {case['dtype']}, {case['noise']:g}, {sides}"
+        )
+        rows.append([sizes, *(_cell(case["peers"].get(name)) for name in names)])
+    first = document["cases"][0]["peers"]
+    accuracy = ", ".join(
+        f"{name} {entry['error_relative']:.0e}"
+        for name, entry in document["cases"][1]["peers"].items()
+        if "ms" in entry
+    )
+    faster = ", ".join(
+        f"{name} {entry['times_faster']:.1f}" for name, entry in first.items() if "ms" in entry
+    )
+    machine, versions = document["machine"], document["versions"]
+    caption = [
+        f"{document['device']}, {machine['threads']} threads; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". `{document['command']}`, {document['date'][:10]}, commit "
+        f"{(document['commit'] or 'unknown')[:12]}.",
+        "Forward and backward in one process, in turns; medians; memory beyond the logits and their "
+        f"gradients, in a process of its own. First row, times as fast as {next(iter(first))}: "
+        f"{faster}. Second row, relative error of the gradient: {accuracy}.",
+    ]
+    return table(rows) + "\n\n" + "\n".join(caption)
+
+
+def _cell(entry: dict[str, Any] | None) -> str:
+    if entry is None or "ms" not in entry:
+        return "wrong" if entry else ""
+    peak = "" if entry["peak_bytes"] is None else f" ({entry['peak_bytes'] / _MIB:.1f})"
+    return f"{entry['ms']:.1f}{peak}"
+
+
+def run(cases: Sequence[Training], device: str, seconds: float, seed: int) -> dict[str, Any]:
+    """Run all cases; return the JSON document."""
+    processor = facts.machine()
+    document: dict[str, Any] = {
+        "command": "python -m bench.training",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": facts.commit(),
+        "seed": seed,
+        "device": processor["processor"] if device == "cpu" else torch.cuda.get_device_name(),
+        "machine": processor,
+        "versions": facts.versions(),
+        "cases": [],
+    }
+    for case in cases:
+        result = run_case(case, device, seconds, seed)
+        document["cases"].append(result)
+        cells = ", ".join(f"{name} {_cell(entry)}" for name, entry in result["peers"].items())
+        print(f"{case}: {cells}", flush=True)
+    return document
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small inputs; writes only to --out")
+    parser.add_argument("--out", type=Path, help="folder for training.json")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.peak:
+        case = replace(Training(), **json.loads(options.case))
+        print(_measure_peak(options.peak, case, options.device, options.seed))
+        return 0
+    keep_freed_memory()
+    cases, seconds = (QUICK_GRID, _QUICK_SECONDS) if options.quick else (GRID, _SECONDS)
+    document = run(cases, options.device, seconds, options.seed)
+    document["command"] += " --quick" if options.quick else ""
+    document["command"] += f" --device {options.device}" if options.device != "cpu" else ""
+    document["command"] += f" --seed {options.seed}" if options.seed != SEED else ""
+    print(f"\n{markdown(document)}")
+    out = options.out if options.quick else options.out or RESULTS
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "training.json").write_text(json.dumps(document, indent=1) + "\n")
+    wrong = [e["wrong"] for c in document["cases"] for e in c["peers"].values() if "wrong" in e]
+    print("".join(f"WRONG: {text}\n" for text in wrong), file=sys.stderr, end="")
+    return 1 if any(text.startswith("fastkl ") for text in wrong) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
