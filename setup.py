@@ -60,9 +60,20 @@ NATIVE = Extension(
     "fastkl._native",
     sources=[
         f"kernels/cpu/{name}.cpp"
-        for name in ("module", "run", "state", "level_baseline", "level_avx2", "level_avx512")
+        for name in (
+            "module",
+            "run",
+            "gradient",
+            "state",
+            "level_baseline",
+            "level_avx2",
+            "level_avx512",
+        )
     ],
-    depends=[f"kernels/cpu/{name}.hpp" for name in ("kl", "slice", "looks", "functions", "simd")],
+    depends=[
+        f"kernels/cpu/{name}.hpp"
+        for name in ("kl", "slice", "gradient", "looks", "functions", "simd")
+    ],
     extra_compile_args=FLAGS,
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     language="c++",

@@ -107,9 +107,12 @@ def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor 
     scale = torch.where(grad == 0, 0.0, scale)
 
     if total is not None:
-        # Reference tokens that are masked take no part, whatever the circuit says of them.
-        t = d if masked_p is None else d.masked_fill(masked_p, 0.0)
-        t = t * ref.weights
+        # Where one token has nearly all mass, d - KL is 0 there but for the last few digits of d. So d
+        # is counted from there; masked tokens take no part, whatever the circuit says of them.
+        t = d - d.gather(-1, ref.weights.argmax(-1, keepdim=True))
+        if masked_p is not None:
+            t.masked_fill_(masked_p, 0.0)
+        t *= ref.weights
         mean = row_sums(t) / ref.z
         mean = torch.where(mean.isfinite(), mean, torch.nan)
         t = t.mul_(scale.to(dtype)).addcmul_(ref.weights, (-scale * mean).to(dtype))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import oracle_gradients
 
-from fastkl import gradient
+import fastkl
+from fastkl.backends import eager, native
 
 INF, NAN = math.inf, math.nan
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5)
@@ -20,11 +21,39 @@ def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
     return circuit.to(dtype), reference.to(dtype)
 
 
-def one(circuit, reference, grad=None):
+LEVELS = ("avx512", "avx2", "baseline")
+
+
+@pytest.fixture(params=["eager", *LEVELS])
+def gradients(request, monkeypatch):
+    """Each backend's, and each instruction-set level's of native."""
+    if request.param == "eager":
+        return eager.gradients
+    if reason := fastkl.available_backends()["native"]:
+        pytest.skip(reason)
+    from fastkl import _native  # noqa: PLC0415
+
+    if request.param not in _native.levels():
+        pytest.skip(f"this machine runs {', '.join(_native.levels())}")
+    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
+    return native.gradients
+
+
+@pytest.fixture
+def one(gradients):
     """The gradients (dq, dp) of one circuit's rows."""
-    if grad is None:
-        grad = torch.ones(circuit.shape[:1])
-    (dq,), dp = gradient.gradients(grad[None], [circuit], reference, [True], True)
+
+    def function(circuit, reference, grad=None, temperature=1.0):
+        if grad is None:
+            grad = torch.ones(circuit.shape[:1])
+        (dq,), dp = gradients(grad[None], [circuit], reference, [True], True, temperature)
+        return dq, dp
+
+    return function
+
+
+def eagerly(circuit, reference):
+    (dq,), dp = eager.gradients(torch.ones(1, len(circuit)), [circuit], reference, [True], True)
     return dq, dp
 
 
@@ -37,7 +66,7 @@ def error(found, expected):
 @pytest.mark.parametrize("n_cols", [33, 50257])
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("noise", NOISES)
-def test_relative_error(generator, noise, scale, n_cols):
+def test_relative_error(one, generator, noise, scale, n_cols):
     circuit, reference = make(generator, 4, n_cols, noise, scale)
     grad = torch.rand(4, generator=generator) + 0.5
     found, expected = one(circuit, reference, grad), oracle_gradients(circuit, reference, grad)
@@ -50,7 +79,7 @@ def test_relative_error(generator, noise, scale, n_cols):
 
 
 @pytest.mark.parametrize("shift", [64.0, -1000.0])
-def test_shifts_change_nothing(generator, shift):
+def test_shifts_change_nothing(one, generator, shift):
     """But for the rounding of p - q, of which the logits themselves have as much."""
     circuit, reference = make(generator, 4, 5000, 0.1)
     circuit = circuit + shift
@@ -59,7 +88,7 @@ def test_shifts_change_nothing(generator, shift):
         assert error(ours, exact) <= BOUND + abs(shift) * 2**-23 / 0.1
 
 
-def test_both_rows_far_from_zero(generator):
+def test_both_rows_far_from_zero(one, generator):
     """Logits of -60 or so, as GPT-2's are: p - q is exact, and nothing is lost."""
     circuit, reference = make(generator, 4, 5000, 0, 1)
     reference -= 60
@@ -69,13 +98,13 @@ def test_both_rows_far_from_zero(generator):
         assert error(ours, exact) <= BOUND
 
 
-def test_identical_rows_have_no_gradient(generator):
+def test_identical_rows_have_no_gradient(one, generator):
     _, reference = make(generator, 4, 5000, 0)
     for ours in one(reference.clone(), reference):
         assert (ours == 0).all()
 
 
-def test_disjoint_peaks():
+def test_disjoint_peaks(one):
     """Tokens with mass on one side only: Q - P where e^(q - p) overflows, and where P is 0."""
     reference, circuit = torch.zeros(2, 1500), torch.zeros(2, 1500)
     reference[:, 7] = circuit[:, 1203] = 300.0
@@ -85,7 +114,7 @@ def test_disjoint_peaks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(generator, dtype):
+def test_half_precision(one, generator, dtype):
     """Computed in float32 from the numbers as they are, and rounded once."""
     circuit, reference = make(generator, 4, 5000, 0.1, dtype=dtype)
     half = one(circuit, reference)
@@ -97,7 +126,7 @@ def test_half_precision(generator, dtype):
 
 def test_float64(generator):
     circuit, reference = make(generator, 4, 5000, 1e-5, dtype=torch.float64)
-    found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
+    found, expected = eagerly(circuit, reference), oracle_gradients(circuit, reference)
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == torch.float64
         # What float64 autograd of the definition itself is off by, at such a small gradient.
@@ -106,22 +135,22 @@ def test_float64(generator):
 
 def test_mixed_dtypes(generator):
     circuit, reference = make(generator, 4, 500, 0.1)
-    dq, dp = one(circuit.bfloat16(), reference.double())
+    dq, dp = eagerly(circuit.bfloat16(), reference.double())
     assert (dq.dtype, dp.dtype) == (torch.bfloat16, torch.float64)
     expected = oracle_gradients(circuit.bfloat16(), reference)
     assert error(dp, expected[1]) <= 1e-12
     assert error(dq, expected[0]) <= 2**-8
 
 
-def test_only_what_is_wanted(generator):
+def test_only_what_is_wanted(gradients, generator):
     circuit, reference = make(generator, 3, 500, 0.1)
     circuits = [circuit, circuit * 1.1, circuit * 0.9]
     grad = torch.randn(3, 3, generator=generator)
-    every, dp = gradient.gradients(grad, circuits, reference, [True] * 3, True)
-    some, none = gradient.gradients(grad, circuits, reference, [False, True, False], False)
+    every, dp = gradients(grad, circuits, reference, [True] * 3, True)
+    some, none = gradients(grad, circuits, reference, [False, True, False], False)
     assert some[0] is some[2] is none is None
     assert torch.equal(some[1], every[1])
-    _, alone = gradient.gradients(grad, circuits, reference, [False] * 3, True)
+    _, alone = gradients(grad, circuits, reference, [False] * 3, True)
     assert torch.equal(alone, dp)
     # The reference's gradient is the sum over circuits.
     expected = sum(
@@ -130,7 +159,7 @@ def test_only_what_is_wanted(generator):
     assert error(dp, expected) <= BOUND
 
 
-def test_rows_do_not_depend_on_the_batch(generator):
+def test_rows_do_not_depend_on_the_batch(one, generator):
     """Nor on where the blocks of rows are cut."""
     circuit, reference = make(generator, 9, 40000, 0.1)
     together = one(circuit, reference)
@@ -141,7 +170,7 @@ def test_rows_do_not_depend_on_the_batch(generator):
 
 
 @pytest.mark.parametrize("side", ["p", "q", "both"])
-def test_masked_tokens(generator, side):
+def test_masked_tokens(one, generator, side):
     """A logit of -inf has gradient 0; of a token that the reference alone masks, the circuit's is Q."""
     circuit, reference = make(generator, 3, 700, 0.1)
     masked = torch.rand(3, 700, generator=generator) < 0.5
@@ -170,7 +199,7 @@ def test_masked_tokens(generator, side):
 
 @pytest.mark.parametrize("p_v", [NAN, INF, 0.5])
 @pytest.mark.parametrize("q_v", [NAN, INF, 0.5])
-def test_undefined_rows(generator, p_v, q_v):
+def test_undefined_rows(one, generator, p_v, q_v):
     """A row whose divergence is NaN is NaN, alone; with masked tokens in it too."""
     circuit, reference = make(generator, 3, 700, 0.1)
     clean = one(circuit, reference)
@@ -182,7 +211,7 @@ def test_undefined_rows(generator, p_v, q_v):
 
 
 @pytest.mark.parametrize("which", ["p", "q", "both"])
-def test_rows_without_any_mass(generator, which):
+def test_rows_without_any_mass(one, generator, which):
     circuit, reference = make(generator, 3, 700, 0.1)
     if which != "q":
         reference[1] = -INF
@@ -193,7 +222,7 @@ def test_rows_without_any_mass(generator, which):
         assert ours[[0, 2]].isfinite().all()
 
 
-def test_rows_no_one_asks_for(generator):
+def test_rows_no_one_asks_for(one, generator):
     """A loss that leaves out rows without a divergence is not spoiled by 0 · NaN."""
     circuit, reference = make(generator, 4, 700, 0.1)
     reference[0] = circuit[0] = -INF
@@ -202,3 +231,73 @@ def test_rows_no_one_asks_for(generator):
     for ours in one(circuit, reference, torch.tensor([0.0, 0.0, 0.0, 1.0])):
         assert (ours[:3] == 0).all()
         assert (ours[3] != 0).any()
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 31, 33, 1000])
+def test_vocabularies(one, generator, n_cols):
+    circuit, reference = make(generator, 5, n_cols, 0.3)
+    grad = torch.rand(5, generator=generator)
+    for ours, exact in zip(
+        one(circuit, reference, grad), oracle_gradients(circuit, reference, grad), strict=True
+    ):
+        assert ((ours - exact).norm(dim=-1) <= BOUND * exact.norm(dim=-1) + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_strided_rows_anywhere_in_memory(gradients, generator, dtype):
+    """Rows of a wider tensor that start at odd addresses, and a gradient with stride 0."""
+    circuit, reference = make(generator, 5, 701, 0.3, dtype=dtype)
+    strided = []
+    for rows, width in ((circuit, 1003), (reference, 811)):
+        wide = torch.full((5, width), NAN, dtype=dtype)
+        wide[:, 3:704] = rows
+        strided.append(wide[:, 3:704])
+    grad = torch.tensor(0.5).expand(1, 5)
+    (dq,), dp = gradients(grad, [strided[0]], strided[1], [True], True)
+    (dense,), dense_p = gradients(grad.contiguous(), [circuit], reference, [True], True)
+    assert torch.equal(dq, dense)
+    assert torch.equal(dp, dense_p)
+    assert dq.is_contiguous()
+    assert dp.is_contiguous()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_temperature(one, generator, temperature):
+    """A quotient is rounded, which matters as much as it does for logits of that size."""
+    circuit, reference = make(generator, 4, 3000, 0.1)
+    scaled = [t.double() / temperature for t in (circuit, reference)]
+    exact = oracle_gradients(*scaled, torch.full((4,), 1 / temperature))
+    for ours, wide in zip(one(circuit, reference, None, temperature), exact, strict=True):
+        assert error(ours, wide) <= 1e-5
+
+
+def test_a_gradient_that_is_nan(one, generator):
+    circuit, reference = make(generator, 3, 700, 0.1)
+    circuit[1, 4] = reference[1, 5] = -INF
+    for ours in one(circuit, reference, torch.tensor([1.0, NAN, 1.0])):
+        assert ours[1].isnan().all()
+        assert ours[[0, 2]].isfinite().all()
+
+
+def test_threads_change_no_bit(gradients, generator):
+    circuit, reference = make(generator, 9, 5000, 0.1)
+    grad = torch.rand(2, 9, generator=generator)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            dqs, dp = gradients(grad, [circuit, 2 * circuit], reference, [True, True], True)
+            results.append((*dqs, dp))
+    finally:
+        torch.set_num_threads(threads)
+    for ours, others in zip(*results, strict=True):
+        assert torch.equal(ours, others)
+
+
+def test_no_rows(gradients):
+    empty = torch.empty(0, 7)
+    (dq,), dp = gradients(torch.empty(1, 0), [empty], empty, [True], True)
+    assert dq.shape == dp.shape == (0, 7)
+    _, alone = gradients(torch.empty(0, 2), [], torch.zeros(2, 7), [], True)
+    assert (alone == 0).all()

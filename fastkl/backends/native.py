@@ -13,7 +13,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkl import gradient
 from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
@@ -28,9 +27,6 @@ def _extension() -> ModuleType | None:
         return importlib.import_module("fastkl._native")
     except ImportError:
         return None
-
-
-gradients = gradient.gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -105,6 +101,46 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         g=torch.where(z_p == 0, z_q, 0.0),
         c=torch.where(pivot.isfinite(), pivot, 0.0),
     )
+
+
+@torch.no_grad()
+def gradients(
+    grad: Tensor,
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    wanted: Sequence[bool],
+    reference_wanted: bool,
+    temperature: float = 1.0,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
+
+    Each logit is read once. Beside the gradients, every thread takes 32 bytes a token.
+    """
+    extension = _extension()
+    if extension is None:
+        raise RuntimeError(missing())
+    n_rows, n_cols = reference.shape
+    dqs = [
+        torch.empty(circuit.shape, dtype=circuit.dtype, device="cpu") if want else None
+        for circuit, want in zip(circuits, wanted, strict=True)
+    ]
+    dp = None
+    if reference_wanted:
+        dp = torch.empty(reference.shape, dtype=reference.dtype, device="cpu")
+    scaled = (grad.double() / temperature).contiguous()
+    extension.gradients(
+        _level(extension),
+        scaled.data_ptr(),
+        [_matrix(circuit) for circuit in circuits],
+        _matrix(reference),
+        [(0, 0, 0) if dq is None else _matrix(dq) for dq in dqs],
+        (0, 0, 0) if dp is None else _matrix(dp),
+        n_rows,
+        n_cols,
+        1 / temperature,
+        torch.get_num_threads(),
+    )
+    return dqs, dp
 
 
 def _measure(

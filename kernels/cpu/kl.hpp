@@ -47,6 +47,28 @@ struct State {
     double kl;
 };
 
+// What the gradients of Σ grad · KL are asked of. A matrix without data is not wanted.
+struct GradientProblem {
+    const double* grad;  // (K, R), the temperature's inverse in it
+    const Matrix* circuits;
+    const Matrix* dqs;
+    int64_t n_circuits;
+    Matrix reference;
+    Matrix dp;
+    int64_t n_rows;
+    int64_t n_cols;
+    float inverse_temperature;
+};
+
+// A thread's buffers for a gradient, a row each: 32 bytes a token, to stay in the second level cache.
+struct GradientRoom {
+    float *p, *w;      // the reference's logits, and their exponentials
+    float *q, *e;      // a circuit's
+    float *d, *t;      // P d and P expm1(-d), not normalized
+    float *out;        // what is to be written
+    float *total;      // the reference's gradient so far
+};
+
 // What one thread needs beside the inputs.
 struct Scratch {
     alignas(64) float p[kBlock + 64];
@@ -68,6 +90,8 @@ struct Level {
     // for a note from block to block. False if it was stopped.
     bool (*slice)(const Problem&, int64_t row, int64_t begin, int64_t end, State* states,
                   uint8_t* small, Scratch&, const Poll&);
+    // Writes the gradients of one row. False if it was stopped.
+    bool (*gradient)(const GradientProblem&, int64_t row, const GradientRoom&, const Poll&);
     // y = e^x, for the tests of its error bound.
     void (*exponential)(const float* x, float* y, int64_t n);
 };
@@ -111,5 +135,6 @@ struct Output {
 // Computes all rows with so many threads, the calling one included. `keep_going` is asked by the
 // calling thread alone. False if it was stopped.
 bool run(const Level&, const Problem&, const Output&, int n_threads, const Poll& keep_going);
+bool run(const Level&, const GradientProblem&, int n_threads, const Poll& keep_going);
 
 }  // namespace fastkl

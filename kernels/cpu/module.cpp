@@ -59,6 +59,31 @@ bool read_matrix(PyObject* item, Matrix* matrix) {
     return true;
 }
 
+bool read_matrices(PyObject* list, std::vector<Matrix>& matrices) {
+    matrices.resize(PyList_Size(list));
+    for (std::size_t k = 0; k < matrices.size(); ++k) {
+        PyObject* item = PyList_GetItem(list, static_cast<Py_ssize_t>(k));
+        if (!item || !read_matrix(item, &matrices[k])) return false;
+    }
+    return true;
+}
+
+// Runs work(poll) without the GIL. False if a signal handler stopped it, which has set the exception.
+template <class Work> bool without_gil(Work work) {
+    Caller caller;
+    caller.thread = PyEval_SaveThread();
+    bool finished = false;
+    std::exception_ptr error;
+    try {
+        finished = work(fastkl::Poll{Caller::keep_going, &caller});
+    } catch (...) {
+        error = std::current_exception();
+    }
+    PyEval_RestoreThread(caller.thread);
+    if (error) std::rethrow_exception(error);
+    return finished;
+}
+
 PyObject* levels(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     if (!names) return nullptr;
@@ -88,31 +113,60 @@ PyObject* measure(PyObject*, PyObject* args) {
     const Level* level = find_level(level_name);
     if (!level) return nullptr;
     try {
-        std::vector<Matrix> matrices(PyList_Size(circuits));
-        for (std::size_t k = 0; k < matrices.size(); ++k) {
-            PyObject* item = PyList_GetItem(circuits, static_cast<Py_ssize_t>(k));
-            if (!item || !read_matrix(item, &matrices[k])) return nullptr;
-        }
+        std::vector<Matrix> matrices;
+        if (!read_matrices(circuits, matrices)) return nullptr;
         problem.circuits = matrices.data();
         problem.n_circuits = static_cast<int64_t>(matrices.size());
         problem.n_rows = n_rows;
         problem.n_cols = n_cols;
         const fastkl::Output output{reinterpret_cast<float*>(kl),
                                     reinterpret_cast<fastkl::State*>(states)};
-        Caller caller;
-        caller.thread = PyEval_SaveThread();
-        bool finished = false;
-        std::exception_ptr error;
-        try {
-            finished = fastkl::run(*level, problem, output, n_threads,
-                                   {Caller::keep_going, &caller});
-        } catch (...) {
-            error = std::current_exception();
+        if (!without_gil([&](const fastkl::Poll& poll) {
+                return fastkl::run(*level, problem, output, n_threads, poll);
+            })) {
+            return nullptr;
         }
-        PyEval_RestoreThread(caller.thread);
-        if (error) std::rethrow_exception(error);
-        // Stopped by a signal handler, which has set the exception.
-        if (!finished) return nullptr;
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject* gradients(PyObject*, PyObject* args) {
+    const char* level_name;
+    PyObject *circuits, *dqs, *reference, *dp;
+    Py_ssize_t n_rows, n_cols, grad;
+    int n_threads;
+    fastkl::GradientProblem problem;
+    if (!PyArg_ParseTuple(args, "snO!OO!Onnfi", &level_name, &grad, &PyList_Type, &circuits,
+                          &reference, &PyList_Type, &dqs, &dp, &n_rows, &n_cols,
+                          &problem.inverse_temperature, &n_threads) ||
+        !read_matrix(reference, &problem.reference) || !read_matrix(dp, &problem.dp)) {
+        return nullptr;
+    }
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    try {
+        std::vector<Matrix> inputs, outputs;
+        if (!read_matrices(circuits, inputs) || !read_matrices(dqs, outputs)) return nullptr;
+        if (inputs.size() != outputs.size()) {
+            PyErr_SetString(PyExc_ValueError, "the lists of circuits and of their gradients differ in length");
+            return nullptr;
+        }
+        problem.grad = reinterpret_cast<const double*>(grad);
+        problem.circuits = inputs.data();
+        problem.dqs = outputs.data();
+        problem.n_circuits = static_cast<int64_t>(inputs.size());
+        problem.n_rows = n_rows;
+        problem.n_cols = n_cols;
+        if (!without_gil([&](const fastkl::Poll& poll) {
+                return fastkl::run(*level, problem, n_threads, poll);
+            })) {
+            return nullptr;
+        }
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
     } catch (const std::exception& error) {
@@ -141,6 +195,12 @@ PyMethodDef methods[] = {
      "`circuits` is a list of, and `reference` one, (address, row stride in elements, dtype): 0 for\n"
      "float32, 1 for bfloat16, 2 for float16. `kl` is the address of float32 (K, R) or 0, `states`\n"
      "that of float64 (K, R, 5) or 0: max and sum of p, of q, and the divergence (see kl.hpp)."},
+    {"gradients", gradients, METH_VARARGS,
+     "gradients(level, grad, circuits, reference, dqs, dp, n_rows, n_cols, inverse_temperature, "
+     "n_threads)\n--\n\n"
+     "Write the gradients of the sum of grad * KL.\n\n"
+     "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; the others\n"
+     "are as for measure(), and an address of 0 in `dqs` or `dp` leaves that gradient out."},
     {"exponential", exponential, METH_VARARGS,
      "exponential(level, x, y, n)\n--\n\n"
      "Set y = e^x, for tests: addresses of n float32 each, n a multiple of 16."},

@@ -196,6 +196,8 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
     return true;
 }
 
+#include "gradient.hpp"
+
 void exponential_of(const float* x, float* y, int64_t n) {
     for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential<true>(load(x + i)));
 }
@@ -205,6 +207,6 @@ bool supported() { return LEVEL_SUPPORTED; }
 }  // namespace
 
 extern const Level LEVEL_TABLE;
-const Level LEVEL_TABLE = {LEVEL_NAME, supported, slice, exponential_of};
+const Level LEVEL_TABLE = {LEVEL_NAME, supported, slice, gradient, exponential_of};
 
 }  // namespace fastkl
