@@ -169,6 +169,159 @@ bool always(void*) { return true; }
 
 bool countdown(void* left) { return (*static_cast<int*>(left))-- > 0; }
 
+// A gradient as the kernel writes it: rows in a block of the heap of just their size.
+class Written {
+  public:
+    Written(const Rows& like, int64_t n_rows, int64_t n_cols)
+        : dtype_(like.matrix().dtype), n_cols_(n_cols) {
+        const int64_t size = dtype_ == Dtype::float32 ? 4 : 2;
+        data_.reset(new char[n_rows * n_cols * size]);
+        std::memset(data_.get(), 0xff, n_rows * n_cols * size);
+    }
+
+    Matrix matrix() const { return {data_.get(), n_cols_, dtype_}; }
+
+    double get(int64_t row, int64_t column) const {
+        const int64_t i = row * n_cols_ + column;
+        float number;
+        if (dtype_ == Dtype::float32) {
+            std::memcpy(&number, data_.get() + 4 * i, 4);
+        } else if (dtype_ == Dtype::float16) {
+            _Float16 half;
+            std::memcpy(&half, data_.get() + 2 * i, 2);
+            number = static_cast<float>(half);
+        } else {
+            uint16_t half;
+            std::memcpy(&half, data_.get() + 2 * i, 2);
+            const uint32_t bits = uint32_t(half) << 16;
+            std::memcpy(&number, &bits, 4);
+        }
+        return number;
+    }
+
+    // Half an ulp of a number of the dtype.
+    double rounding(double x) const {
+        if (dtype_ == Dtype::float32) return 1e-37;
+        return dtype_ == Dtype::float16 ? std::fabs(x) * 0x1p-10 + 0x1p-24 : std::fabs(x) * 0x1p-7;
+    }
+
+  private:
+    Dtype dtype_;
+    int64_t n_cols_;
+    std::unique_ptr<char[]> data_;
+};
+
+// What one circuit's row adds to the gradients, and how far off that may be.
+struct ExpectedGradient {
+    std::vector<double> dq, dp, dq_tolerance, dp_tolerance;
+};
+
+ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector<double>& q,
+                                 double kl, double grad) {
+    const size_t n = p.size();
+    ExpectedGradient result{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n),
+                            std::vector<double>(n)};
+    if (grad == 0) return result;
+    if (std::isnan(kl)) {
+        result.dq.assign(n, kNan);
+        result.dp.assign(n, kNan);
+        return result;
+    }
+    const double lse_p = log_sum_exp(p), lse_q = log_sum_exp(q);
+    double span = 0, scatter = 0, overflow = 0;
+    for (size_t i = 0; i < n; ++i) {
+        if (p[i] == -kInf || q[i] == -kInf) continue;
+        const double weight = std::exp(p[i] - lse_p);
+        // A difference beyond float32's largest: what it is multiplied into may be infinite or NaN.
+        if (std::fabs(p[i] - q[i]) + std::fabs(lse_p - lse_q) > 1e38) overflow = kInf;
+        if (weight > 1e-30) span = std::fmax(span, std::fabs(p[i] - q[i]));
+        scatter += weight * std::fabs((p[i] - q[i]) - (lse_p - lse_q));
+    }
+    for (size_t i = 0; i < n; ++i) {
+        const double in_p = std::exp(p[i] - lse_p), in_q = std::exp(q[i] - lse_q);
+        // Differences are rounded by 6e-8 of their size, and sums of them by a few times that.
+        const double rounded = 3e-7 * span;
+        const double d = (p[i] - q[i]) - (lse_p - lse_q);
+        if (q[i] != -kInf) {
+            result.dq[i] = grad * (p[i] == -kInf ? in_q : std::fabs(d) < 1 ? in_p * std::expm1(-d)
+                                                                           : in_q - in_p);
+            result.dq_tolerance[i] =
+                std::fabs(grad) * (in_p + in_q) * (rounded + 3e-6 * std::fmin(scatter, 1)) +
+                1e-5 * std::fabs(result.dq[i]);
+            if (p[i] != -kInf) {
+                result.dp[i] = kl == kInf ? kNan : grad * in_p * (d - kl);
+                result.dp_tolerance[i] =
+                    std::fabs(grad) * in_p * (rounded + 1e-5 * (std::fabs(d) + scatter + kl)) +
+                    overflow;
+            }
+        }
+    }
+    return result;
+}
+
+void try_gradients(uint64_t seed, Random& random, const Rows& reference,
+                   const std::vector<Rows>& circuits, int64_t n_rows, int64_t n_cols) {
+    const int64_t n_circuits = int64_t(circuits.size());
+    std::vector<double> grad(n_circuits * n_rows);
+    for (double& g : grad) g = random.chance(0.2) ? 0.0 : random.normal();
+    std::vector<Matrix> inputs, outputs, again;
+    std::vector<Written> dqs, repeated;
+    for (const Rows& circuit : circuits) {
+        inputs.push_back(circuit.matrix());
+        dqs.emplace_back(circuit, n_rows, n_cols);
+        repeated.emplace_back(circuit, n_rows, n_cols);
+        outputs.push_back(random.chance(0.2) ? Matrix{} : dqs.back().matrix());
+        again.push_back(outputs.back().data ? repeated.back().matrix() : Matrix{});
+    }
+    const Written dp(reference, n_rows, n_cols), repeated_dp(reference, n_rows, n_cols);
+    GradientProblem problem{grad.data(),  inputs.data(),  outputs.data(), n_circuits,
+                            reference.matrix(), dp.matrix(), n_rows, n_cols, 1.0f};
+    GradientProblem second = problem;
+    second.dqs = again.data();
+    second.dp = repeated_dp.matrix();
+    const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+    for (const Level* const* level = levels(); *level; ++level) {
+        const std::string name = (*level)->name;
+        if (!run(**level, problem, 1, {always, nullptr}) ||
+            !run(**level, second, 2 + int(random.below(4)), {always, nullptr}))
+            fail(seed, name + " says that a gradient was stopped");
+        int left = int(random.below(4));
+        run(**level, second, 2, {countdown, &left});
+        run(**level, second, 2, {always, nullptr});
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const std::vector<double> p = reference.row(r);
+            std::vector<double> sum(n_cols), tolerance(n_cols);
+            const auto check = [&](const char* what, const Written& found, const Written& other,
+                                   int64_t i, double expected, double room) {
+                const double value = found.get(r, i);
+                if (!same(value, other.get(r, i)))
+                    fail(seed, name + ": a gradient's bits depend on the number of threads");
+                const bool good = room == kInf           ? true
+                                  : std::isnan(expected) ? std::isnan(value)
+                                                       : std::fabs(value - expected) <=
+                                                             room + found.rounding(expected);
+                if (!good)
+                    fail(seed, name + ": " + what + " of row " + std::to_string(r) + ", token " +
+                                   std::to_string(i) + " of " + std::to_string(n_cols) + " is " +
+                                   std::to_string(value) + ", not " + std::to_string(expected));
+            };
+            for (int64_t k = 0; k < n_circuits; ++k) {
+                const std::vector<double> q = circuits[k].row(r);
+                const ExpectedGradient one =
+                    expect_gradient(p, q, expect(p, q).kl, grad[k * n_rows + r]);
+                for (int64_t i = 0; i < n_cols; ++i) {
+                    sum[i] += one.dp[i];
+                    tolerance[i] += one.dp_tolerance[i];
+                    if (outputs[k].data)
+                        check("dq", dqs[k], repeated[k], i, one.dq[i], one.dq_tolerance[i]);
+                }
+            }
+            for (int64_t i = 0; i < n_cols; ++i)
+                check("dp", dp, repeated_dp, i, sum[i], tolerance[i] + 1e-6 * std::fabs(sum[i]));
+        }
+    }
+}
+
 void try_seed(uint64_t seed) {
     Random random(seed);
     const int64_t n_rows = 1 + random.below(5), n_circuits = 1 + random.below(4);
@@ -236,6 +389,7 @@ void try_seed(uint64_t seed) {
                                    std::to_string(expected.kl));
             }
     }
+    try_gradients(seed, random, reference, circuits, n_rows, n_cols);
 }
 
 }  // namespace
