@@ -165,6 +165,12 @@ Expected expect(const std::vector<double>& p, const std::vector<double>& q) {
     std::exit(1);
 }
 
+std::string number(double x) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.9g", x);
+    return text;
+}
+
 bool always(void*) { return true; }
 
 bool countdown(void* left) { return (*static_cast<int*>(left))-- > 0; }
@@ -303,7 +309,8 @@ void try_gradients(uint64_t seed, Random& random, const Rows& reference,
                 if (!good)
                     fail(seed, name + ": " + what + " of row " + std::to_string(r) + ", token " +
                                    std::to_string(i) + " of " + std::to_string(n_cols) + " is " +
-                                   std::to_string(value) + ", not " + std::to_string(expected));
+                                   number(value) + ", not " + number(expected) + " +- " +
+                                   number(room));
             };
             for (int64_t k = 0; k < n_circuits; ++k) {
                 const std::vector<double> q = circuits[k].row(r);
