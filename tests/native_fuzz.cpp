@@ -205,10 +205,11 @@ class Written {
         return number;
     }
 
-    // Half an ulp of a number of the dtype.
+    // An ulp of a number of the dtype, and what counts as 0 on the way to it.
     double rounding(double x) const {
-        if (dtype_ == Dtype::float32) return 1e-37;
-        return dtype_ == Dtype::float16 ? std::fabs(x) * 0x1p-10 + 0x1p-24 : std::fabs(x) * 0x1p-7;
+        if (dtype_ == Dtype::float32) return 2e-37;
+        return dtype_ == Dtype::float16 ? std::fabs(x) * 0x1p-10 + 0x1p-24
+                                        : std::fabs(x) * 0x1p-7 + 2e-37;
     }
 
   private:

@@ -1,0 +1,69 @@
+"""The benchmark of a loss and its gradients: what it measures, refuses and says."""
+
+import json
+
+import pytest
+import torch
+
+import fastkl
+from bench import training
+
+CASE = training.Training(4, 60)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without compilation and without processes of their own."""
+    own = {
+        f"fastkl {name}": training._fastkl(name)
+        for name in ("native", "eager")
+        if fastkl.available_backends()[name] is None
+    }
+    monkeypatch.setattr(training, "losses", lambda _: {"eager torch": training.definition, **own})
+    monkeypatch.setattr(training, "_peak", lambda *_: 2**20)
+    return own
+
+
+def test_gradients_are_checked_against_float64(quick):
+    leaves = training.replace(CASE, both=True).logits("cpu")
+    for loss in training.losses("cpu").values():
+        training.step(loss, leaves)()
+        assert training.errors(leaves) < 1e-5
+    leaves[0].grad *= 1.01
+    assert training.errors(leaves) == pytest.approx(0.01, rel=0.01)
+    leaves[0].grad = None
+    leaves[1].grad *= 0.9
+    assert training.errors(leaves) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):
+    def wrong(student, teacher):
+        return 1.001 * fastkl.kl_div(student, teacher)
+
+    losses = training.losses("cpu")
+    monkeypatch.setattr(training, "losses", lambda _: {**losses, "fastkl wrong": wrong})
+    peers = training.run_case(CASE, "cpu", 0.01)["peers"]
+    assert "1.0e-03" in peers["fastkl wrong"]["wrong"]
+    assert "ms" not in peers["fastkl wrong"]
+    assert all("ms" in entry for name, entry in peers.items() if name != "fastkl wrong")
+
+
+def test_the_command(quick, tmp_path, capsys):
+    assert training.main(["--quick", "--out", str(tmp_path)]) == 0
+    document = json.loads((tmp_path / "training.json").read_text())
+    assert document["command"] == "python -m bench.training --quick"
+    table = training.markdown(document)
+    assert table in capsys.readouterr().out
+    assert all(name in table for name in ("eager torch", *quick))
+    assert document["versions"]["torch"] == torch.__version__
+    assert [case["both"] for case in document["cases"]] == [False, True]
+
+
+def test_the_student_and_the_teacher_are_what_the_case_says():
+    student, teacher = training.Training(8, 5000, "bfloat16", 0.5).logits("cpu")
+    assert student.shape == teacher.shape == (8, 5000)
+    assert student.dtype == teacher.dtype == torch.bfloat16
+    assert student.requires_grad
+    assert not teacher.requires_grad
+    noise = (student.detach().double() - teacher.double()).std().item()
+    assert noise == pytest.approx(0.5, rel=0.02)
