@@ -3,6 +3,7 @@
 //   native_fuzz [first seed] [number of seeds]
 //
 // Every matrix lies in a block of the heap of just its size, so that a read beside it is seen.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -234,21 +235,30 @@ ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector
         result.dp.assign(n, kNan);
         return result;
     }
-    const double lse_p = log_sum_exp(p), lse_q = log_sum_exp(q);
+    // Apart, since a large maximum rounds the logarithm of the sum away.
+    const double max_p = *std::max_element(p.begin(), p.end());
+    const double max_q = *std::max_element(q.begin(), q.end());
+    const auto below = [](std::vector<double> logits, double max) {
+        for (double& logit : logits) logit -= max;
+        return log_sum_exp(logits);
+    };
+    const double sum_p = below(p, max_p), sum_q = below(q, max_q);
+    const auto log_p = [&](size_t i) { return (p[i] - max_p) - sum_p; };
+    const auto log_q = [&](size_t i) { return (q[i] - max_q) - sum_q; };
     double span = 0, scatter = 0, overflow = 0;
     for (size_t i = 0; i < n; ++i) {
         if (p[i] == -kInf || q[i] == -kInf) continue;
-        const double weight = std::exp(p[i] - lse_p);
+        const double weight = std::exp(log_p(i));
         // A difference beyond float32's largest: what it is multiplied into may be infinite or NaN.
-        if (std::fabs(p[i] - q[i]) + std::fabs(lse_p - lse_q) > 1e38) overflow = kInf;
+        if (std::fabs(p[i] - q[i]) + std::fabs(max_p - max_q) > 1e38) overflow = kInf;
         if (weight > 1e-30) span = std::fmax(span, std::fabs(p[i] - q[i]));
-        scatter += weight * std::fabs((p[i] - q[i]) - (lse_p - lse_q));
+        scatter += weight * std::fabs(log_p(i) - log_q(i));
     }
     for (size_t i = 0; i < n; ++i) {
-        const double in_p = std::exp(p[i] - lse_p), in_q = std::exp(q[i] - lse_q);
+        const double in_p = std::exp(log_p(i)), in_q = std::exp(log_q(i));
         // Differences are rounded by 6e-8 of their size, and sums of them by a few times that.
         const double rounded = 3e-7 * span;
-        const double d = (p[i] - q[i]) - (lse_p - lse_q);
+        const double d = log_p(i) - log_q(i);
         if (q[i] != -kInf) {
             result.dq[i] = grad * (p[i] == -kInf ? in_q : std::fabs(d) < 1 ? in_p * std::expm1(-d)
                                                                            : in_q - in_p);

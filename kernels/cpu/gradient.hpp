@@ -95,8 +95,12 @@ inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, int64_
                                 float* total) {
     constexpr float inf = __builtin_inff();
     const double pivot = apart + ::log(z_p / z_q);
-    const float c = __builtin_isfinite(pivot) ? float(pivot) : 0.0f;
-    const float ratio = float(::exp(double(c) - apart));
+    // Beyond this p - q may overflow, no token is near, and c - apart would be off by more than 1.
+    constexpr double kFar = 1e38;
+    const bool far_apart = __builtin_fabs(pivot) > kFar;
+    const double least = pivot < 0 ? -kFar : kFar;
+    const float c = __builtin_isnan(pivot) ? 0.0f : float(far_apart ? least : pivot);
+    const float ratio = float(far_apart ? z_p / z_q : ::exp(double(c) - apart));
     // What is masked on one side has gradient 0 in a row that is not NaN.
     const float nothing = __builtin_isnan(scale) ? __builtin_nanf("") : 0.0f;
     // Where one token has nearly all mass, d - KL is 0 but for a last few digits of d: so d from there.
