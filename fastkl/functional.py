@@ -78,8 +78,8 @@ def kl_div(
     mask : Tensor (...), bool, optional
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
-        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. No
-        gradient flows to them but from the sums themselves.
+        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. They
+        may have a gradient of their own.
     vocab_size : int, optional
         The tokens that count are the first so many; padding beyond them is not read, and the circuit
         may be padded otherwise than the reference.
