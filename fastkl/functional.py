@@ -345,7 +345,7 @@ def _kl_div(
         else kl_rows(cir, ref, temperature=temperature, backend=backend)
     )
     found = statistics(cir, ref, forward, temperature)
-    return divergence, KLStatistics(*(field.reshape(-1, *leading) for field in found))
+    return divergence, KLStatistics(*(field.reshape(len(cir), *leading) for field in found))
 
 
 def _checked(

@@ -22,7 +22,9 @@ def reduce(
     A row that is masked or has weight 0 counts 0, NaN and infinite ones too. "mean" divides by the rows
     that count, or by their weights; "batchmean" by the size of the first dimension.
     """
-    dtype, count = rows.dtype, torch.tensor(float(rows.shape[1]), dtype=torch.float64)
+    dtype = rows.dtype
+    # Of no rows there is no mean.
+    count: Tensor | float = rows.shape[1] if rows.shape[1] else float("nan")
     if weights is not None:
         weights = weights.reshape(-1)
         counts = weights != 0 if mask is None else mask.reshape(-1) & (weights != 0)
@@ -38,7 +40,6 @@ def reduce(
         return rows.reshape(-1, *leading) if rows.numel() else rows.reshape(rows.shape[0], *leading)
     total = rows.sum(dim=1, dtype=torch.float64)
     if reduction == "mean":
-        # Of no rows: 0 / 0.
         total = total / count
     elif reduction == "batchmean":
         total = total / (leading[0] if leading else 1) if rows.shape[1] else total * torch.nan

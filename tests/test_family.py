@@ -202,6 +202,37 @@ def test_statistics(generator):
     )
 
 
+def test_no_rows():
+    empty = torch.empty(0, 5)
+    divergence, stats = fastkl.kl_div(empty, empty, reduction="none", return_stats=True)
+    assert divergence.shape == stats.cross_entropy.shape == (0,)
+    for function in (fastkl.kl_div, fastkl.js_div):
+        assert function(empty, empty, mask=torch.empty(0, dtype=torch.bool)).isnan()
+        assert function(empty, empty, weights=torch.empty(0)).isnan()
+
+
+def test_another_default_device(generator):
+    """What stands for a number is where the logits are."""
+    circuit, reference = make(generator, 4, 50, 0.5)
+    arguments = {"mask": torch.ones(4, dtype=torch.bool), "weights": torch.ones(4)}
+    plain = [
+        fastkl.kl_div(circuit, reference, temperature=2, return_stats=True)[0],
+        fastkl.kl_div(circuit, reference, direction="reverse"),
+        fastkl.js_div(circuit, reference, **arguments),
+    ]
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        elsewhere = [
+            fastkl.kl_div(circuit, reference, temperature=2, return_stats=True)[0],
+            fastkl.kl_div(circuit, reference, direction="reverse"),
+            fastkl.js_div(circuit, reference, **arguments),
+        ]
+    finally:
+        torch.set_default_device(before)
+    assert all(torch.equal(a, b) for a, b in zip(plain, elsewhere, strict=True))
+
+
 @pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
 @pytest.mark.parametrize("noise", [*NOISES, 40])
 def test_jensen_shannon(generator, noise, beta):
