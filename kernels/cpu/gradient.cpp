@@ -14,7 +14,7 @@ namespace {
 
 // A thread costs about as long to start as this many logits' gradients.
 constexpr int64_t kPairsPerThread = 1 << 15;
-constexpr int kBuffers = 8;
+constexpr int kBuffers = 7;
 
 // A thread's buffers of a row each, on cache lines' boundaries.
 class Buffers {
@@ -25,7 +25,7 @@ class Buffers {
         const auto address = reinterpret_cast<uintptr_t>(memory_.get());
         float* first = reinterpret_cast<float*>((address + 63) / 64 * 64);
         const auto next = [&] { return std::exchange(first, first + length); };
-        room = {next(), next(), next(), next(), next(), next(), next(), next()};
+        room = {next(), next(), next(), next(), next(), next(), next()};
     }
 
     GradientRoom room;

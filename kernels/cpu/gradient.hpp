@@ -190,8 +190,8 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
         const bool defined = z_p > 0 && z_q > 0 && !undefined_p && !undefined_q;
         const double scale = defined ? grad / z_p : __builtin_nan("");
         gradient_of_circuit(room, padded, likeliest, z_p, z_q, double(m_p) - double(m_q), scale,
-                            wanted ? room.out : nullptr, total);
-        if (wanted) write(problem.dqs[k], room.out);
+                            wanted ? room.e : nullptr, total);
+        if (wanted) write(problem.dqs[k], room.e);
     }
     if (total) write(problem.dp, total);
     return true;

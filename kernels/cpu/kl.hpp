@@ -60,12 +60,11 @@ struct GradientProblem {
     float inverse_temperature;
 };
 
-// A thread's buffers for a gradient, a row each: 32 bytes a token, to stay in the second level cache.
+// A thread's buffers for a gradient, a row each: 28 bytes a token, to stay in the second level cache.
 struct GradientRoom {
     float *p, *w;      // the reference's logits, and their exponentials
-    float *q, *e;      // a circuit's
+    float *q, *e;      // a circuit's; e is then written over by its gradient
     float *d, *t;      // P d and P expm1(-d), not normalized
-    float *out;        // what is to be written
     float *total;      // the reference's gradient so far
 };
 
