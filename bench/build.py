@@ -65,7 +65,7 @@ def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options
     return triton_compile(source, target=target, options=options)
 
 
-def specialize(fn, dtype: str, numbers: dict[str, int]) -> tuple[dict, dict, list[str]]:
+def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, list[str]]:
     """Return (signature, constexprs, divisible) as Triton derives them from a launch's arguments.
 
     Allocations are multiples of 16 bytes; a number that 16 divides is compiled as such, and the
@@ -90,8 +90,8 @@ def specialize(fn, dtype: str, numbers: dict[str, int]) -> tuple[dict, dict, lis
     return signature, constexprs, divisible
 
 
-def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str, int]:
-    """Return the integer arguments of a launch on one group of circuits with contiguous rows."""
+def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str, float]:
+    """Return the numbers of a launch on one group of circuits with contiguous rows."""
     n_slices, slice_size = launch.slices(n_cols, launch.TILES[ITEMSIZE[dtype], 1])
     return {
         "p_row_stride": n_cols,
@@ -104,6 +104,8 @@ def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str
         "slice_size": slice_size,
         "lead": 0,
         "aligned": 1,
+        "unit": 1.4426950408889634,
+        "inverse": 1.0,
     }
 
 
@@ -160,6 +162,7 @@ def build_partial(
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
         "ACCURATE": tile.accurate,
+        "COOL": False,
     }
     compiled = compiler(
         kernels.partial_kernel,
@@ -180,7 +183,7 @@ def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel
     compiled = compiler(
         kernels.finish_kernel,
         signature,
-        constexprs | {"LANES": tile.lanes, "VEC": tile.vec},
+        constexprs | {"LANES": tile.lanes, "VEC": tile.vec, "COOL": False},
         target=gpu_target(target),
         divisible=divisible,
         **options_for(target, n_warps(target, tile), launch.MAX_REGISTERS),

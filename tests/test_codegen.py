@@ -101,7 +101,8 @@ class PTX:
 
     def __init__(self, arch, dtype, group):
         tile = launch.TILES[BYTES[dtype], group]
-        sizes = {name: "i64" if name == "p_row_stride" else "i32" for name in launch.kernels.SIZES}
+        kinds = {"p_row_stride": "i64", "unit": "fp32", "inverse": "fp32"}
+        sizes = {name: kinds.get(name, "i32") for name in launch.kernels.SIZES}
         pointers = {"p_ptr": f"*{dtype}", "table_ptr": "*i64", "state_ptr": "*fp32"}
         self.text = compile_kernel(
             launch.kernels.partial_kernel,
@@ -112,6 +113,7 @@ class PTX:
                 "VEC": tile.vec,
                 "UNROLL": tile.unroll,
                 "ACCURATE": tile.accurate,
+                "COOL": False,
             },
             target=GPUTarget("cuda", arch, 32),
         ).asm["ptx"]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastkl import gradient, state
-from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
 NAME = "triton"
@@ -53,19 +52,17 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     reference : Tensor (R, V)
         Logits of the full model, on the same device.
     temperature : float
-        What all logits are divided by, in blocks of rows.
+        What all logits are divided by, in the kernels.
 
     Returns
     -------
     Tensor (K, R)
         float32.
     """
-    if temperature != 1:
-        return measure_cooled(kl_rows, circuits, reference, temperature)
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    divergence: Tensor = _triton.launch(circuits, reference)
+    divergence: Tensor = _triton.launch(circuits, reference, temperature)
     return divergence
 
 

@@ -2,8 +2,10 @@
 
 A lane (one element along axis 0 of every tile) keeps a row state of its own while it walks the
 vocabulary; `fastkl.state` documents the fields. Two things differ here: m_p and m_q are in units of
-log 2, since the hardware's exponential is 2^x, and they are the rounded products max·log2(e), used as
+log 2, since the hardware's exponential is 2^x, and they are the rounded products max·unit, used as
 such everywhere, so that their rounding cancels.
+
+A temperature T costs nothing: `unit` is log2(e) / T, and d is (p - q)·`inverse` - c with `inverse` 1 / T.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
@@ -52,30 +54,33 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def absorb_reference(m, z, p):
+def absorb_reference(m, z, p, unit):
     """Absorb a tile p (LANES, VEC) into (m, z) of every lane.
 
     Returns the new (m, z), the tile's weights, and what the lane's older sums are to be scaled by.
     One exponential an element and one a lane.
     """
-    new_m = tl.maximum(m, tl.max(p, axis=1) * LOG2_E)
+    new_m = tl.maximum(m, tl.max(p, axis=1) * unit)
     base = finite_or_zero(new_m)
-    weight = tl.exp2(tl.fma(p, LOG2_E, -base[:, None]))
+    weight = tl.exp2(tl.fma(p, unit, -base[:, None]))
     scale = tl.exp2(m - base)
     return new_m, z * scale + tl.sum(weight, axis=1), weight, scale
 
 
 @triton.jit
-def absorb_circuit(state, p, weight, old_m_p, new_m_p, scale_p, q, ACCURATE: tl.constexpr):
+def absorb_circuit(
+    state, p, weight, old_m_p, new_m_p, scale_p, q, unit, inverse, ACCURATE: tl.constexpr
+):
     """Absorb a tile q (LANES, VEC) into (m_q, z_q, s, h, g, c) of every lane.
 
     A lane without reference mass so far takes this tile's difference of maxima as its pivot.
     """
     old_m, z, s, h, g, c = state
-    m, z, circuit_weight, scale = absorb_reference(old_m, z, q)
+    m, z, circuit_weight, scale = absorb_reference(old_m, z, q, unit)
     pivot = (finite_or_zero(new_m_p) - finite_or_zero(m)) * LN_2
     c = tl.where(old_m_p == -float("inf"), pivot, c)
-    d = p - q - c[:, None]
+    # Subtracted first: a rounded product on one side only would make identical rows differ.
+    d = (p - q) * inverse - c[:, None]
     d = tl.where(d > FAR_BELOW, d, FAR_BELOW)
     t = weight * d
     s = s * scale_p + tl.sum(t, axis=1)

@@ -8,7 +8,7 @@ once more only where its sums were not good enough for a small divergence.
 import triton
 import triton.language as tl
 
-from .algebra import absorb_circuit, absorb_reference, finalize, merge_lanes
+from .algebra import LOG2_E, absorb_circuit, absorb_reference, finalize, merge_lanes
 
 # Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
 # of 16, runs the code that was compiled for any other.
@@ -23,8 +23,19 @@ SIZES = (
     "slice_size",
     "lead",
     "aligned",
+    "unit",
+    "inverse",
 )
 TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+
+
+@triton.jit
+def temperature_of(unit, inverse, COOL: tl.constexpr):
+    """Return log2(e) / T and 1 / T; if not COOL, T is known to be 1 and costs no register."""
+    if COOL:
+        return unit, inverse
+    else:
+        return LOG2_E, 1.0
 
 
 @triton.jit
@@ -34,13 +45,17 @@ def load_tile(pointer, offsets):
 
 
 @triton.jit
-def absorb_tiles(m_p, z_p, states, p, qs, G: tl.constexpr, ACCURATE: tl.constexpr):
+def absorb_tiles(
+    m_p, z_p, states, p, qs, unit, inverse, G: tl.constexpr, ACCURATE: tl.constexpr
+):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' states."""
-    new_m_p, z_p, weight, scale_p = absorb_reference(m_p, z_p, p)
+    new_m_p, z_p, weight, scale_p = absorb_reference(m_p, z_p, p, unit)
     new_states = ()
     for i in tl.static_range(G):
         new_states = new_states + (
-            absorb_circuit(states[i], p, weight, m_p, new_m_p, scale_p, qs[i], ACCURATE),
+            absorb_circuit(
+                states[i], p, weight, m_p, new_m_p, scale_p, qs[i], unit, inverse, ACCURATE
+            ),
         )
     return new_m_p, z_p, new_states
 
@@ -55,6 +70,8 @@ def sweep(
     begin,
     end,
     aligned,
+    unit,
+    inverse,
     G: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
@@ -81,7 +98,7 @@ def sweep(
         qs = ()
         for i in tl.static_range(G):
             qs = qs + (load_tile(q_ptrs[i] + start, offsets),)
-        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, G, ACCURATE)
+        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G, ACCURATE)
 
     n_before = body_begin - begin
     n_rest = n_before + end - body_end
@@ -96,7 +113,7 @@ def sweep(
         for i in tl.static_range(G):
             q = tl.load(q_ptrs[i] + token, mask=inside, other=0.0).to(tl.float32)
             qs = qs + (tl.where(inside, q, -float("inf")),)
-        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, G, ACCURATE)
+        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G, ACCURATE)
     return m_p, z_p, states
 
 
@@ -127,11 +144,14 @@ def partial_kernel(
     slice_size: tl.int32,
     lead: tl.int32,
     aligned: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
     G: tl.constexpr,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
     ACCURATE: tl.constexpr,
+    COOL: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
 
@@ -144,6 +164,7 @@ def partial_kernel(
     Reads n_cols·itemsize·(1 + 1/G) bytes a row and circuit; writes 36 bytes a slice. Two exponentials
     a pair for one circuit, 1 + 1/G in a group, and 2/VEC to scale older sums.
     """
+    unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0).to(tl.int64)
     group = (program % n_groups).to(tl.int32)
     part = ((program // n_groups) % n_slices).to(tl.int32)
@@ -163,7 +184,21 @@ def partial_kernel(
         q_rows = q_rows + (row_pointer(table_ptr, circuit + i, row, shift, p_ptr.dtype.element_ty),)
         states = states + ((empty, zero, zero, zero, zero, zero),)
     m_p, z_p, states = sweep(
-        empty, zero, states, p_row, q_rows, begin, end, aligned, G, LANES, VEC, UNROLL, ACCURATE
+        empty,
+        zero,
+        states,
+        p_row,
+        q_rows,
+        begin,
+        end,
+        aligned,
+        unit,
+        inverse,
+        G,
+        LANES,
+        VEC,
+        UNROLL,
+        ACCURATE,
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
@@ -190,8 +225,11 @@ def finish_kernel(
     n_slices: tl.int32,
     lead: tl.int32,
     aligned: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    COOL: tl.constexpr,
 ):
     """Merge the slices of one row and circuit into its divergence, looking twice if need be.
 
@@ -200,6 +238,7 @@ def finish_kernel(
     order and none is negative. That reads n_cols·itemsize·2 bytes more, and takes two exponentials a
     pair.
     """
+    unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0).to(tl.int64)
     circuit = (program // n_rows).to(tl.int32)
     row = program % n_rows
@@ -235,6 +274,8 @@ def finish_kernel(
             shift,
             shift + n_cols,
             aligned,
+            unit,
+            inverse,
             1,
             LANES,
             VEC,

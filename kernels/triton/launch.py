@@ -20,6 +20,7 @@ WIDEST = 16
 SLICE = 16384
 # The fields of a slice's state, as partial_kernel writes them.
 N_FIELDS = 9
+LOG2_E = 1.4426950408889634
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
 
@@ -66,7 +67,7 @@ class Layout(NamedTuple):
     step: int
 
 
-def launch(circuits, reference, *, keep_states=False):
+def launch(circuits, reference, temperature=1.0, *, keep_states=False):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
@@ -75,7 +76,7 @@ def launch(circuits, reference, *, keep_states=False):
     reference, alike = _reference_like_most(circuits, reference)
     apart = [k for k in range(len(circuits)) if k not in alike]
     parts = [
-        (picked, _launch_part([circuits[k] for k in picked], reference, aligned, keep_states))
+        (picked, _launch_part([circuits[k] for k in picked], reference, aligned, temperature, keep_states))
         for picked, aligned in ((sorted(alike), 1), (apart, 0))
         if picked
     ]
@@ -142,7 +143,7 @@ def _copy(rows, wanted):
     return copy.copy_(rows)
 
 
-def _launch_part(circuits, reference, aligned, keep_states):
+def _launch_part(circuits, reference, aligned, temperature, keep_states):
     """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
@@ -159,6 +160,9 @@ def _launch_part(circuits, reference, aligned, keep_states):
         "n_slices": n_slices,
         "lead": layout(reference).lead,
         "aligned": aligned,
+        "unit": LOG2_E / temperature,
+        "inverse": 1 / temperature,
+        "COOL": temperature != 1,
         "state_ptr": states,
     }
     warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
