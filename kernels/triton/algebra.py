@@ -5,7 +5,7 @@ vocabulary; `fastkl.state` documents the fields. Two things differ here: m_p and
 log 2, since the hardware's exponential is 2^x, and they are the rounded products max·unit, used as
 such everywhere, so that their rounding cancels.
 
-A temperature T costs nothing: `unit` is log2(e) / T, and d is (p - q)·`inverse` - c with `inverse` 1 / T.
+A temperature T costs nothing: `unit` is log2(e) / T, and d is (p - q)·`inverse` - c, `inverse` 1 / T.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 

@@ -45,9 +45,7 @@ def load_tile(pointer, offsets):
 
 
 @triton.jit
-def absorb_tiles(
-    m_p, z_p, states, p, qs, unit, inverse, G: tl.constexpr, ACCURATE: tl.constexpr
-):
+def absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G: tl.constexpr, ACCURATE: tl.constexpr):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' states."""
     new_m_p, z_p, weight, scale_p = absorb_reference(m_p, z_p, p, unit)
     new_states = ()

@@ -76,7 +76,12 @@ def launch(circuits, reference, temperature=1.0, *, keep_states=False):
     reference, alike = _reference_like_most(circuits, reference)
     apart = [k for k in range(len(circuits)) if k not in alike]
     parts = [
-        (picked, _launch_part([circuits[k] for k in picked], reference, aligned, temperature, keep_states))
+        (
+            picked,
+            _launch_part(
+                [circuits[k] for k in picked], reference, aligned, temperature, keep_states
+            ),
+        )
         for picked, aligned in ((sorted(alike), 1), (apart, 0))
         if picked
     ]
