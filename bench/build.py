@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
     def body_pairs(self) -> float:
         """Pairs that a thread takes in one iteration of the unrolled body loop."""
         tile = self.tile
-        return self.group * tile.vec * tile.unroll * tile.lanes / self.program.threads
+        return self.group * tile.vec * tile.unroll
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -92,7 +92,7 @@ def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, l
 
 def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str, float]:
     """Return the numbers of a launch on one group of circuits with contiguous rows."""
-    n_slices, slice_size = launch.slices(n_cols, launch.TILES[ITEMSIZE[dtype], 1])
+    n_slices, slice_size = launch.slices(n_cols, ITEMSIZE[dtype])
     return {
         "p_row_stride": n_cols,
         "n_rows": n_rows,
@@ -107,11 +107,6 @@ def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str
         "unit": 1.4426950408889634,
         "inverse": 1.0,
     }
-
-
-def n_warps(target: str, tile) -> int:
-    """Return the warps of a program, as the launcher has it."""
-    return launch.n_warps(tile, gpu_target(target).warp_size)
 
 
 def options_for(target: str, warps: int, maxnreg: int | None) -> dict[str, int]:
@@ -158,10 +153,9 @@ def build_partial(
         constexprs, divisible = {}, []
     constexprs |= {
         "G": group,
-        "LANES": tile.lanes,
+        "LANES": gpu_target(target).warp_size,
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
-        "ACCURATE": tile.accurate,
         "COOL": False,
     }
     compiled = compiler(
@@ -170,22 +164,28 @@ def build_partial(
         constexprs,
         target=gpu_target(target),
         divisible=divisible,
-        **options_for(target, n_warps(target, tile), maxnreg),
+        **options_for(target, 1, maxnreg),
     )
     return Kernel(target, dtype, group, tile, maxnreg, inspect(compiled))
 
 
 def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel) -> Program:
     """Compile finish_kernel as the launcher does, and read it."""
-    tile = launch.TILES[ITEMSIZE[dtype], 1]
     numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)
     signature, constexprs, divisible = specialize(kernels.finish_kernel, dtype, numbers)
     compiled = compiler(
         kernels.finish_kernel,
         signature,
-        constexprs | {"LANES": tile.lanes, "VEC": tile.vec, "COOL": False},
+        constexprs
+        | {
+            "LANES": gpu_target(target).warp_size,
+            "VEC": launch.TILES[ITEMSIZE[dtype], 1].vec,
+            "SLICES": launch.SLICES,
+            "COOL": False,
+            "KEEP": False,
+        },
         target=gpu_target(target),
         divisible=divisible,
-        **options_for(target, n_warps(target, tile), launch.MAX_REGISTERS),
+        **options_for(target, 1, launch.MAX_REGISTERS),
     )
     return inspect(compiled)

@@ -123,14 +123,16 @@ def row_shape(kernel: Kernel, n_cols: int, shift: int) -> list[tuple[int, int]]:
 
     The arithmetic of partial_kernel and sweep.
     """
-    tile = kernel.tile
-    n_slices, size = launch.slices(n_cols, launch.TILES[ITEMSIZE[kernel.dtype], 1])
+    vec, lanes = kernel.tile.vec, kernel.program.threads
+    n_slices, size = launch.slices(n_cols, ITEMSIZE[kernel.dtype])
+    first, last = -(-shift // vec) * vec, shift + n_cols
     shape = []
     for part in range(n_slices):
-        begin, end = max(part * size, shift), min((part + 1) * size, shift + n_cols)
-        body = min(-(-begin // tile.vec) * tile.vec, end)
-        tiles = max(end - body, 0) // (tile.lanes * tile.vec)
-        shape.append((tiles, max(end - begin, 0) - tiles * tile.lanes * tile.vec))
+        begin = min(first + part * size, last) if part else shift
+        end = min(first + (part + 1) * size, last)
+        body = min(-(-begin // vec) * vec, end)
+        tiles = (end - body) // (lanes * vec)
+        shape.append((tiles, end - begin - tiles * lanes * vec))
     return shape
 
 
@@ -168,7 +170,7 @@ def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, fl
                 (program.outside, 1),
                 (body, whole),
                 (single, left),
-                (rest, -(-tokens // tile.lanes)),
+                (rest, -(-tokens // program.threads)),
             )
             for block, count in times:
                 for unit in units:
@@ -185,7 +187,7 @@ def predict_rows(kernel: Kernel, finish: Program, n_cols: int, card: Card) -> Pr
     """Predict a pair of whole rows: head, tail, merging and the second kernel included."""
     operations = row_operations(kernel, finish, n_cols)
     del operations["share_outside_tiles"]
-    n_slices, _ = launch.slices(n_cols, launch.TILES[ITEMSIZE[kernel.dtype], 1])
+    n_slices, _ = launch.slices(n_cols, ITEMSIZE[kernel.dtype])
     logits = ITEMSIZE[kernel.dtype] * (1 + 1 / kernel.group)
     states = (2 * 4 * launch.N_FIELDS * n_slices + 4) / n_cols
     return predict(card, logits + states, operations)

@@ -109,13 +109,13 @@ class PTX:
             sizes | pointers,
             {
                 "G": group,
-                "LANES": tile.lanes,
+                "LANES": 32,
                 "VEC": tile.vec,
                 "UNROLL": tile.unroll,
-                "ACCURATE": tile.accurate,
                 "COOL": False,
             },
             target=GPUTarget("cuda", arch, 32),
+            num_warps=1,
         ).asm["ptx"]
 
     def count(self, name):

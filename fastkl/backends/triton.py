@@ -4,13 +4,14 @@ On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and t
 """
 
 import importlib.util
+import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
 
-from fastkl import gradient, state
+from fastkl import gradient
+from fastkl.backends import eager
 from fastkl.state import RowState
 
 NAME = "triton"
@@ -72,13 +73,21 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    m_p, z_p, m_q, z_q, s, h, g, c, _ = _triton.launch(
-        circuits, reference, keep_states=True
-    ).double()
-    log_2 = torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
-    whole = RowState(m_p * log_2, z_p, m_q * log_2, z_q, s, h, g, c)
-    parts = zip(*(field.unbind(-1) for field in whole), strict=True)
-    return reduce(state.merge, (RowState(*part) for part in parts))
+    _, b_p, z_p, b_q, s, h, x = _triton.launch(circuits, reference, keep=True)
+    # The pivot as the kernel rounds it; the bases are in units of log 2.
+    c = ((b_p - b_q) * math.log(2)).double()
+    m_p, m_q = b_p.double() * math.log(2), b_q.double() * math.log(2)
+    z_p, s, h = z_p.double(), s.double(), h.double()
+    z_q = torch.exp(m_p + z_p.log() - c - x.double() - m_q)
+    kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
+    if all(field.isfinite().all() for field in kept):
+        return kept
+    # A slice without mass on a side, or of infinite divergence, has a state and no finite pivot.
+    finite = torch.stack(kept).isfinite().all(0)
+    others = eager.row_states(circuits, reference)
+    return RowState(
+        *(torch.where(finite, a, b) for a, b in zip(kept, others, strict=True)),
+    )
 
 
 def _one_dtype(circuits: Sequence[Tensor], reference: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -1,37 +1,60 @@
-"""The algebra of row states on the device: absorb a tile, merge lanes, finalize.
+"""The algebra of row states on the device: what a token adds, how slices merge, what comes of it.
 
-A lane (one element along axis 0 of every tile) keeps a row state of its own while it walks the
-vocabulary; `fastkl.state` documents the fields. Two things differ here: m_p and m_q are in units of
-log 2, since the hardware's exponential is 2^x, and they are the rounded products max·unit, used as
-such everywhere, so that their rounding cancels.
+With p the reference's logits, q the circuit's and u = log2(e) / T, a slice of the vocabulary is summed
+at two bases, b_p and b_q, each an estimate of log2 of what that side's 2^(u·logits) add up to:
 
-A temperature T costs nothing: `unit` is log2(e) / T, and d is (p - q)·`inverse` - c, `inverse` 1 / T.
+    c = (b_p - b_q) log 2                  the pivot: what the sides are apart, by these estimates
+    d = (p - q) / T - c
+    w = 2^(p u - b_p)                      the reference's weight; z_p = Σ w
+    s = Σ w d                              h = Σ w φ(d), φ(x) = e^(-x) - 1 + x ≥ 0
+
+2^(q u - b_q) = w e^(-d) is then the circuit's weight in the scale of the reference's: a token that is
+far from the pivot adds e^(-d) w - w + w d to h, and the circuit's mass is z_p + h - s. With both at the
+pivot of the whole row,
+
+    KL = s / z_p = h / z_p
+
+the first good to 1e-7, absolute, the second to 1e-6 of itself: see `fastkl.state`.
+
+Bases are poor where a slice's first tokens say nothing of the others. Then a sum overflows or vanishes,
+or what changes its pivot is larger than what is left: `merge` says which slices are to be summed again.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
 - both logits -inf, or p alone: d is NaN or -inf, and `setp.gt.f32` + `selp.f32` (or a `max.f32` without
   .NaN, which is the same) put FAR_BELOW in its place; its weight ex2(-inf) is +0 and takes it out of s.
-- q alone -inf: d is +inf, and `fma.rn.f32` carries it into s as +inf, or as NaN where the weight is 0;
-  either way s < inf fails (`setp.lt.f32`, false for NaN) and finalize says +inf.
-- NaN or +inf in a row: `max.f32` drops a NaN, but ex2(NaN) and ex2(inf - inf) are NaN and z keeps it;
-  z > 0 fails (`setp.gt.f32`) and finalize says NaN.
-- a whole row -inf: z is 0, and z > 0 fails.
-- leading tokens all -inf: m stays -inf; subtracted as 0 (`selp.f32`), so that no inf - inf arises.
+- q alone -inf: d is +inf, and `add.f32` carries it into s and h as +inf, or NaN where the weight is 0.
+- NaN or +inf in a row: ex2(NaN) and ex2(+inf) are NaN and +inf, and `add.f32` keeps them in z_p and h.
+- a whole row -inf: its sum is 0.
+
+None of these is finite or positive, so that the row is looked at again, its maxima first: `max.f32`
+finds +inf, or -inf alone, and `setp.nan.f32` a NaN. What is none of the three is a divergence of +inf.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# log 2 in two parts: as a float32, and what is missing to it.
 LN_2 = tl.constexpr(0.6931471805599453)
+LN_2_LOW = tl.constexpr(-1.904654323148236e-9)
 # |d| from which φ(d) is e^(-d) - 1 + d instead of a polynomial, as in fastkl.state.
 NEAR = tl.constexpr(0.5)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
+# What a row may be off by without being looked at again: the tolerance of the tests.
+RELATIVE = tl.constexpr(1e-5)
+ABSOLUTE = tl.constexpr(1e-8)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)
-# Rounding in the change of pivots, as a multiple of what is added and subtracted: 16 half ulps.
-PIVOT_ERROR = tl.constexpr(2.0**-20)
+# Errors of φ by a polynomial, and of three rounded numbers far from the pivot, as a multiple of what the
+# change of pivots adds and subtracts. Simulated: 2^-20 let some confident rows be off by 1.3 times the
+# tolerance.
+PIVOT_ERROR = tl.constexpr(2.0**-19)
+# Rounding of z_p + h - s: two half ulps of the largest, and of a lane's sums.
+MASS_ERROR = tl.constexpr(2.0**-22)
+# 1.5 · 2^13: added and subtracted, it leaves multiples of 2^-10.
+TO_GRID = tl.constexpr(12288.0)
 
 
 @triton.jit
@@ -49,95 +72,112 @@ def phi(x):
 
 @triton.jit
 def finite_or_zero(m):
-    """Return the maximum to subtract: 0 where there is no mass yet."""
+    """Return what can be subtracted: 0 where there is no mass."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
 @triton.jit
-def absorb_reference(m, z, p, unit):
-    """Absorb a tile p (LANES, VEC) into (m, z) of every lane.
-
-    Returns the new (m, z), the tile's weights, and what the lane's older sums are to be scaled by.
-    One exponential an element and one a lane.
-    """
-    new_m = tl.maximum(m, tl.max(p, axis=1) * unit)
-    base = finite_or_zero(new_m)
-    weight = tl.exp2(tl.fma(p, unit, -base[:, None]))
-    scale = tl.exp2(m - base)
-    return new_m, z * scale + tl.sum(weight, axis=1), weight, scale
+def base_of(log2_sum):
+    """Return a base near it, on a grid so coarse that differences of bases are exact."""
+    return (finite_or_zero(log2_sum) + TO_GRID) - TO_GRID
 
 
 @triton.jit
-def absorb_circuit(
-    state, p, weight, old_m_p, new_m_p, scale_p, q, unit, inverse, ACCURATE: tl.constexpr
-):
-    """Absorb a tile q (LANES, VEC) into (m_q, z_q, s, h, g, c) of every lane.
+def estimate(logits, unit):
+    """Return log2 of what the weights of some logits (LANES,) add up to, -inf if none has any."""
+    base = finite_or_zero(tl.max(logits, axis=0) * unit)
+    return base + tl.log2(tl.sum(weights(logits, unit, base), axis=0))
 
-    A lane without reference mass so far takes this tile's difference of maxima as its pivot.
-    """
-    old_m, z, s, h, g, c = state
-    m, z, circuit_weight, scale = absorb_reference(old_m, z, q, unit)
-    pivot = (finite_or_zero(new_m_p) - finite_or_zero(m)) * LN_2
-    c = tl.where(old_m_p == -float("inf"), pivot, c)
+
+@triton.jit
+def weights(logits, unit, base):
+    """Return 2^(logits·unit - base)."""
+    return tl.exp2(tl.fma(logits, unit, -base))
+
+
+@triton.jit
+def pivot_of(base_p, base_q):
+    """Return the pivot, and what rounding took from it."""
+    apart = base_p - base_q
+    pivot = apart * LN_2
+    return pivot, tl.fma(apart, LN_2, -pivot) + apart * LN_2_LOW
+
+
+@triton.jit
+def terms(p, weight, q, base_q, pivot, unit, inverse):
+    """Return what tokens add to s and to h, and the circuit's weights."""
+    circuit_weight = weights(q, unit, base_q)
     # Subtracted first: a rounded product on one side only would make identical rows differ.
-    d = (p - q) * inverse - c[:, None]
+    d = (p - q) * inverse - pivot
     d = tl.where(d > FAR_BELOW, d, FAR_BELOW)
     t = weight * d
-    s = s * scale_p + tl.sum(t, axis=1)
-    if ACCURATE:
-        near = tl.abs(d) < NEAR
-        h = h * scale_p + tl.sum(tl.where(near, t * (d * phi_over_square(d)), t - weight), axis=1)
-        g = g * scale + tl.sum(tl.where(near, 0.0, circuit_weight), axis=1)
-    return m, z, s, h, g, c
+    near = tl.abs(d) < NEAR
+    return (
+        t,
+        tl.where(near, t * (d * phi_over_square(d)), (circuit_weight - weight) + t),
+        circuit_weight,
+    )
 
 
 @triton.jit
-def merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt):
-    """Merge the states along axis 0 into one, at the pivot lse_p - lse_q.
+def scaled(value, scale, mass):
+    """Return value · scale; 0 where there is no mass, whatever the scale."""
+    return tl.where(mass == 0.0, 0.0, value * scale)
 
-    `doubt` is how much was added to h and subtracted again to change pivots, so far: h lost
-    PIVOT_ERROR of it, all of it where `doubt` is infinite. Returns the merged state and doubt, and
-    the residual x of the new pivot.
+
+@triton.jit
+def merge(state):
+    """Merge the states of slices along axis 0 to one at the pivot of the row.
+
+    A slice's is (b_p, z_p, b_q, mass, s, h, mass_error): `mass` is the circuit's, in the scale of the
+    reference's weights, and `mass_error` what it may be off by. Returns the row's (b_p, z_p, b_q, s, h),
+    and x, what rounding left of its pivot: the circuit's mass is z_p e^(-x) there. Then whether all of it
+    is finite; and of every slice, how much the accurate divergence may be off because of it, and the
+    plain one.
     """
-    max_p = tl.max(m_p, axis=0)
-    max_q = tl.max(m_q, axis=0)
-    base_p = finite_or_zero(max_p)
-    base_q = finite_or_zero(max_q)
-    scale_p = tl.exp2(m_p - base_p)
-    scale_q = tl.exp2(m_q - base_q)
-    sum_p = tl.sum(z_p * scale_p, axis=0)
-    sum_q = tl.sum(z_q * scale_q, axis=0)
-
-    apart = (base_p - base_q) * LN_2
+    b_p, z_p, b_q, mass, s, h, mass_error = state
+    top_p = tl.max(tl.where(z_p > 0.0, b_p, -float("inf")), axis=0)
+    top_q = tl.max(tl.where(mass > 0.0, b_q, -float("inf")), axis=0)
+    scale_p = tl.exp2(b_p - top_p)
+    scale_q = tl.exp2(b_q - top_q)
+    sum_p = tl.sum(scaled(z_p, scale_p, z_p), axis=0)
+    sum_q = tl.sum(scaled(mass, scale_q, mass), axis=0)
     # Identical rows: x / x is not 1 in every quick division.
-    ratio = tl.where(sum_p == sum_q, 0.0, tl.log2(sum_p / sum_q) * LN_2)
-    pivot = apart + ratio
-    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
-    x = (apart - pivot) + ratio
+    ratio = tl.where(sum_p == sum_q, 0.0, tl.log2(sum_p / sum_q))
 
-    shift = tl.where(z_p > 0.0, pivot - c, 0.0)
-    growth = phi(-shift)
-    change = growth + shift
+    new_b_q = top_q - ratio
+    _, lost = pivot_of(top_p, new_b_q)
+    _, lost_before = pivot_of(b_p, b_q)
+    # The parts of the pivots' difference, the exact ones first.
+    moved_by = ((top_p - new_b_q) - (b_p - b_q)) * LN_2 + (lost_before - lost)
+    x = (ratio - (top_q - new_b_q)) * LN_2 + lost
+
+    growth = phi(-moved_by)
+    change = growth + moved_by
     moved = z_p * growth
     crossed = s * change
-    total_s = tl.sum(scale_p * (s - shift * z_p), axis=0)
-    total_h = tl.sum(scale_p * ((h + h * change) + (moved - crossed)), axis=0)
-    total_g = tl.sum(scale_q * g, axis=0)
-    total_doubt = tl.sum(scale_p * (doubt + (moved + tl.abs(crossed))), axis=0)
-    return max_p, sum_p, max_q, sum_q, total_s, total_h, total_g, pivot, total_doubt, x
+    any_mass = z_p + tl.abs(mass)
+    total_s = tl.sum(scaled(s - moved_by * z_p, scale_p, any_mass), axis=0)
+    total_h = tl.sum(scaled((h + h * change) + (moved - crossed), scale_p, any_mass), axis=0)
+    doubt = scaled(moved + tl.abs(crossed), scale_p, any_mass) / sum_p * PIVOT_ERROR
+    plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
+
+    finite = (sum_p > 0.0) & (sum_q > 0.0) & (sum_p < float("inf")) & (sum_q < float("inf"))
+    finite = finite & (tl.abs(total_s) < float("inf")) & (tl.abs(total_h) < float("inf"))
+    return (top_p, sum_p, new_b_q, total_s, total_h), x, finite, doubt, plain_doubt
 
 
 @triton.jit
-def finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x):
-    """Return the divergence in nats, and whether it needs no second look."""
-    defined = (z_p > 0.0) & (z_q > 0.0) & (m_p < float("inf")) & (m_q < float("inf"))
+def judge(row, x, doubt, plain_doubt):
+    """Return a row's divergence in nats, whether it is good enough, and how much a slice may be off.
+
+    The last is what each of the accurate and the plain divergence can bear altogether, -1 if nothing.
+    """
+    _, z_p, _, s, h = row
     plain = s / z_p - x
-    accurate = h / z_p + tl.exp2(-x * LOG2_E) * (g / z_q) - phi(x)
-    lost = doubt / z_p * PIVOT_ERROR
-    good = (lost <= accurate) & (lost <= 1e-5 * accurate + 1e-8) & (tl.abs(x) < 1.0)
-    large = plain >= ACCURATE_BELOW
-    divergence = tl.where(large, plain, accurate)
-    settled = large | good
-    divergence = tl.where(s < float("inf"), divergence, float("inf"))
-    settled = settled | (s == float("inf")) | (s != s)
-    return tl.where(defined, divergence, float("nan")), settled | (defined == 0)
+    accurate = h / z_p
+    room = tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
+    plain_room = tl.where(plain >= ACCURATE_BELOW, plain * RELATIVE, -1.0)
+    plain_is_good = tl.sum(plain_doubt, axis=0) <= plain_room
+    good = plain_is_good | (tl.sum(doubt, axis=0) <= room)
+    return tl.where(plain_is_good, plain, accurate), good, room, plain_room

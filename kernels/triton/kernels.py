@@ -1,14 +1,24 @@
 """The kernels: a sweep over slices of the vocabulary, and what turns its states into divergences.
 
 For a group of G circuits `partial_kernel` reads each logit of the circuits once and the reference's
-once: (1 + 1/G) tensor reads a pair. `finish_kernel` reads a few dozen bytes a row, and a row's logits
-once more only where its sums were not good enough for a small divergence.
+once: (1 + 1/G) tensor reads a pair. `finish_kernel` reads a few dozen bytes a slice, and a slice's
+logits once more only where its sums were not good enough.
 """
 
 import triton
 import triton.language as tl
 
-from .algebra import LOG2_E, absorb_circuit, absorb_reference, finalize, merge_lanes
+from .algebra import (
+    LOG2_E,
+    MASS_ERROR,
+    base_of,
+    estimate,
+    judge,
+    merge,
+    pivot_of,
+    terms,
+    weights,
+)
 
 # Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
 # of 16, runs the code that was compiled for any other.
@@ -27,6 +37,9 @@ SIZES = (
     "inverse",
 )
 TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+# Times that a row may be looked at again: at its maxima, where a sum overflowed; at its own pivot, where
+# that matters; and at its own pivot altogether.
+LOOKS = tl.constexpr(3)
 
 
 @triton.jit
@@ -39,30 +52,69 @@ def temperature_of(unit, inverse, COOL: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, offsets):
-    """Load logits as float32. They are cast at once: comparisons of raw half types are not IEEE's."""
-    return tl.load(pointer + offsets).to(tl.float32)
+def load_vectors(pointer, lane, VEC: tl.constexpr):
+    """Load VEC tokens a lane as float32: tuples of tensors (LANES, VEC) or (LANES, VEC / 2).
+
+    They are cast at once: comparisons of raw half types are not IEEE's. bfloat16 is loaded two at a time
+    and taken apart as integers, an instruction each where the compiler's own conversion takes 1.5.
+    """
+    if pointer.dtype.element_ty == tl.bfloat16:
+        offsets = lane[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
+        words = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + offsets)
+        return (
+            (words << 16).to(tl.float32, bitcast=True),
+            (words & 0xFFFF0000).to(tl.float32, bitcast=True),
+        )
+    else:
+        offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        return (tl.load(pointer + offsets).to(tl.float32),)
 
 
 @triton.jit
-def absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G: tl.constexpr, ACCURATE: tl.constexpr):
-    """Absorb a tile of the reference and the same tile of each circuit into the lanes' states."""
-    new_m_p, z_p, weight, scale_p = absorb_reference(m_p, z_p, p, unit)
-    new_states = ()
-    for i in tl.static_range(G):
-        new_states = new_states + (
-            absorb_circuit(
-                states[i], p, weight, m_p, new_m_p, scale_p, qs[i], unit, inverse, ACCURATE
-            ),
-        )
-    return new_m_p, z_p, new_states
+def load_inside(pointer, inside):
+    """Load a token a lane as float32; outside, -inf: a token that both sides mask counts 0."""
+    # Put there after the cast: in half precision it might be another number.
+    return tl.where(inside, tl.load(pointer, mask=inside, other=0.0).to(tl.float32), -float("inf"))
+
+
+@triton.jit
+def absorb(
+    z_p,
+    sums,
+    base_p,
+    bases_q,
+    ps,
+    qs,
+    unit,
+    inverse,
+    PARTS: tl.constexpr,
+    G: tl.constexpr,
+    MASS: tl.constexpr,
+):
+    """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
+    for part in tl.static_range(PARTS):
+        weight = weights(ps[part], unit, base_p)
+        z_p += tl.sum(weight, axis=1)
+        new_sums = ()
+        for i in tl.static_range(G):
+            s, h, mass = sums[i]
+            pivot, _ = pivot_of(base_p, bases_q[i])
+            t, term, circuit_weight = terms(
+                ps[part], weight, qs[i][part], bases_q[i], pivot, unit, inverse
+            )
+            s += tl.sum(t, axis=1)
+            h += tl.sum(term, axis=1)
+            if MASS:
+                mass += tl.sum(circuit_weight, axis=1)
+            new_sums = new_sums + ((s, h, mass),)
+        sums = new_sums
+    return z_p, sums
 
 
 @triton.jit
 def sweep(
-    m_p,
-    z_p,
-    states,
+    base_p,
+    bases_q,
     p_ptr,
     q_ptrs,
     begin,
@@ -74,9 +126,9 @@ def sweep(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
-    ACCURATE: tl.constexpr,
+    MASS: tl.constexpr,
 ):
-    """Absorb tokens [begin, end) into the states of LANES lanes.
+    """Return z_p and each circuit's (s, h, mass) over tokens [begin, end), the last only if MASS.
 
     All pointers point to a multiple of 16 bytes if `aligned`. The body starts at the first token that
     lies on such a multiple: tiles of VEC tokens a lane, in 128-bit loads without a mask. What is left,
@@ -84,19 +136,25 @@ def sweep(
     with a mask; so is everything if not `aligned`.
     """
     TILE: tl.constexpr = LANES * VEC
+    PARTS: tl.constexpr = 2 if p_ptr.dtype.element_ty == tl.bfloat16 else 1
     body_begin = tl.minimum(tl.cdiv(begin, VEC) * VEC, end)
     n_tiles = tl.where(aligned != 0, (end - body_begin) // TILE, 0)
     body_end = body_begin + n_tiles * TILE
 
     lane = tl.arange(0, LANES)
-    offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    zero = tl.zeros((LANES,), tl.float32)
+    z_p = zero
+    sums = ()
+    for _ in tl.static_range(G):
+        sums = sums + ((zero, zero, zero),)
+
     for tile in tl.range(0, n_tiles, loop_unroll_factor=UNROLL):
         start = tl.multiple_of(body_begin + tile * TILE, VEC)
-        p = load_tile(p_ptr + start, offsets)
+        ps = load_vectors(p_ptr + start, lane, VEC)
         qs = ()
         for i in tl.static_range(G):
-            qs = qs + (load_tile(q_ptrs[i] + start, offsets),)
-        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G, ACCURATE)
+            qs = qs + (load_vectors(q_ptrs[i] + start, lane, VEC),)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, MASS)
 
     n_before = body_begin - begin
     n_rest = n_before + end - body_end
@@ -104,15 +162,17 @@ def sweep(
         index = start + lane[:, None]
         token = index + tl.where(index < n_before, begin, body_end - n_before)
         inside = index < n_rest
-        # Outside, a token that both sides mask: it counts 0. Put there after the cast to float32.
-        p = tl.load(p_ptr + token, mask=inside, other=0.0).to(tl.float32)
-        p = tl.where(inside, p, -float("inf"))
         qs = ()
         for i in tl.static_range(G):
-            q = tl.load(q_ptrs[i] + token, mask=inside, other=0.0).to(tl.float32)
-            qs = qs + (tl.where(inside, q, -float("inf")),)
-        m_p, z_p, states = absorb_tiles(m_p, z_p, states, p, qs, unit, inverse, G, ACCURATE)
-    return m_p, z_p, states
+            qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
+        ps = (load_inside(p_ptr + token, inside),)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, MASS)
+
+    total = ()
+    for i in tl.static_range(G):
+        s, h, mass = sums[i]
+        total = total + ((tl.sum(s, axis=0), tl.sum(h, axis=0), tl.sum(mass, axis=0)),)
+    return tl.sum(z_p, axis=0), total
 
 
 @triton.jit
@@ -125,6 +185,21 @@ def row_pointer(table_ptr, circuit, row, shift, DTYPE: tl.constexpr):
     address = tl.load(table_ptr + 2 * circuit)
     stride = tl.load(table_ptr + 2 * circuit + 1)
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + (row * stride - shift), 16)
+
+
+@triton.jit
+def shift_of(lead, row, p_row_stride, aligned, VEC: tl.constexpr):
+    """Return how many tokens a row starts behind a multiple of 16 bytes, 0 if not `aligned`."""
+    # VEC is a power of two, and the remainder of that division never negative.
+    return ((lead + row * p_row_stride) & (VEC - 1)).to(tl.int32) * aligned
+
+
+@triton.jit
+def slice_of(part, slice_size, shift, n_cols, VEC: tl.constexpr):
+    """Return where a slice begins and ends: cut from the first multiple of 16 bytes on."""
+    first = tl.cdiv(shift, VEC) * VEC
+    begin = tl.where(part == 0, shift, tl.minimum(first + part * slice_size, shift + n_cols))
+    return begin, tl.minimum(first + (part + 1) * slice_size, shift + n_cols)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -148,43 +223,42 @@ def partial_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
-    ACCURATE: tl.constexpr,
     COOL: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
 
     Program = (row, slice, group), group fastest: programs that share a slice of the reference run
-    together. `lead` is how many tokens p_ptr lies behind a multiple of 16 bytes. Slices are cut at
-    multiples of slice_size from there, so that their number depends on n_cols alone.
+    together. A program is one warp: nothing waits for another. `lead` is how many tokens p_ptr lies
+    behind a multiple of 16 bytes.
 
-    states[field, circuit, row, slice], field in (m_p, z_p, m_q, z_q, s, h, g, c, doubt), float32.
+    states[field, circuit, row, slice], field in (b_p, z_p, b_q, s, h), float32; the bases are those of
+    the slice's first LANES tokens.
 
-    Reads n_cols·itemsize·(1 + 1/G) bytes a row and circuit; writes 36 bytes a slice. Two exponentials
-    a pair for one circuit, 1 + 1/G in a group, and 2/VEC to scale older sums.
+    Reads n_cols·itemsize·(1 + 1/G) bytes a row and circuit, and LANES tokens a slice and tensor once
+    more, from a cache; writes 20 bytes a slice. 1 + 1/G exponentials a pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
-    program = tl.program_id(0).to(tl.int64)
-    group = (program % n_groups).to(tl.int32)
-    part = ((program // n_groups) % n_slices).to(tl.int32)
-    row = program // n_groups // n_slices
+    program = tl.program_id(0)
+    group = program % n_groups
+    part = (program // n_groups) % n_slices
+    row = (program // n_groups // n_slices).to(tl.int64)
     circuit = first_circuit + group * G
 
-    shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
+    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
+    begin, end = slice_of(part, slice_size, shift, n_cols, VEC)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
-    begin = tl.maximum(part * slice_size, shift)
-    end = tl.minimum((part + 1) * slice_size, shift + n_cols)
-
-    zero = tl.zeros((LANES,), tl.float32)
-    empty = zero - float("inf")
+    token = begin + tl.arange(0, LANES)
+    inside = token < end
+    base_p = base_of(estimate(load_inside(p_row + token, inside), unit))
     q_rows = ()
-    states = ()
+    bases_q = ()
     for i in tl.static_range(G):
-        q_rows = q_rows + (row_pointer(table_ptr, circuit + i, row, shift, p_ptr.dtype.element_ty),)
-        states = states + ((empty, zero, zero, zero, zero, zero),)
-    m_p, z_p, states = sweep(
-        empty,
-        zero,
-        states,
+        q_row = row_pointer(table_ptr, circuit + i, row, shift, p_ptr.dtype.element_ty)
+        q_rows = q_rows + (q_row,)
+        bases_q = bases_q + (base_of(estimate(load_inside(q_row + token, inside), unit)),)
+    z_p, sums = sweep(
+        base_p,
+        bases_q,
         p_row,
         q_rows,
         begin,
@@ -196,18 +270,92 @@ def partial_kernel(
         LANES,
         VEC,
         UNROLL,
-        ACCURATE,
+        False,
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
-    # Without h and g nothing speaks for a small divergence: it is looked at again.
-    doubt = zero if ACCURATE else zero + float("inf")
     for i in tl.static_range(G):
-        m_q, z_q, s, h, g, c = states[i]
-        merged = merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt)
+        s, h, _ = sums[i]
+        state = (base_p, z_p, bases_q[i], s, h)
         out = state_ptr + ((circuit + i).to(tl.int64) * n_rows + row) * n_slices + part
-        for field in tl.static_range(9):
-            tl.store(out + field * field_stride, merged[field])
+        for field in tl.static_range(5):
+            tl.store(out + field * field_stride, state[field])
+
+
+@triton.jit
+def maxima(p_row, q_row, shift, n_cols, unit, LANES: tl.constexpr):
+    """Return log2 of both sides' largest weights in a row, and whether both have a divergence at all.
+
+    They have none where a logit is NaN or +inf, or all of a side's are -inf.
+    """
+    lane = tl.arange(0, LANES)
+    top_p = tl.full((LANES,), -float("inf"), tl.float32)
+    top_q = top_p
+    number = tl.full((LANES,), 1, tl.int32)
+    for start in tl.range(0, n_cols, LANES):
+        inside = start + lane < n_cols
+        p = load_inside(p_row + shift + start + lane, inside)
+        q = load_inside(q_row + shift + start + lane, inside)
+        number = number & ((p == p) & (q == q)).to(tl.int32)
+        top_p = tl.maximum(top_p, p)
+        top_q = tl.maximum(top_q, q)
+    top_p = tl.max(top_p, axis=0)
+    top_q = tl.max(top_q, axis=0)
+    defined = (tl.min(number, axis=0) == 1) & (tl.abs(top_p) < float("inf"))
+    return top_p * unit, top_q * unit, defined & (tl.abs(top_q) < float("inf"))
+
+
+@triton.jit
+def sum_again(
+    state,
+    again,
+    base_p,
+    base_q,
+    p_row,
+    q_row,
+    shift,
+    n_cols,
+    n_slices,
+    slice_size,
+    aligned,
+    unit,
+    inverse,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    SLICES: tl.constexpr,
+):
+    """Return the state of all slices (SLICES,) with those summed `again` at other bases."""
+    b_p, z_p, b_q, mass, s, h, mass_error = state
+    index = tl.arange(0, SLICES)
+    for part in tl.range(0, n_slices):
+        this = index == part
+        if tl.max((this & again).to(tl.int32), axis=0) > 0:
+            begin, end = slice_of(part, slice_size, shift, n_cols, VEC)
+            new_z_p, sums = sweep(
+                base_p,
+                (base_q,),
+                p_row,
+                (q_row,),
+                begin,
+                end,
+                aligned,
+                unit,
+                inverse,
+                1,
+                LANES,
+                VEC,
+                1,
+                True,
+            )
+            new_s, new_h, new_mass = sums[0]
+            b_p = tl.where(this, base_p, b_p)
+            z_p = tl.where(this, new_z_p, z_p)
+            b_q = tl.where(this, base_q, b_q)
+            mass = tl.where(this, new_mass, mass)
+            s = tl.where(this, new_s, s)
+            h = tl.where(this, new_h, h)
+            mass_error = tl.where(this, 0.0, mass_error)
+    return b_p, z_p, b_q, mass, s, h, mass_error
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -221,69 +369,94 @@ def finish_kernel(
     n_cols: tl.int32,
     n_circuits: tl.int32,
     n_slices: tl.int32,
+    slice_size: tl.int32,
     lead: tl.int32,
     aligned: tl.int32,
     unit: tl.float32,
     inverse: tl.float32,
     LANES: tl.constexpr,
     VEC: tl.constexpr,
+    SLICES: tl.constexpr,
     COOL: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Merge the slices of one row and circuit into its divergence, looking twice if need be.
+    """Merge the slices of one row and circuit into its divergence, and look again where need be.
 
-    Program = (circuit, row). Reads 36 bytes a slice and writes 4. Where the sums do not settle a small
-    divergence, the row is swept again at the pivot that is now known: every term is then of second
-    order and none is negative. That reads n_cols·itemsize·2 bytes more, and takes two exponentials a
-    pair.
+    kl[circuit, row]; to KEEP its state, kept[field, circuit, row] with field in (KL, b_p, z_p, b_q, s,
+    h, x): see `merge`. float32.
+
+    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 28. A slice whose pivot
+    was not good enough is summed again at the row's: that reads slice_size·itemsize·2 bytes more and
+    takes two exponentials a pair. Where a sum overflowed or vanished, the row's maxima are looked for
+    and all of its slices are summed again.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0).to(tl.int64)
     circuit = (program // n_rows).to(tl.int32)
     row = program % n_rows
+    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
+    p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
 
-    lane = tl.arange(0, LANES)
-    inside = lane < n_slices
-    source = state_ptr + program * n_slices + lane
+    index = tl.arange(0, SLICES)
+    inside = index < n_slices
+    source = state_ptr + program * n_slices + index
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
-    m_p = tl.load(source, mask=inside, other=-float("inf"))
+    b_p = tl.load(source, mask=inside, other=0.0)
     z_p = tl.load(source + field_stride, mask=inside, other=0.0)
-    m_q = tl.load(source + 2 * field_stride, mask=inside, other=-float("inf"))
-    z_q = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
-    s = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
-    h = tl.load(source + 5 * field_stride, mask=inside, other=0.0)
-    g = tl.load(source + 6 * field_stride, mask=inside, other=0.0)
-    c = tl.load(source + 7 * field_stride, mask=inside, other=0.0)
-    doubt = tl.load(source + 8 * field_stride, mask=inside, other=0.0)
-    m_p, z_p, m_q, z_q, s, h, g, c, doubt, x = merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt)
-    divergence, settled = finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x)
+    b_q = tl.load(source + 2 * field_stride, mask=inside, other=0.0)
+    s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
+    h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
+    mass_error = (z_p + tl.abs(s) + tl.abs(h)) * MASS_ERROR
+    state = (b_p, z_p, b_q, z_p + (h - s), s, h, mass_error)
 
-    if settled == 0:
-        shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
-        p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
+    merged, x, finite, doubt, plain_doubt = merge(state)
+    divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt)
+    settled = finite & good
+    again = (doubt * n_slices > tl.maximum(room, 0.0)) | (plain_doubt * n_slices > plain_room)
+    look = 0
+    while (look < LOOKS) & (settled == 0):
         q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
-        zero = tl.zeros((LANES,), tl.float32)
-        state = (zero + m_q, zero, zero, zero, zero, zero + c)
-        _, sums_p, states = sweep(
-            zero + m_p,
-            zero,
-            (state,),
+        base_p, _, base_q, _, _ = merged
+        defined = finite
+        if finite == 0:
+            top_p, top_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
+            base_p = base_of(top_p)
+            base_q = base_of(top_q)
+            again = inside
+        state = sum_again(
+            state,
+            again,
+            base_p,
+            base_q,
             p_row,
-            (q_row,),
+            q_row,
             shift,
-            shift + n_cols,
+            n_cols,
+            n_slices,
+            slice_size,
             aligned,
             unit,
             inverse,
-            1,
             LANES,
             VEC,
-            1,
-            True,
+            SLICES,
         )
-        _, sums_q, _, near_sums, far_sums, _ = states[0]
-        divergence = tl.sum(near_sums, axis=0) / tl.sum(sums_p, axis=0)
-        divergence += tl.sum(far_sums, axis=0) / tl.sum(sums_q, axis=0)
+        merged, x, finite, doubt, plain_doubt = merge(state)
+        divergence, good, _, _ = judge(merged, x, doubt, plain_doubt)
+        # Summed at its maxima, a row that has a divergence has a finite one, or an infinite one.
+        divergence = tl.where(finite, divergence, float("inf"))
+        divergence = tl.where(defined, divergence, float("nan"))
+        settled = (finite & good) | (finite == 0) | (defined == 0)
+        # Those that mattered were summed at the row's pivot; now all of them.
+        again = inside
+        look += 1
     tl.store(kl_ptr + program, divergence)
+    if KEEP:
+        b_p, z_p, b_q, s, h = merged
+        row_stride = n_circuits.to(tl.int64) * n_rows
+        fields = (b_p, z_p, b_q, s, h, x)
+        for field in tl.static_range(6):
+            tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 
 @triton.jit(do_not_specialize=TABLE_NUMBERS)

@@ -15,46 +15,39 @@ INTERPRETED = not isinstance(kernels.partial_kernel, triton.runtime.JITFunction)
 
 # Bytes of the widest load; rows that lie alike modulo this can share tiles.
 WIDEST = 16
-# Tokens of a slice, at the most. Enough programs to fill a card with 64 rows of GPT-2's vocabulary,
-# and enough tokens each that merging the lanes is a small part of the work.
-SLICE = 16384
-# The fields of a slice's state, as partial_kernel writes them.
-N_FIELDS = 9
+# Tokens of a slice, which one warp sums: enough that what a program does once is a small part of the
+# work, and few enough that a card is full with 16 rows of GPT-2's vocabulary.
+SLICE = 4096
+# Slices of a row, at the most: larger vocabularies have larger slices.
+SLICES = 64
+# The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
+N_FIELDS, N_KEPT = 5, 7
 LOG2_E = 1.4426950408889634
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
 
 
-# Registers a thread: eight blocks of 128 threads fit on an SM, half of what it can hold at the most.
+# Registers a thread: 32 warps fit on an SM, half of what it can hold at the most.
 MAX_REGISTERS = 64
 
 
 class Tile(NamedTuple):
     """How partial_kernel is built for circuits in groups of G."""
 
-    lanes: int
     vec: int
     unroll: int
-    accurate: bool  # both sums in the loop; else small divergences are always looked at twice
 
 
-# By bytes an element and group size. VEC is one 128-bit load; one lane a thread keeps every reduction
-# within a tile in the thread, and four warps of 32 leave the scheduler many small programs to balance.
+# By bytes an element and group size. VEC is one 128-bit load; a lane is a thread, so that every sum
+# within a tile stays in it.
 # The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
 TILES = {
-    # 26 of 44: both sums fit.
-    (4, 4): Tile(lanes=128, vec=4, unroll=1, accurate=True),
-    # 27 of 53.
-    (4, 2): Tile(lanes=128, vec=4, unroll=1, accurate=True),
-    # 31 of 70.
-    (4, 1): Tile(lanes=128, vec=4, unroll=1, accurate=True),
-    # 13 of 22, where 25 with the second sum would not fit.
-    (2, 4): Tile(lanes=128, vec=8, unroll=1, accurate=False),
-    # 26 of 26: no better than the limit, but two single circuits would take 35 each.
-    (2, 2): Tile(lanes=128, vec=8, unroll=2, accurate=True),
-    # 30 of 35; unrolled because the loop's own 2 a pair would push it past 85 %. Over whole rows,
-    # merging the lanes once a slice takes the rest (bench/NOTES.md).
-    (2, 1): Tile(lanes=128, vec=8, unroll=4, accurate=True),
+    (4, 4): Tile(vec=4, unroll=1),
+    (4, 2): Tile(vec=4, unroll=1),
+    (4, 1): Tile(vec=4, unroll=1),
+    (2, 4): Tile(vec=8, unroll=1),
+    (2, 2): Tile(vec=8, unroll=2),
+    (2, 1): Tile(vec=8, unroll=4),
 }
 # Circuits that share a tile of the reference: as many fours as there are, then what is left.
 GROUPS = (4, 2, 1)
@@ -67,38 +60,37 @@ class Layout(NamedTuple):
     step: int
 
 
-def launch(circuits, reference, temperature=1.0, *, keep_states=False):
+def launch(circuits, reference, temperature=1.0, *, keep=False):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
-    float32, or, to keep the states, those of all slices (N_FIELDS, K, R, slices).
+    float32, or, to keep the rows' states too, (N_KEPT, K, R), the divergences first.
     """
     reference, alike = _reference_like_most(circuits, reference)
     apart = [k for k in range(len(circuits)) if k not in alike]
     parts = [
         (
             picked,
-            _launch_part(
-                [circuits[k] for k in picked], reference, aligned, temperature, keep_states
-            ),
+            _launch_part([circuits[k] for k in picked], reference, aligned, temperature, keep),
         )
         for picked, aligned in ((sorted(alike), 1), (apart, 0))
         if picked
     ]
     if len(parts) == 1:
         return parts[0][1]
-    dim = 1 if keep_states else 0
-    order = torch.tensor([k for picked, _ in parts for k in picked]).argsort().tolist()
+    dim = 1 if keep else 0
+    places = [k for picked, _ in parts for k in picked]
+    order = sorted(range(len(places)), key=places.__getitem__)
     joined = torch.cat([result for _, result in parts], dim=dim).unbind(dim)
     return torch.stack([joined[k] for k in order], dim=dim)
 
 
-def slices(n_cols, tile):
+def slices(n_cols, itemsize):
     """Return into how many slices a vocabulary is cut, and their size; it depends on V alone."""
-    n_slices = triton.cdiv(n_cols, SLICE)
-    size = triton.cdiv(n_cols + tile.vec - 1, n_slices)
-    step = tile.lanes * tile.vec
-    return n_slices, triton.cdiv(size, step) * step
+    n_slices = min(triton.cdiv(n_cols, SLICE), SLICES)
+    # Whole tiles, however the loop is unrolled and whatever the warp's size.
+    step = max(64 * tile.vec * tile.unroll for (size, _), tile in TILES.items() if size == itemsize)
+    return n_slices, triton.cdiv(triton.cdiv(n_cols, n_slices), step) * step
 
 
 def groups(n_circuits):
@@ -109,11 +101,6 @@ def groups(n_circuits):
         if count:
             yield first, size, count
         first += count * size
-
-
-def n_warps(tile, warp_size):
-    """Return how many warps make a lane a thread: AMD's data-center cards have 64 threads in one."""
-    return max(1, tile.lanes // warp_size)
 
 
 def layout(rows):
@@ -148,11 +135,11 @@ def _copy(rows, wanted):
     return copy.copy_(rows)
 
 
-def _launch_part(circuits, reference, aligned, temperature, keep_states):
+def _launch_part(circuits, reference, aligned, temperature, keep):
     """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
-    n_slices, slice_size = slices(n_cols, TILES[itemsize, 1])
+    n_slices, slice_size = slices(n_cols, itemsize)
     states = torch.empty(
         (N_FIELDS, n_circuits, n_rows, n_slices), dtype=torch.float32, device=device
     )
@@ -163,14 +150,17 @@ def _launch_part(circuits, reference, aligned, temperature, keep_states):
         "n_cols": n_cols,
         "n_circuits": n_circuits,
         "n_slices": n_slices,
+        "slice_size": slice_size,
         "lead": layout(reference).lead,
         "aligned": aligned,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
         "COOL": temperature != 1,
+        # A lane a thread of one warp; AMD's data-center cards have 64 in one.
+        "LANES": warp_size(device),
         "state_ptr": states,
+        "num_warps": 1,
     }
-    warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     # AMD's compiler has no such option.
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -182,28 +172,27 @@ def _launch_part(circuits, reference, aligned, temperature, keep_states):
                 **rows,
                 first_circuit=first,
                 n_groups=count,
-                slice_size=slice_size,
                 G=size,
-                LANES=tile.lanes,
                 VEC=tile.vec,
                 UNROLL=tile.unroll,
-                ACCURATE=tile.accurate or keep_states,
-                num_warps=n_warps(tile, warp_size),
                 **limits,
             )
-        if keep_states:
-            return states
-        divergence = torch.empty((n_circuits, n_rows), dtype=torch.float32, device=device)
-        tile = TILES[itemsize, 1]
+        shape = (N_KEPT, n_circuits, n_rows) if keep else (n_circuits, n_rows)
+        result = torch.empty(shape, dtype=torch.float32, device=device)
         kernels.finish_kernel[(n_circuits * n_rows,)](
             **rows,
-            kl_ptr=divergence,
-            LANES=tile.lanes,
-            VEC=tile.vec,
-            num_warps=n_warps(tile, warp_size),
+            kl_ptr=result,
+            VEC=TILES[itemsize, 1].vec,
+            SLICES=SLICES,
+            KEEP=keep,
             **limits,
         )
-    return divergence
+    return result
+
+
+def warp_size(device):
+    """Return the threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def _table(circuits, device):
