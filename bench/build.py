@@ -186,6 +186,6 @@ def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel
         },
         target=gpu_target(target),
         divisible=divisible,
-        **options_for(target, 1, launch.MAX_REGISTERS),
+        **options_for(target, 1, None),
     )
     return inspect(compiled)

@@ -130,7 +130,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled kernel: what it needs of a processor, its innermost loops, and the rest."""
+    """A compiled kernel: what it needs of a processor, its innermost loops, what is in no loop."""
 
     registers: int
     # Bytes of a thread's stack; nonzero for a kernel without arrays means that registers spill.
@@ -179,7 +179,7 @@ def _amd_load_bytes(opcode: str) -> int:
 def _split(
     instructions: Sequence[Instruction], labels: dict[str, int], amd: bool
 ) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops (stretches that a backward jump closes), and the rest."""
+    """Return the innermost loops (stretches that a backward jump closes), and what is in no loop."""
     spans = {
         (labels[instruction.target], at)
         for at, instruction in enumerate(instructions)
@@ -196,14 +196,14 @@ def _split(
     ]
     # A jump to itself is the padding after a program's end.
     inner = [(begin, end) for begin, end in inner if end > begin]
-    taken = {at for begin, end in inner for at in range(begin, end + 1)}
+    taken = {at for begin, end in ends.items() if end > begin for at in range(begin, end + 1)}
     outside = tuple(i for at, i in enumerate(instructions) if at not in taken)
     loops = tuple(Block(tuple(instructions[b : e + 1]), amd) for b, e in inner)
     return loops, Block(outside, amd)
 
 
 def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops and the rest of what `nvdisasm -c` prints, padding left out."""
+    """Return the innermost loops of what `nvdisasm -c` prints, and what is in no loop or padding."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for raw in text.splitlines():
@@ -219,7 +219,7 @@ def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
 
 
 def parse_amdgcn(text: str) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops and the rest of an AMDGCN assembly text."""
+    """Return the innermost loops of an AMDGCN assembly text, and what is in no loop."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():

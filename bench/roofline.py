@@ -140,9 +140,8 @@ def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, fl
     """Return what each unit does a pair for whole rows, and the share of tokens outside tiles.
 
     Everything a thread of both kernels executes, prologue and merging too, averaged over the
-    alignments that rows of n_cols contiguous tokens have. finish_kernel counts in full outside its
-    loops, though a settled row skips some of it: the result is rather too high than too low.
-    A second look at rows of small divergence is not in it.
+    alignments that rows of n_cols contiguous tokens have. Of finish_kernel what stands in no loop: its
+    loop is the second look at slices, which is not in it.
     """
     tile, program = kernel.tile, kernel.program
     body = body_of(kernel)

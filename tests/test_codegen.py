@@ -24,12 +24,13 @@ BUDGETS = {
     ("fp32", 2): (45.1, 5.6),
     ("fp32", 4): (37.6, 4.7),
     ("bf16", 1): (30.1, 3.75),
-    ("bf16", 4): (18.8, 2.3),
+    ("bf16", 2): (22.6, 2.8),
     ("fp16", 1): (30.1, 3.75),
-    ("fp16", 4): (18.8, 2.3),
-    # A group of two in half precision is no faster than the limit, only than two single circuits.
-    ("bf16", 2): (26.6, 2.8),
-    ("fp16", 2): (26.6, 2.8),
+    ("fp16", 2): (22.6, 2.8),
+    # Both sums are 90 %, 19.9 of 22.1. The plain one alone would be 60 %, and take every row of a small
+    # divergence, which most circuits' are, a second time: 250 %.
+    ("bf16", 4): (19.9, 2.3),
+    ("fp16", 4): (19.9, 2.3),
 }
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -59,23 +60,19 @@ def test_registers(dtype, group):
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", "gfx942"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_targets(target, dtype):
-    """Wide loads and no waiting in the loop, on every generation.
-
-    A group of four in float32 reloads one spilled number an iteration, of 16 pairs, on some.
-    """
+    """Wide loads, no waiting and no spill in the loop, on every generation."""
     for group in (1, 4):
         kernel = build_partial(target, dtype, group, hints=False, compiler=compile_kernel)
         body = kernel.program.body
         assert set(body.load_widths) == {16}
-        assert (body.barriers, body.shuffles) == (0, 0)
-        assert body.spills <= 1
+        assert (body.barriers, body.shuffles, body.spills) == (0, 0, 0)
 
 
 def test_finish_kernel():
     for dtype in BYTES:
         program = build_finish("sm_90", dtype, compiler=compile_kernel)
         assert program.stack == 0
-        assert set(program.body.load_widths) == {16}
+        assert any(set(loop.load_widths) == {16} for loop in program.loops)
 
 
 def test_sizes_do_not_recompile(generator):

@@ -51,9 +51,8 @@ def test_body_of_the_real_kernel(dtype, group):
     assert (body.barriers, body.shuffles, body.spills, body.shared_accesses) == (0, 0, 0, 0)
     assert kernel.program.stack == 0
     assert kernel.program.registers <= 64
-    # Two exponentials a pair for one circuit, 1 + 1/G in a group, 2 a tile and lane of each tensor.
-    exponentials = (1 + 1 / group) * (1 + 1 / kernel.tile.vec)
-    assert body.special / kernel.body_pairs == pytest.approx(exponentials)
+    # Two exponentials a pair for one circuit, 1 + 1/G in a group.
+    assert body.special / kernel.body_pairs == pytest.approx(1 + 1 / group)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -62,7 +61,8 @@ def test_memory_binds_on_an_h100(dtype, group):
     prediction = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.binds == "memory"
     assert prediction.fraction_of_peak == 1
-    assert prediction.share("issue") <= 0.85
+    # Both sums of four half-precision circuits do not fit into 85 %: see test_codegen.py.
+    assert prediction.share("issue") <= (0.9 if (dtype, group) == ("bf16", 4) else 0.85)
     assert prediction.share("special") <= 0.85
 
 
@@ -70,25 +70,28 @@ def test_memory_binds_on_an_h100(dtype, group):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_whole_rows_on_an_h100(dtype, group, n_cols):
-    """Head, tail and merging cost something; what they leave of the memory's peak is held here."""
+    """Head, tail and merging cost something, and leave the memory its peak."""
     prediction = roofline.predict_rows(
         partial(dtype, group), finish(dtype), n_cols, card("H100 SXM")
     )
     loop = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.share("issue") > loop.share("issue")
-    assert prediction.fraction_of_peak > (0.94 if (dtype, group) == ("bf16", 1) else 0.999)
+    assert prediction.share("issue") <= (0.985 if (dtype, group) == ("bf16", 4) else 0.85)
+    assert prediction.share("special") <= 0.85
+    assert (prediction.binds, prediction.fraction_of_peak) == ("memory", 1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("n_cols", [1, 1000, 50257, 128256, 151936])
 def test_slices_cover_the_row(dtype, n_cols):
     kernel = partial(dtype, 1)
-    tile = kernel.tile
-    for shift in range(tile.vec):
+    vec = kernel.tile.vec
+    tile = kernel.program.threads * vec
+    for shift in range(vec):
         shape = roofline.row_shape(kernel, n_cols, shift)
-        assert sum(tiles * tile.lanes * tile.vec + rest for tiles, rest in shape) == n_cols
+        assert sum(tiles * tile + rest for tiles, rest in shape) == n_cols
         # A slice leaves less than a tile behind its body, and less than a vector before it.
-        assert all(rest < tile.lanes * tile.vec + tile.vec for _, rest in shape)
+        assert all(0 <= rest < tile + vec for _, rest in shape)
 
 
 def test_occupancy():
@@ -168,7 +171,8 @@ def test_innermost_loops_only():
     nested = ".L_x_0:\n/*0000*/ MOV R1, R2 ;\n.L_x_1:\n/*0010*/ LDG.E R1, [R2] ;\n"
     nested += "/*0020*/ @P0 BRA `(.L_x_1) ;\n/*0030*/ @P1 BRA `(.L_x_0) ;\n"
     (loop,), outside = machine_code.parse_sass(nested)
-    assert (len(loop), len(outside)) == (2, 2)
+    # What stands in the outer loop alone is neither: nobody knows how often it runs.
+    assert (len(loop), len(outside)) == (2, 0)
 
 
 BAD = textwrap.dedent(

@@ -78,7 +78,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     c = ((b_p - b_q) * math.log(2)).double()
     m_p, m_q = b_p.double() * math.log(2), b_q.double() * math.log(2)
     z_p, s, h = z_p.double(), s.double(), h.double()
-    z_q = torch.exp(m_p + z_p.log() - c - x.double() - m_q)
+    z_q = z_p * torch.exp((m_p - m_q) - c - x.double())
     kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
     if all(field.isfinite().all() for field in kept):
         return kept

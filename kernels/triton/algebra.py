@@ -71,22 +71,23 @@ def phi(x):
 
 
 @triton.jit
-def finite_or_zero(m):
-    """Return what can be subtracted: 0 where there is no mass."""
-    return tl.where(m == -float("inf"), 0.0, m)
-
-
-@triton.jit
-def base_of(log2_sum):
+def to_grid(base):
     """Return a base near it, on a grid so coarse that differences of bases are exact."""
-    return (finite_or_zero(log2_sum) + TO_GRID) - TO_GRID
+    return (base + TO_GRID) - TO_GRID
 
 
 @triton.jit
 def estimate(logits, unit):
-    """Return log2 of what the weights of some logits (LANES,) add up to, -inf if none has any."""
-    base = finite_or_zero(tl.max(logits, axis=0) * unit)
-    return base + tl.log2(tl.sum(weights(logits, unit, base), axis=0))
+    """Return a base for logits like these (LANES,): log2 of what their weights add up to.
+
+    0 if all are -inf.
+    """
+    top = tl.max(logits, axis=0) * unit
+    top = tl.where(top == -float("inf"), 0.0, top)
+    # Of up to 64 weights the largest is 1. Held to that, since logits beyond 1e7 have rounding left that
+    # is large itself, and no other weight may be lost to it.
+    log2_sum = tl.log2(tl.sum(weights(logits, unit, top), axis=0))
+    return to_grid(top + tl.minimum(tl.maximum(log2_sum, 0.0), 6.0))
 
 
 @triton.jit
@@ -130,9 +131,9 @@ def merge(state):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
     A slice's is (b_p, z_p, b_q, mass, s, h, mass_error): `mass` is the circuit's, in the scale of the
-    reference's weights, and `mass_error` what it may be off by. Returns the row's (b_p, z_p, b_q, s, h),
-    and x, what rounding left of its pivot: the circuit's mass is z_p e^(-x) there. Then whether all of it
-    is finite; and of every slice, how much the accurate divergence may be off because of it, and the
+    reference's weights, and `mass_error` what it may be off by. Returns the row's (b_p, z_p, b_q, s, h);
+    x, what rounding left of its pivot: the circuit's mass is z_p e^(-x) there; whether all of it is
+    finite; and of every slice, how much the accurate divergence may be off because of it, and the
     plain one.
     """
     b_p, z_p, b_q, mass, s, h, mass_error = state

@@ -11,12 +11,12 @@ import triton.language as tl
 from .algebra import (
     LOG2_E,
     MASS_ERROR,
-    base_of,
     estimate,
     judge,
     merge,
     pivot_of,
     terms,
+    to_grid,
     weights,
 )
 
@@ -40,6 +40,10 @@ TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
 # Times that a row may be looked at again: at its maxima, where a sum overflowed; at its own pivot, where
 # that matters; and at its own pivot altogether.
 LOOKS = tl.constexpr(3)
+# What a row may be off by without any hope that it matters: a divergence below it is next to nothing.
+NEGLIGIBLE = tl.constexpr(1e-12)
+# A mass, at a base that means nothing, below which some of it may have been too little for a float32.
+FAINT = tl.constexpr(2.0**-60)
 
 
 @triton.jit
@@ -52,22 +56,22 @@ def temperature_of(unit, inverse, COOL: tl.constexpr):
 
 
 @triton.jit
-def load_vectors(pointer, lane, VEC: tl.constexpr):
-    """Load VEC tokens a lane as float32: tuples of tensors (LANES, VEC) or (LANES, VEC / 2).
+def load_vectors(pointer, start, lane, VEC: tl.constexpr):
+    """Load VEC tokens a lane from `start` on as float32: a tuple of tensors, (LANES, VEC) together.
 
     They are cast at once: comparisons of raw half types are not IEEE's. bfloat16 is loaded two at a time
     and taken apart as integers, an instruction each where the compiler's own conversion takes 1.5.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         offsets = lane[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
-        words = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + offsets)
+        words = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + (offsets + start // 2))
         return (
             (words << 16).to(tl.float32, bitcast=True),
             (words & 0xFFFF0000).to(tl.float32, bitcast=True),
         )
     else:
         offsets = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        return (tl.load(pointer + offsets).to(tl.float32),)
+        return (tl.load(pointer + (offsets + start)).to(tl.float32),)
 
 
 @triton.jit
@@ -75,6 +79,13 @@ def load_inside(pointer, inside):
     """Load a token a lane as float32; outside, -inf: a token that both sides mask counts 0."""
     # Put there after the cast: in half precision it might be another number.
     return tl.where(inside, tl.load(pointer, mask=inside, other=0.0).to(tl.float32), -float("inf"))
+
+
+@triton.jit
+def base_of(row, begin, end, unit, LANES: tl.constexpr):
+    """Return a base for tokens [begin, end): an estimate by the first LANES of them."""
+    token = begin + tl.arange(0, LANES)
+    return estimate(load_inside(row + token, token < end), unit)
 
 
 @triton.jit
@@ -150,10 +161,10 @@ def sweep(
 
     for tile in tl.range(0, n_tiles, loop_unroll_factor=UNROLL):
         start = tl.multiple_of(body_begin + tile * TILE, VEC)
-        ps = load_vectors(p_ptr + start, lane, VEC)
+        ps = load_vectors(p_ptr, start, lane, VEC)
         qs = ()
         for i in tl.static_range(G):
-            qs = qs + (load_vectors(q_ptrs[i] + start, lane, VEC),)
+            qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
         z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, MASS)
 
     n_before = body_begin - begin
@@ -247,15 +258,13 @@ def partial_kernel(
     shift = shift_of(lead, row, p_row_stride, aligned, VEC)
     begin, end = slice_of(part, slice_size, shift, n_cols, VEC)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
-    token = begin + tl.arange(0, LANES)
-    inside = token < end
-    base_p = base_of(estimate(load_inside(p_row + token, inside), unit))
+    base_p = base_of(p_row, begin, end, unit, LANES)
     q_rows = ()
     bases_q = ()
     for i in tl.static_range(G):
         q_row = row_pointer(table_ptr, circuit + i, row, shift, p_ptr.dtype.element_ty)
         q_rows = q_rows + (q_row,)
-        bases_q = bases_q + (base_of(estimate(load_inside(q_row + token, inside), unit)),)
+        bases_q = bases_q + (base_of(q_row, begin, end, unit, LANES),)
     z_p, sums = sweep(
         base_p,
         bases_q,
@@ -274,12 +283,13 @@ def partial_kernel(
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
+    out = state_ptr + ((circuit.to(tl.int64) * n_rows + row) * n_slices + part)
     for i in tl.static_range(G):
         s, h, _ = sums[i]
         state = (base_p, z_p, bases_q[i], s, h)
-        out = state_ptr + ((circuit + i).to(tl.int64) * n_rows + row) * n_slices + part
         for field in tl.static_range(5):
             tl.store(out + field * field_stride, state[field])
+        out += n_rows.to(tl.int64) * n_slices
 
 
 @triton.jit
@@ -391,15 +401,15 @@ def finish_kernel(
     and all of its slices are summed again.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
-    program = tl.program_id(0).to(tl.int64)
-    circuit = (program // n_rows).to(tl.int32)
-    row = program % n_rows
+    program = tl.program_id(0)
+    circuit = program // n_rows
+    row = (program % n_rows).to(tl.int64)
     shift = shift_of(lead, row, p_row_stride, aligned, VEC)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
 
     index = tl.arange(0, SLICES)
     inside = index < n_slices
-    source = state_ptr + program * n_slices + index
+    source = state_ptr + program.to(tl.int64) * n_slices + index
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
     b_p = tl.load(source, mask=inside, other=0.0)
     z_p = tl.load(source + field_stride, mask=inside, other=0.0)
@@ -407,12 +417,20 @@ def finish_kernel(
     s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
     h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
     mass_error = (z_p + tl.abs(s) + tl.abs(h)) * MASS_ERROR
-    state = (b_p, z_p, b_q, z_p + (h - s), s, h, mass_error)
+    mass = z_p + (h - s)
+    state = (b_p, z_p, b_q, mass, s, h, mass_error)
 
     merged, x, finite, doubt, plain_doubt = merge(state)
     divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt)
-    settled = finite & good
-    again = (doubt * n_slices > tl.maximum(room, 0.0)) | (plain_doubt * n_slices > plain_room)
+    # Where all of the first tokens are masked the base is 0: is there no mass, or too little to be seen?
+    unseen = inside & (((b_p == 0.0) & (z_p < FAINT)) | ((b_q == 0.0) & (mass < FAINT)))
+    settled = finite & good & (tl.max(unseen.to(tl.int32), axis=0) == 0)
+    # What is not good enough is the plain sum of a large divergence, or the accurate one of a small one.
+    again = unseen | tl.where(
+        plain_room > 0.0,
+        plain_doubt * n_slices > plain_room,
+        doubt * n_slices > tl.maximum(room, NEGLIGIBLE),
+    )
     look = 0
     while (look < LOOKS) & (settled == 0):
         q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
@@ -420,8 +438,8 @@ def finish_kernel(
         defined = finite
         if finite == 0:
             top_p, top_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            base_p = base_of(top_p)
-            base_q = base_of(top_q)
+            base_p = to_grid(top_p)
+            base_q = to_grid(top_q)
             again = inside
         state = sum_again(
             state,

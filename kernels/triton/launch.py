@@ -43,8 +43,8 @@ class Tile(NamedTuple):
 # The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
 TILES = {
     (4, 4): Tile(vec=4, unroll=1),
-    (4, 2): Tile(vec=4, unroll=1),
-    (4, 1): Tile(vec=4, unroll=1),
+    (4, 2): Tile(vec=4, unroll=2),
+    (4, 1): Tile(vec=4, unroll=4),
     (2, 4): Tile(vec=8, unroll=1),
     (2, 2): Tile(vec=8, unroll=2),
     (2, 1): Tile(vec=8, unroll=4),
@@ -185,7 +185,6 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
             VEC=TILES[itemsize, 1].vec,
             SLICES=SLICES,
             KEEP=keep,
-            **limits,
         )
     return result
 
