@@ -183,7 +183,7 @@ def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel
     compiled = compiler(
         kernels.finish_kernel,
         signature,
-        constexprs | {"LANES": tile.lanes, "VEC": tile.vec, "COOL": False},
+        constexprs | {"LANES": tile.lanes, "VEC": tile.vec, "COOL": False, "KEEP": False},
         target=gpu_target(target),
         divisible=divisible,
         **options_for(target, n_warps(target, tile), launch.MAX_REGISTERS),

@@ -129,8 +129,8 @@ def emulation(arch, approx_ulp=0):
         launch.kernels = kernels
 
 
-def emulate(circuits, reference, *, arch, approx_ulp=0, keep_states=False):
+def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0, keep=None):
     """Launch on circuits (R, V) and a reference (R, V); returns the result and the session."""
     with emulation(arch, approx_ulp) as session:
         session.circuits = list(circuits)
-        return launch.launch(circuits, reference, keep_states=keep_states), session
+        return launch.launch(circuits, reference, temperature, keep=keep), session

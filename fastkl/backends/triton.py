@@ -10,14 +10,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastkl import gradient, state
+from fastkl import state
 from fastkl.state import RowState
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-gradients = gradient.gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -67,13 +64,62 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 
 
 @torch.no_grad()
+def kl_rows_kept(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (N, K, R)."""
+    import fastkl._triton as _triton
+
+    circuits, reference = _one_dtype(circuits, reference)
+    kept: Tensor = _triton.launch(circuits, reference, temperature, keep="rows")
+    return kept[0].clone(), kept
+
+
+@torch.no_grad()
+def gradients(
+    grad: Tensor,
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    wanted: Sequence[bool],
+    reference_wanted: bool,
+    temperature: float = 1.0,
+    kept: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
+
+    Each logit is read once, and nothing of the logits' size is made beside the gradients. What
+    `kl_rows_kept` kept of the rows is computed again if it is not given. Where KL = inf because of tokens
+    of next to no reference mass, Q - P is only as good as two rounded softmaxes.
+    """
+    import fastkl._triton as _triton
+
+    if not circuits or reference.shape[0] == 0:
+        dqs = [torch.zeros_like(c) if want else None for c, want in zip(circuits, wanted, strict=True)]
+        return dqs, torch.zeros_like(reference) if reference_wanted else None
+    dtypes = [circuit.dtype for circuit in circuits], reference.dtype
+    circuits, reference = _one_dtype(circuits, reference)
+    if kept is None:
+        kept = _triton.launch(circuits, reference, temperature, keep="rows")
+    dqs = [
+        torch.empty(circuit.shape, dtype=circuit.dtype, device=circuit.device) if want else None
+        for circuit, want in zip(circuits, wanted, strict=True)
+    ]
+    dp = None
+    if reference_wanted:
+        dp = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+    _triton.launch_gradients(grad.float(), circuits, reference, kept, dqs, dp, temperature)
+    dqs = [None if dq is None else dq.to(dtype) for dq, dtype in zip(dqs, dtypes[0], strict=True)]
+    return dqs, None if dp is None else dp.to(dtypes[1])
+
+
+@torch.no_grad()
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64."""
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
     m_p, z_p, m_q, z_q, s, h, g, c, _ = _triton.launch(
-        circuits, reference, keep_states=True
+        circuits, reference, keep="slices"
     ).double()
     log_2 = torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
     whole = RowState(m_p * log_2, z_p, m_q * log_2, z_q, s, h, g, c)

@@ -28,6 +28,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 NEAR = tl.constexpr(0.5)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
+# The residual's own error, squared, is at most this part of a divergence, whose root is the size of d.
+RESIDUAL_ERROR = tl.constexpr(1e-12)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)
 # Rounding in the change of pivots, as a multiple of what is added and subtracted: 16 half ulps.
@@ -141,3 +143,24 @@ def finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x):
     divergence = tl.where(s < float("inf"), divergence, float("inf"))
     settled = settled | (s == float("inf")) | (s != s)
     return tl.where(defined, divergence, float("nan")), settled | (defined == 0)
+
+
+@triton.jit
+def residual_is_good(z_p, divergence, doubt):
+    """Return whether `residual` needs no second look: gradients want the root of what a sum wants."""
+    lost = doubt / z_p * PIVOT_ERROR
+    small = divergence < ACCURATE_BELOW
+    return (small == 0) | (lost * lost <= divergence * RESIDUAL_ERROR)
+
+
+@triton.jit
+def residual(z_p, s, h, g, factor, divergence, x):
+    """Return lse_p - lse_q - c of a row at its pivot c, as exactly as its gradient needs it.
+
+    Two rounded log-sum-exps are off by 1e-7, however small d is. Σ (Q - P) = 0 says more of close rows:
+    with t = e^(p - m_p) (e^(-d) - 1), x = -log1p(Σ t / z_p), and the sums that the divergence is made of
+    make Σ t = Σ e^(p - m_p) (φ(d) - d) too. `factor` is e^(c - m_p + m_q).
+    """
+    t = (h + factor * g - s) / z_p
+    log1p = t - t * t * (0.5 - t * 0.333333333)
+    return tl.where((divergence < ACCURATE_BELOW) & (tl.abs(t) < 0.01), -log1p, x)

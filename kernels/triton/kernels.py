@@ -8,7 +8,15 @@ once more only where its sums were not good enough for a small divergence.
 import triton
 import triton.language as tl
 
-from .algebra import LOG2_E, absorb_circuit, absorb_reference, finalize, merge_lanes
+from .algebra import (
+    LOG2_E,
+    absorb_circuit,
+    absorb_reference,
+    finalize,
+    merge_lanes,
+    residual,
+    residual_is_good,
+)
 
 # Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
 # of 16, runs the code that was compiled for any other.
@@ -228,10 +236,15 @@ def finish_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     COOL: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Merge the slices of one row and circuit into its divergence, looking twice if need be.
 
-    Program = (circuit, row). Reads 36 bytes a slice and writes 4. Where the sums do not settle a small
+    kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with field in (KL, m_p, z_p,
+    m_q, factor, c, x, mean): factor is e^(c - m_p + m_q), c a pivot, x = lse_p - lse_q - c, mean = Σ P d;
+    z_p is NaN where KL is. float32.
+
+    Program = (circuit, row). Reads 36 bytes a slice and writes 4 or 32. Where the sums do not settle a small
     divergence, the row is swept again at the pivot that is now known: every term is then of second
     order and none is negative. That reads n_cols·itemsize·2 bytes more, and takes two exponentials a
     pair.
@@ -256,6 +269,9 @@ def finish_kernel(
     doubt = tl.load(source + 8 * field_stride, mask=inside, other=0.0)
     m_p, z_p, m_q, z_q, s, h, g, c, doubt, x = merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt)
     divergence, settled = finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x)
+    if KEEP:
+        factor = z_p / z_q * tl.exp2(-x * LOG2_E)
+        settled = settled & residual_is_good(z_p, divergence, doubt)
 
     if settled == 0:
         shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
@@ -280,10 +296,21 @@ def finish_kernel(
             1,
             True,
         )
-        _, sums_q, _, near_sums, far_sums, _ = states[0]
-        divergence = tl.sum(near_sums, axis=0) / tl.sum(sums_p, axis=0)
-        divergence += tl.sum(far_sums, axis=0) / tl.sum(sums_q, axis=0)
+        _, sums_q, sums, near_sums, far_sums, _ = states[0]
+        z_p = tl.sum(sums_p, axis=0)
+        s = tl.sum(sums, axis=0)
+        h = tl.sum(near_sums, axis=0)
+        g = tl.sum(far_sums, axis=0)
+        divergence = h / z_p + g / tl.sum(sums_q, axis=0)
     tl.store(kl_ptr + program, divergence)
+    if KEEP:
+        x = residual(z_p, s, h, g, factor, divergence, x)
+        mean = s / z_p
+        z_p = tl.where(divergence == divergence, z_p, float("nan"))
+        row_stride = n_circuits.to(tl.int64) * n_rows
+        fields = (m_p, z_p, m_q, factor, c, x, mean)
+        for field in tl.static_range(7):
+            tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 
 @triton.jit(do_not_specialize=TABLE_NUMBERS)

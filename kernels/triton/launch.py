@@ -21,6 +21,8 @@ SLICE = 16384
 # The fields of a slice's state, as partial_kernel writes them.
 N_FIELDS = 9
 LOG2_E = 1.4426950408889634
+# What finish_kernel keeps of a row for its gradients.
+N_KEPT = 8
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
 
@@ -67,28 +69,24 @@ class Layout(NamedTuple):
     step: int
 
 
-def launch(circuits, reference, temperature=1.0, *, keep_states=False):
+def launch(circuits, reference, temperature=1.0, *, keep=None):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
-    float32, or, to keep the states, those of all slices (N_FIELDS, K, R, slices).
+    float32; to keep "rows", with what their gradients need (N_KEPT, K, R), the divergences first; to
+    keep "slices", the states of all slices (N_FIELDS, K, R, slices).
     """
     reference, alike = _reference_like_most(circuits, reference)
     apart = [k for k in range(len(circuits)) if k not in alike]
     parts = [
-        (
-            picked,
-            _launch_part(
-                [circuits[k] for k in picked], reference, aligned, temperature, keep_states
-            ),
-        )
+        (picked, _launch_part([circuits[k] for k in picked], reference, aligned, temperature, keep))
         for picked, aligned in ((sorted(alike), 1), (apart, 0))
         if picked
     ]
     if len(parts) == 1:
         return parts[0][1]
-    dim = 1 if keep_states else 0
-    order = torch.tensor([k for picked, _ in parts for k in picked]).argsort().tolist()
+    dim = 1 if keep else 0
+    order = torch.tensor([k for picked, _ in parts for k in picked], device="cpu").argsort().tolist()
     joined = torch.cat([result for _, result in parts], dim=dim).unbind(dim)
     return torch.stack([joined[k] for k in order], dim=dim)
 
@@ -101,10 +99,10 @@ def slices(n_cols, tile):
     return n_slices, triton.cdiv(size, step) * step
 
 
-def groups(n_circuits):
+def groups(n_circuits, sizes=GROUPS):
     """Yield (first circuit, group size, number of groups) until all circuits are covered."""
     first = 0
-    for size in GROUPS:
+    for size in sizes:
         count = (n_circuits - first) // size
         if count:
             yield first, size, count
@@ -148,7 +146,7 @@ def _copy(rows, wanted):
     return copy.copy_(rows)
 
 
-def _launch_part(circuits, reference, aligned, temperature, keep_states):
+def _launch_part(circuits, reference, aligned, temperature, keep):
     """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
@@ -175,8 +173,10 @@ def _launch_part(circuits, reference, aligned, temperature, keep_states):
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        rows["table_ptr"] = _table(circuits, device)
-        for first, size, count in groups(n_circuits):
+        rows["table_ptr"] = pointer_table(circuits, device)
+        # What is kept is made of both sums.
+        sizes = [size for size in GROUPS if TILES[itemsize, size].accurate or not keep]
+        for first, size, count in groups(n_circuits, sizes):
             tile = TILES[itemsize, size]
             kernels.partial_kernel[(n_rows * n_slices * count,)](
                 **rows,
@@ -187,28 +187,31 @@ def _launch_part(circuits, reference, aligned, temperature, keep_states):
                 LANES=tile.lanes,
                 VEC=tile.vec,
                 UNROLL=tile.unroll,
-                ACCURATE=tile.accurate or keep_states,
+                ACCURATE=tile.accurate,
                 num_warps=n_warps(tile, warp_size),
                 **limits,
             )
-        if keep_states:
+        if keep == "slices":
             return states
-        divergence = torch.empty((n_circuits, n_rows), dtype=torch.float32, device=device)
+        shape = (N_KEPT, n_circuits, n_rows) if keep else (n_circuits, n_rows)
+        result = torch.empty(shape, dtype=torch.float32, device=device)
         tile = TILES[itemsize, 1]
         kernels.finish_kernel[(n_circuits * n_rows,)](
             **rows,
-            kl_ptr=divergence,
+            kl_ptr=result,
+            KEEP=keep is not None,
             LANES=tile.lanes,
             VEC=tile.vec,
             num_warps=n_warps(tile, warp_size),
             **limits,
         )
-    return divergence
+    return result
 
 
-def _table(circuits, device):
-    """Return a table (K, 2) on the device of the circuits' addresses and row strides."""
-    numbers = [n for circuit in circuits for n in (circuit.data_ptr(), circuit.stride(0))]
+def pointer_table(tensors, device):
+    """Return a table (K, 2) on the device of the tensors' addresses and row strides, 0 for None."""
+    pairs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
+    numbers = [number for pair in pairs for number in pair]
     table = torch.empty(len(numbers), dtype=torch.int64, device=device)
     for first in range(0, len(numbers), TABLE_CHUNK):
         chunk = numbers[first : first + TABLE_CHUNK]

@@ -1,0 +1,289 @@
+"""The gradients of the divergences, from logits and what `finish_kernel` kept of each row.
+
+The algebra is that of `fastkl.gradient`, whose names these are: t = e^(p - m_p) expm1(-d) at a pivot c,
+and x, what c is off by. Every token's gradient follows from its own two logits and a few numbers of
+its row, so that each logit is read once.
+"""
+
+import triton
+import triton.language as tl
+
+from .algebra import NEAR, phi, phi_over_square
+from .kernels import load_tile, row_pointer, sweep, temperature_of
+
+# As in kernels.py: plain numbers at run time, whatever they are.
+SIZES = (
+    "p_row_stride",
+    "grad_circuit_stride",
+    "grad_row_stride",
+    "n_rows",
+    "n_cols",
+    "n_circuits",
+    "n_parts",
+    "lead",
+    "aligned",
+    "unit",
+    "inverse",
+)
+# 1 / 16 of the likeliest token's d: then the rounding of Σ P d is less than 2e-6 of what is not its mass.
+CONFIDENT = tl.constexpr(0.0625)
+
+
+@triton.jit
+def load_inside(pointer, offsets, inside):
+    """Load logits as float32, those outside as anything."""
+    return tl.load(pointer + offsets, mask=inside).to(tl.float32)
+
+
+@triton.jit
+def circuit_gradient(p, weight, q, m_q, factor, c, x, scale, unit, inverse):
+    """Return scale · (Q - P) z_p of tokens, as exactly where P and Q are close as where they are not."""
+    growth = phi(-x) + x
+    d = (p - q) * inverse - c
+    # With the right pivot the weights e^(-d) are e^x times as large.
+    near = d * d * phi_over_square(d) - d
+    near = weight * tl.fma(near, scale + scale * growth, scale * growth)
+    # The same difference in the scale of e^(q - m_q), which can not overflow.
+    other = tl.exp2(tl.fma(q, unit, -m_q))
+    far = tl.fma(other, factor * (scale + scale * growth), -weight * scale)
+    value = tl.where(tl.abs(d) < NEAR, near, far)
+    # A masked logit has gradient 0, but for a row that is NaN.
+    return tl.where(q == -float("inf"), scale * 0.0, value)
+
+
+@triton.jit
+def reference_gradient(p, weight, q, c, mean, scale, inverse):
+    """Return scale · P (d - KL) z_p of tokens."""
+    d = (p - q) * inverse - c
+    masked = (p == -float("inf")) | (q == -float("inf"))
+    return tl.where(masked, scale * 0.0, weight * (scale * (d - mean)))
+
+
+@triton.jit
+def differentiate(
+    p_row,
+    dp_row,
+    table_ptr,
+    grad_ptr,
+    rows_ptr,
+    top_ptr,
+    row,
+    at,
+    shift,
+    offsets,
+    inside,
+    grad_circuit_stride,
+    grad_row_stride,
+    n_rows,
+    n_circuits,
+    unit,
+    inverse,
+    REFERENCE: tl.constexpr,
+):
+    """Write the gradients of some tokens of a row, `offsets` from `at`; rows start `shift` before theirs."""
+    dtype: tl.constexpr = p_row.dtype.element_ty
+    field_stride = n_circuits.to(tl.int64) * n_rows
+    p = load_inside(p_row + at, offsets, inside)
+    weight = tl.exp2(tl.fma(p, unit, -tl.load(rows_ptr + field_stride + row)))
+    total = tl.zeros_like(p)
+    for circuit in range(n_circuits):
+        wanted = tl.load(table_ptr + 2 * (n_circuits + circuit)) != 0
+        grad = tl.load(grad_ptr + circuit * grad_circuit_stride + row * grad_row_stride)
+        index = circuit * n_rows.to(tl.int64) + row
+        value = tl.zeros_like(p)
+        # A row that no one asks for is not looked at: 0 times NaN would be one.
+        if (grad != 0.0) & (wanted | REFERENCE):
+            q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
+            q = load_inside(q_row + at, offsets, inside)
+            kept = rows_ptr + index
+            z_p = tl.load(kept + 2 * field_stride)
+            m_q = tl.load(kept + 3 * field_stride)
+            factor = tl.load(kept + 4 * field_stride)
+            c = tl.load(kept + 5 * field_stride)
+            x = tl.load(kept + 6 * field_stride)
+            scale = grad * inverse / z_p
+            value = circuit_gradient(p, weight, q, m_q, factor, c, x, scale, unit, inverse)
+            if REFERENCE:
+                c = tl.load(top_ptr + index)
+                mean = tl.load(top_ptr + field_stride + index)
+                total += reference_gradient(p, weight, q, c, mean, scale, inverse)
+        if wanted:
+            dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
+            tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
+    if REFERENCE:
+        tl.store(dp_row + at + offsets, total.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gradient_kernel(
+    p_ptr,
+    dp_ptr,
+    table_ptr,
+    grad_ptr,
+    rows_ptr,
+    top_ptr,
+    p_row_stride: tl.int64,
+    grad_circuit_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    n_parts: tl.int32,
+    lead: tl.int32,
+    aligned: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
+    TILE: tl.constexpr,
+    VEC: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    COOL: tl.constexpr,
+):
+    """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
+
+    Program = (row, tile), tile fastest. The table holds the circuits' addresses and row strides, then
+    those of their gradients, 0 where one is not wanted; dp is contiguous. As in `sweep`, whole tiles
+    begin at the row's first multiple of 16 bytes and take loads and stores of 128 bits without a mask.
+    The tokens before and after them, or all of them if not `aligned`, are taken one after the other,
+    masked, by the programs that are left.
+
+    rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
+
+    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize for each gradient.
+    One exponential a pair and one a token of the reference.
+    """
+    unit, inverse = temperature_of(unit, inverse, COOL)
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % n_parts).to(tl.int32)
+    row = program // n_parts
+
+    shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
+    n_before = tl.minimum((VEC - shift) % VEC, n_cols) * aligned
+    n_tiles = tl.where(aligned != 0, (n_cols - n_before) // TILE, 0)
+    p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
+    dp_row = tl.multiple_of(dp_ptr + (row * n_cols - shift), 16)
+    lane = tl.arange(0, TILE)
+    if part < n_tiles:
+        at = tl.multiple_of(shift + n_before + part * TILE, VEC)
+        differentiate(
+            p_row,
+            dp_row,
+            table_ptr,
+            grad_ptr,
+            rows_ptr,
+            top_ptr,
+            row,
+            at,
+            shift,
+            lane,
+            None,
+            grad_circuit_stride,
+            grad_row_stride,
+            n_rows,
+            n_circuits,
+            unit,
+            inverse,
+            REFERENCE,
+        )
+    else:
+        index = (part - n_tiles) * TILE + lane
+        token = index + tl.where(index < n_before, 0, n_tiles * TILE)
+        differentiate(
+            p_row,
+            dp_row,
+            table_ptr,
+            grad_ptr,
+            rows_ptr,
+            top_ptr,
+            row,
+            shift,
+            shift,
+            token,
+            token < n_cols,
+            grad_circuit_stride,
+            grad_row_stride,
+            n_rows,
+            n_circuits,
+            unit,
+            inverse,
+            REFERENCE,
+        )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def top_kernel(
+    p_ptr,
+    table_ptr,
+    rows_ptr,
+    top_ptr,
+    p_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    lead: tl.int32,
+    aligned: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    TILE: tl.constexpr,
+    COOL: tl.constexpr,
+):
+    """Write the pivot and the mean of d that a row's dKL/dp is to be counted from.
+
+    Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. So d is counted
+    from there: the token is found, and the row is summed with its d as the pivot.
+
+    Program = (circuit, row). Reads 12 bytes and writes 8; in confident rows it reads n_cols·itemsize·3
+    more, and takes two exponentials a pair.
+    """
+    unit, inverse = temperature_of(unit, inverse, COOL)
+    program = tl.program_id(0).to(tl.int64)
+    circuit = (program // n_rows).to(tl.int32)
+    row = program % n_rows
+    field_stride = n_circuits.to(tl.int64) * n_rows
+    kept = rows_ptr + program
+    m_p = tl.load(kept + field_stride)
+    z_p = tl.load(kept + 2 * field_stride)
+    m_q = tl.load(kept + 3 * field_stride)
+    c = tl.load(kept + 5 * field_stride)
+    mean = tl.load(kept + 7 * field_stride)
+    # False where there is no divergence.
+    if z_p - 1.0 < (tl.abs(c) + tl.abs(mean)) * CONFIDENT:
+        shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
+        p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
+        q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
+        lane = tl.arange(0, TILE)
+        likeliest = tl.full((TILE,), -1, tl.int32)
+        for start in tl.range(0, n_cols, TILE):
+            token = start + lane
+            p = load_inside(p_row + shift, token, token < n_cols)
+            # m_p is such a product, rounded alike.
+            likely = (token < n_cols) & (p * unit == m_p)
+            likeliest = tl.where(likely, token, likeliest)
+        top = shift + tl.maximum(tl.max(likeliest, axis=0), 0)
+        p = tl.load(p_row + top).to(tl.float32)
+        q = tl.load(q_row + top).to(tl.float32)
+        d = (p - q) * inverse
+        if tl.abs(d) < float("inf"):
+            c = d
+            zero = tl.zeros((LANES,), tl.float32)
+            _, sums_p, states = sweep(
+                zero + m_p,
+                zero,
+                ((zero + m_q, zero, zero, zero, zero, zero + c),),
+                p_row,
+                (q_row,),
+                shift,
+                shift + n_cols,
+                aligned,
+                unit,
+                inverse,
+                1,
+                LANES,
+                VEC,
+                1,
+                False,
+            )
+            mean = tl.sum(states[0][2], axis=0) / tl.sum(sums_p, axis=0)
+    tl.store(top_ptr + program, c)
+    tl.store(top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan")))

@@ -1,0 +1,86 @@
+"""Launching the kernels of the gradients."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+import triton
+
+from . import gradient_kernels as kernels
+from .launch import LOG2_E, TILES, layout, n_warps, pointer_table
+
+# Threads of a program.
+LANES = 128
+
+
+class GradientTile(NamedTuple):
+    """How gradient_kernel is built for an element size."""
+
+    vec: int
+    loads: int  # of 128 bits, by each thread from each tensor
+
+    @property
+    def tokens(self):
+        return LANES * self.vec * self.loads
+
+
+# By bytes an element. Two loads in flight from each tensor, and the numbers of a row, which every thread
+# loads for itself, shared by 8 or 16 tokens.
+GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=2)}
+
+
+def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
+    """Launch the kernels that write the gradients of Σ grad · KL.
+
+    `grad` (K, R) in float32, any strides; K circuits and a reference (R, V) as for `launch`; `rows` as it
+    kept them; `dqs`, K contiguous tensors (R, V) or None, and `dp`, one more or None, are written to.
+    """
+    n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
+    device, itemsize = reference.device, reference.itemsize
+    written = [dq for dq in (*dqs, dp) if dq is not None]
+    own = layout(reference)
+    numbers = {
+        "p_ptr": reference,
+        "rows_ptr": rows,
+        "p_row_stride": reference.stride(0),
+        "n_rows": n_rows,
+        "n_cols": n_cols,
+        "n_circuits": n_circuits,
+        "lead": own.lead,
+        "unit": LOG2_E / temperature,
+        "inverse": 1 / temperature,
+        "COOL": temperature != 1,
+    }
+    tile, sum_tile = GRADIENT_TILES[itemsize], TILES[itemsize, 1]
+    warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        numbers["table_ptr"] = pointer_table([*circuits, *dqs], device)
+        top = rows
+        if dp is not None:
+            top = torch.empty((2, n_circuits, n_rows), dtype=torch.float32, device=device)
+            kernels.top_kernel[(n_circuits * n_rows,)](
+                **numbers,
+                top_ptr=top,
+                aligned=int(all(layout(circuit) == own for circuit in circuits)),
+                LANES=sum_tile.lanes,
+                VEC=sum_tile.vec,
+                TILE=tile.tokens,
+                num_warps=n_warps(sum_tile, warp_size),
+            )
+        n_parts = n_cols // tile.tokens + 1
+        kernels.gradient_kernel[(n_rows * n_parts,)](
+            **numbers,
+            dp_ptr=reference if dp is None else dp,
+            grad_ptr=grad,
+            top_ptr=top,
+            grad_circuit_stride=grad.stride(0),
+            grad_row_stride=grad.stride(1),
+            n_parts=n_parts,
+            aligned=int(all(layout(other) == own for other in (*circuits, *written))),
+            TILE=tile.tokens,
+            VEC=tile.vec,
+            REFERENCE=dp is not None,
+            num_warps=max(1, LANES // warp_size),
+        )
