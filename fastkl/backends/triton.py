@@ -94,7 +94,9 @@ def gradients(
     import fastkl._triton as _triton
 
     if not circuits or reference.shape[0] == 0:
-        dqs = [torch.zeros_like(c) if want else None for c, want in zip(circuits, wanted, strict=True)]
+        dqs = [
+            torch.zeros_like(c) if want else None for c, want in zip(circuits, wanted, strict=True)
+        ]
         return dqs, torch.zeros_like(reference) if reference_wanted else None
     dtypes = [circuit.dtype for circuit in circuits], reference.dtype
     circuits, reference = _one_dtype(circuits, reference)
@@ -118,9 +120,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    m_p, z_p, m_q, z_q, s, h, g, c, _ = _triton.launch(
-        circuits, reference, keep="slices"
-    ).double()
+    m_p, z_p, m_q, z_q, s, h, g, c, _ = _triton.launch(circuits, reference, keep="slices").double()
     log_2 = torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
     whole = RowState(m_p * log_2, z_p, m_q * log_2, z_q, s, h, g, c)
     parts = zip(*(field.unbind(-1) for field in whole), strict=True)

@@ -286,4 +286,6 @@ def top_kernel(
             )
             mean = tl.sum(states[0][2], axis=0) / tl.sum(sums_p, axis=0)
     tl.store(top_ptr + program, c)
-    tl.store(top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan")))
+    tl.store(
+        top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+    )

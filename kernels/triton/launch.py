@@ -86,7 +86,9 @@ def launch(circuits, reference, temperature=1.0, *, keep=None):
     if len(parts) == 1:
         return parts[0][1]
     dim = 1 if keep else 0
-    order = torch.tensor([k for picked, _ in parts for k in picked], device="cpu").argsort().tolist()
+    order = (
+        torch.tensor([k for picked, _ in parts for k in picked], device="cpu").argsort().tolist()
+    )
     joined = torch.cat([result for _, result in parts], dim=dim).unbind(dim)
     return torch.stack([joined[k] for k in order], dim=dim)
 
