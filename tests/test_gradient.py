@@ -7,7 +7,7 @@ import torch
 from conftest import oracle_gradients
 
 import fastkl
-from fastkl.backends import eager, native
+from fastkl.backends import eager, native, triton
 
 INF, NAN = math.inf, math.nan
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5)
@@ -24,11 +24,13 @@ def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
 LEVELS = ("avx512", "avx2", "baseline")
 
 
-@pytest.fixture(params=["eager", *LEVELS])
+@pytest.fixture(params=["eager", *LEVELS, "triton"])
 def gradients(request, monkeypatch):
     """Each backend's, and each instruction-set level's of native."""
     if request.param == "eager":
         return eager.gradients
+    if request.param == "triton":
+        return triton.gradients
     if reason := fastkl.available_backends()["native"]:
         pytest.skip(reason)
     from fastkl import _native  # noqa: PLC0415

@@ -154,13 +154,13 @@ def residual_is_good(z_p, divergence, doubt):
 
 
 @triton.jit
-def residual(z_p, s, h, g, factor, divergence, x):
-    """Return lse_p - lse_q - c of a row at its pivot c, as exactly as its gradient needs it.
+def pivot_growth(z_p, s, h, far, divergence, x):
+    """Return e^x - 1, x = lse_p - lse_q - c of a row at its pivot c, as exactly as gradients need it.
 
     Two rounded log-sum-exps are off by 1e-7, however small d is. Σ (Q - P) = 0 says more of close rows:
-    with t = e^(p - m_p) (e^(-d) - 1), x = -log1p(Σ t / z_p), and the sums that the divergence is made of
-    make Σ t = Σ e^(p - m_p) (φ(d) - d) too. `factor` is e^(c - m_p + m_q).
+    with t = Σ e^(p - m_p) (e^(-d) - 1) / z_p, e^(-x) = 1 + t, and the sums that the divergence is made
+    of make t too: e^(-d) - 1 = φ(d) - d. `far` is the circuit's mass of the far tokens, in z_p's scale.
     """
-    t = (h + factor * g - s) / z_p
-    log1p = t - t * t * (0.5 - t * 0.333333333)
-    return tl.where((divergence < ACCURATE_BELOW) & (tl.abs(t) < 0.01), -log1p, x)
+    t = (h + far - s) / z_p
+    close = (divergence < ACCURATE_BELOW) & (tl.abs(t) < 0.01)
+    return tl.where(close, -t / (1.0 + t), phi(-x) + x)

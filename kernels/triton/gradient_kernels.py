@@ -1,15 +1,15 @@
 """The gradients of the divergences, from logits and what `finish_kernel` kept of each row.
 
-The algebra is that of `fastkl.gradient`, whose names these are: t = e^(p - m_p) expm1(-d) at a pivot c,
-and x, what c is off by. Every token's gradient follows from its own two logits and a few numbers of
-its row, so that each logit is read once.
+The algebra is that of `fastkl.gradient`, whose names these are: Q - P = P expm1(-d) at a pivot c of
+which it is known how much it is off. Every token's gradient follows from its own two logits and a few
+numbers of its row, so that each logit is read once.
 """
 
 import triton
 import triton.language as tl
 
-from .algebra import NEAR, phi, phi_over_square
-from .kernels import load_tile, row_pointer, sweep, temperature_of
+from .algebra import NEAR, phi_over_square
+from .kernels import row_pointer, sweep, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
 SIZES = (
@@ -36,19 +36,23 @@ def load_inside(pointer, offsets, inside):
 
 
 @triton.jit
-def circuit_gradient(p, weight, q, m_q, factor, c, x, scale, unit, inverse):
+def nothing(scale):
+    """Return a masked logit's gradient: 0, but NaN in a row that is."""
+    return tl.where(scale == scale, 0.0, scale)
+
+
+@triton.jit
+def circuit_gradient(p, weight, q, m_q, ratio, c, growth, scale, unit, inverse):
     """Return scale · (Q - P) z_p of tokens, as exactly where P and Q are close as where they are not."""
-    growth = phi(-x) + x
     d = (p - q) * inverse - c
-    # With the right pivot the weights e^(-d) are e^x times as large.
+    # With the right pivot the weights e^(-d) are 1 + growth times as large.
     near = d * d * phi_over_square(d) - d
     near = weight * tl.fma(near, scale + scale * growth, scale * growth)
     # The same difference in the scale of e^(q - m_q), which can not overflow.
     other = tl.exp2(tl.fma(q, unit, -m_q))
-    far = tl.fma(other, factor * (scale + scale * growth), -weight * scale)
+    far = tl.fma(other, scale * ratio, -weight * scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
-    # A masked logit has gradient 0, but for a row that is NaN.
-    return tl.where(q == -float("inf"), scale * 0.0, value)
+    return tl.where(q == -float("inf"), nothing(scale), value)
 
 
 @triton.jit
@@ -56,13 +60,12 @@ def reference_gradient(p, weight, q, c, mean, scale, inverse):
     """Return scale · P (d - KL) z_p of tokens."""
     d = (p - q) * inverse - c
     masked = (p == -float("inf")) | (q == -float("inf"))
-    return tl.where(masked, scale * 0.0, weight * (scale * (d - mean)))
+    return tl.where(masked, nothing(scale), weight * (scale * (d - mean)))
 
 
 @triton.jit
 def differentiate(
     p_row,
-    dp_row,
     table_ptr,
     grad_ptr,
     rows_ptr,
@@ -98,11 +101,11 @@ def differentiate(
             kept = rows_ptr + index
             z_p = tl.load(kept + 2 * field_stride)
             m_q = tl.load(kept + 3 * field_stride)
-            factor = tl.load(kept + 4 * field_stride)
+            ratio = tl.load(kept + 4 * field_stride)
             c = tl.load(kept + 5 * field_stride)
-            x = tl.load(kept + 6 * field_stride)
+            growth = tl.load(kept + 6 * field_stride)
             scale = grad * inverse / z_p
-            value = circuit_gradient(p, weight, q, m_q, factor, c, x, scale, unit, inverse)
+            value = circuit_gradient(p, weight, q, m_q, ratio, c, growth, scale, unit, inverse)
             if REFERENCE:
                 c = tl.load(top_ptr + index)
                 mean = tl.load(top_ptr + field_stride + index)
@@ -111,13 +114,13 @@ def differentiate(
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
             tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
     if REFERENCE:
+        dp_row = row_pointer(table_ptr, 2 * n_circuits, row, shift, dtype)
         tl.store(dp_row + at + offsets, total.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     p_ptr,
-    dp_ptr,
     table_ptr,
     grad_ptr,
     rows_ptr,
@@ -133,6 +136,7 @@ def gradient_kernel(
     aligned: tl.int32,
     unit: tl.float32,
     inverse: tl.float32,
+    LANES: tl.constexpr,
     TILE: tl.constexpr,
     VEC: tl.constexpr,
     REFERENCE: tl.constexpr,
@@ -140,11 +144,11 @@ def gradient_kernel(
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
-    Program = (row, tile), tile fastest. The table holds the circuits' addresses and row strides, then
-    those of their gradients, 0 where one is not wanted; dp is contiguous. As in `sweep`, whole tiles
+    Program = (row, tile), tile fastest. The table holds the addresses and row strides of the circuits,
+    of their gradients, and of the reference's; 0 where one is not wanted. As in `sweep`, whole tiles
     begin at the row's first multiple of 16 bytes and take loads and stores of 128 bits without a mask.
-    The tokens before and after them, or all of them if not `aligned`, are taken one after the other,
-    masked, by the programs that are left.
+    The tokens before and after them, or all of them if not `aligned`, are taken one a lane, masked, by
+    the programs that are left.
 
     rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
 
@@ -152,29 +156,26 @@ def gradient_kernel(
     One exponential a pair and one a token of the reference.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
-    program = tl.program_id(0).to(tl.int64)
-    part = (program % n_parts).to(tl.int32)
-    row = program // n_parts
+    # A grid has less than 2^31 programs, and a division of 64 bits would be a tenth of the work.
+    program = tl.program_id(0)
+    part = program % n_parts
+    row = (program // n_parts).to(tl.int64)
 
     shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
     n_before = tl.minimum((VEC - shift) % VEC, n_cols) * aligned
     n_tiles = tl.where(aligned != 0, (n_cols - n_before) // TILE, 0)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
-    dp_row = tl.multiple_of(dp_ptr + (row * n_cols - shift), 16)
-    lane = tl.arange(0, TILE)
     if part < n_tiles:
-        at = tl.multiple_of(shift + n_before + part * TILE, VEC)
         differentiate(
             p_row,
-            dp_row,
             table_ptr,
             grad_ptr,
             rows_ptr,
             top_ptr,
             row,
-            at,
+            tl.multiple_of(shift + n_before + part * TILE, VEC),
             shift,
-            lane,
+            tl.arange(0, TILE),
             None,
             grad_circuit_stride,
             grad_row_stride,
@@ -185,28 +186,29 @@ def gradient_kernel(
             REFERENCE,
         )
     else:
-        index = (part - n_tiles) * TILE + lane
-        token = index + tl.where(index < n_before, 0, n_tiles * TILE)
-        differentiate(
-            p_row,
-            dp_row,
-            table_ptr,
-            grad_ptr,
-            rows_ptr,
-            top_ptr,
-            row,
-            shift,
-            shift,
-            token,
-            token < n_cols,
-            grad_circuit_stride,
-            grad_row_stride,
-            n_rows,
-            n_circuits,
-            unit,
-            inverse,
-            REFERENCE,
-        )
+        first = (part - n_tiles) * TILE
+        n_rest = tl.minimum(first + TILE, n_cols - n_tiles * TILE)
+        for start in tl.range(first, n_rest, LANES):
+            index = start + tl.arange(0, LANES)
+            differentiate(
+                p_row,
+                table_ptr,
+                grad_ptr,
+                rows_ptr,
+                top_ptr,
+                row,
+                shift,
+                shift,
+                index + tl.where(index < n_before, 0, n_tiles * TILE),
+                index < n_rest,
+                grad_circuit_stride,
+                grad_row_stride,
+                n_rows,
+                n_circuits,
+                unit,
+                inverse,
+                REFERENCE,
+            )
 
 
 @triton.jit(do_not_specialize=SIZES)

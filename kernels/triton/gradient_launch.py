@@ -12,6 +12,8 @@ from .launch import LOG2_E, TILES, layout, n_warps, pointer_table
 
 # Threads of a program.
 LANES = 128
+# Registers a thread, with the reference's gradient or without: at least six or eight programs on an SM.
+MAX_REGISTERS = {True: 80, False: 64}
 
 
 class GradientTile(NamedTuple):
@@ -25,9 +27,9 @@ class GradientTile(NamedTuple):
         return LANES * self.vec * self.loads
 
 
-# By bytes an element. Two loads in flight from each tensor, and the numbers of a row, which every thread
-# loads for itself, shared by 8 or 16 tokens.
-GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=2)}
+# By bytes an element. Eight tokens a thread share what each loads and computes of the row, and leave room
+# in its registers: with sixteen they would spill.
+GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=1)}
 
 
 def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
@@ -53,10 +55,11 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         "COOL": temperature != 1,
     }
     tile, sum_tile = GRADIENT_TILES[itemsize], TILES[itemsize, 1]
+    limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dp is not None]}
     warp_size = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        numbers["table_ptr"] = pointer_table([*circuits, *dqs], device)
+        numbers["table_ptr"] = pointer_table([*circuits, *dqs, dp], device)
         top = rows
         if dp is not None:
             top = torch.empty((2, n_circuits, n_rows), dtype=torch.float32, device=device)
@@ -72,15 +75,16 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         n_parts = n_cols // tile.tokens + 1
         kernels.gradient_kernel[(n_rows * n_parts,)](
             **numbers,
-            dp_ptr=reference if dp is None else dp,
             grad_ptr=grad,
             top_ptr=top,
             grad_circuit_stride=grad.stride(0),
             grad_row_stride=grad.stride(1),
             n_parts=n_parts,
             aligned=int(all(layout(other) == own for other in (*circuits, *written))),
+            LANES=LANES,
             TILE=tile.tokens,
             VEC=tile.vec,
             REFERENCE=dp is not None,
             num_warps=max(1, LANES // warp_size),
+            **limits,
         )

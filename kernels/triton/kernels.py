@@ -14,7 +14,7 @@ from .algebra import (
     absorb_reference,
     finalize,
     merge_lanes,
-    residual,
+    pivot_growth,
     residual_is_good,
 )
 
@@ -241,8 +241,8 @@ def finish_kernel(
     """Merge the slices of one row and circuit into its divergence, looking twice if need be.
 
     kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with field in (KL, m_p, z_p,
-    m_q, factor, c, x, mean): factor is e^(c - m_p + m_q), c a pivot, x = lse_p - lse_q - c, mean = Σ P d;
-    z_p is NaN where KL is. float32.
+    m_q, z_p / z_q, c, growth, mean): c is a pivot, growth = e^(lse_p - lse_q - c) - 1, mean = Σ P d; z_p is
+    NaN where KL is. float32.
 
     Program = (circuit, row). Reads 36 bytes a slice and writes 4 or 32. Where the sums do not settle a small
     divergence, the row is swept again at the pivot that is now known: every term is then of second
@@ -269,8 +269,8 @@ def finish_kernel(
     doubt = tl.load(source + 8 * field_stride, mask=inside, other=0.0)
     m_p, z_p, m_q, z_q, s, h, g, c, doubt, x = merge_lanes(m_p, z_p, m_q, z_q, s, h, g, c, doubt)
     divergence, settled = finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x)
+    ratio = z_p / z_q
     if KEEP:
-        factor = z_p / z_q * tl.exp2(-x * LOG2_E)
         settled = settled & residual_is_good(z_p, divergence, doubt)
 
     if settled == 0:
@@ -304,11 +304,11 @@ def finish_kernel(
         divergence = h / z_p + g / tl.sum(sums_q, axis=0)
     tl.store(kl_ptr + program, divergence)
     if KEEP:
-        x = residual(z_p, s, h, g, factor, divergence, x)
+        growth = pivot_growth(z_p, s, h, ratio * tl.exp2(-x * LOG2_E) * g, divergence, x)
         mean = s / z_p
         z_p = tl.where(divergence == divergence, z_p, float("nan"))
         row_stride = n_circuits.to(tl.int64) * n_rows
-        fields = (m_p, z_p, m_q, factor, c, x, mean)
+        fields = (m_p, z_p, m_q, ratio, c, growth, mean)
         for field in tl.static_range(7):
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
