@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from fastkl._triton import gradient_kernels, kernels
@@ -22,7 +22,9 @@ launch = importlib.import_module("fastkl._triton.launch")
 gradient_launch = importlib.import_module("fastkl._triton.gradient_launch")
 
 KERNELS = {
-    **{name: getattr(kernels, name) for name in ("partial_kernel", "finish_kernel", "table_kernel")},
+    **{
+        name: getattr(kernels, name) for name in ("partial_kernel", "finish_kernel", "table_kernel")
+    },
     **{name: getattr(gradient_kernels, name) for name in ("gradient_kernel", "top_kernel")},
 }
 
@@ -86,7 +88,7 @@ class EmulatedKernel:
             tuple(divisible),
             tuple(options.items()),
         )
-        memory = self.session.memory(arguments)
+        memory = self.session.memory(self.name, arguments)
         values = [
             arguments[name].data_ptr() if torch.is_tensor(arguments[name]) else arguments[name]
             for name in names
@@ -96,20 +98,42 @@ class EmulatedKernel:
         self.session.stats[self.name].append(stats)
 
 
+class CountedMemory(Memory):
+    """Counts bytes: by the first word of the allocation's name, "load" or "store", and width."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def access(self, addresses, unit, count, *, values=None, align=None):
+        words = super().access(addresses, unit, count, values=values, align=align)
+        # One instruction accesses one tensor's row.
+        name = self.find(int(addresses[0]), unit * count).name.split()[0]
+        what = "load" if values is None else "store"
+        self.counts[name, what, unit * count] += unit * count * addresses.size
+        return words
+
+
 class Session:
     """What is emulated, and what was counted, by kernel."""
 
     def __init__(self, arch, approx_ulp):
         self.arch, self.approx_ulp = arch, approx_ulp
         self.stats = defaultdict(list)
+        self.bytes = defaultdict(Counter)
         self.circuits = []
         self.written = []
 
     def total(self, name):
         return sum(self.stats[name], Stats())
 
-    def memory(self, arguments):
-        memory = Memory()
+    def accessed(self, kernel, name, what):
+        """Bytes that a kernel loads from, or stores to, logits' "row"s, or a "gradient": by width."""
+        found = self.bytes[kernel].items()
+        return {width: n for (owner, how, width), n in found if (owner, how) == (name, what)}
+
+    def memory(self, kernel, arguments):
+        memory = CountedMemory(self.bytes[kernel])
         for k, tensor in enumerate(self.written):
             memory.add(tensor, f"gradient {k}")
         logits = [*self.circuits]

@@ -36,11 +36,11 @@ def test_opcheck(pair, dtype, wanted):
         t.to(dtype)[0].requires_grad_(want) for t, want in zip(pair, wanted, strict=True)
     )
     other = (circuit.detach() * 2).requires_grad_(wanted[0])
-    torch.library.opcheck(operator.kl_div, ([circuit, other], reference, 2.0, None))
-    grad = torch.ones(1, 6)
+    torch.library.opcheck(operator.kl_div, ([circuit, other], reference, 2.0, None, True))
+    grad, kept = torch.ones(1, 6), torch.empty(0, 1, 6)
     torch.library.opcheck(
         operator.kl_div_backward,
-        (grad, [circuit.detach()], reference.detach(), [True], True, 2.0, None),
+        (grad, [circuit.detach()], reference.detach(), kept, [True], True, 2.0, None),
     )
 
 

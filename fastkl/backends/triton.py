@@ -14,6 +14,8 @@ from fastkl import state
 from fastkl.state import RowState
 
 NAME = "triton"
+# Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
+N_KEPT = 8
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -67,7 +69,10 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (N, K, R)."""
+    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (N_KEPT, K, R).
+
+    Half-precision circuits are measured in groups of two rather than four: both sums are wanted.
+    """
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
@@ -87,9 +92,11 @@ def gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
 
-    Each logit is read once, and nothing of the logits' size is made beside the gradients. What
-    `kl_rows_kept` kept of the rows is computed again if it is not given. Where KL = inf because of tokens
-    of next to no reference mass, Q - P is only as good as two rounded softmaxes.
+    Each logit is read once, and nothing of the logits' size is made beside the gradients, but for copies
+    in float32 where dtypes differ. What `kl_rows_kept` keeps is computed again if it is not given: the
+    logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes; where one
+    token has all but 1e-6 of both sides' mass, its gradient, of that size itself, may be off by 1e-4 of
+    it.
     """
     import fastkl._triton as _triton
 

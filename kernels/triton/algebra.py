@@ -28,8 +28,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 NEAR = tl.constexpr(0.5)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
-# The residual's own error, squared, is at most this part of a divergence, whose root is the size of d.
-RESIDUAL_ERROR = tl.constexpr(1e-12)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)
 # Rounding in the change of pivots, as a multiple of what is added and subtracted: 16 half ulps.
@@ -146,11 +144,15 @@ def finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x):
 
 
 @triton.jit
-def residual_is_good(z_p, divergence, doubt):
-    """Return whether `residual` needs no second look: gradients want the root of what a sum wants."""
+def good_for_gradients(z_p, divergence, doubt):
+    """Return whether a row's gradients need no second look.
+
+    Relative to a divergence, however small, since a gradient is wanted relative to itself. Where one
+    token has nearly all mass, its lane's pivot is off by as much as any; then the change of pivots
+    costs s a digit for each that the other tokens' mass is smaller, and h, which tells, twice as many.
+    """
     lost = doubt / z_p * PIVOT_ERROR
-    small = divergence < ACCURATE_BELOW
-    return (small == 0) | (lost * lost <= divergence * RESIDUAL_ERROR)
+    return (divergence >= ACCURATE_BELOW) | (divergence != divergence) | (lost <= 1e-5 * divergence)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ SIZES = (
     "unit",
     "inverse",
 )
-# 1 / 16 of the likeliest token's d: then the rounding of Σ P d is less than 2e-6 of what is not its mass.
+# 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
 CONFIDENT = tl.constexpr(0.0625)
 
 
@@ -83,7 +83,7 @@ def differentiate(
     inverse,
     REFERENCE: tl.constexpr,
 ):
-    """Write the gradients of some tokens of a row, `offsets` from `at`; rows start `shift` before theirs."""
+    """Write the gradients of a row's tokens at `offsets` from `at`, counted from `shift` before it."""
     dtype: tl.constexpr = p_row.dtype.element_ty
     field_stride = n_circuits.to(tl.int64) * n_rows
     p = load_inside(p_row + at, offsets, inside)
@@ -152,8 +152,8 @@ def gradient_kernel(
 
     rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
 
-    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize for each gradient.
-    One exponential a pair and one a token of the reference.
+    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. One
+    exponential a pair and one a token of the reference.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     # A grid has less than 2^31 programs, and a division of 64 bits would be a tenth of the work.

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 
-import triton
-
 from . import gradient_kernels as kernels
 from .launch import LOG2_E, TILES, layout, n_warps, pointer_table
 
@@ -24,19 +22,21 @@ class GradientTile(NamedTuple):
 
     @property
     def tokens(self):
+        """What a program takes at a time."""
         return LANES * self.vec * self.loads
 
 
-# By bytes an element. Eight tokens a thread share what each loads and computes of the row, and leave room
-# in its registers: with sixteen they would spill.
+# By bytes an element. Eight tokens a thread share what it loads and computes of the row; with sixteen
+# its registers would spill.
 GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=1)}
 
 
 def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     """Launch the kernels that write the gradients of Σ grad · KL.
 
-    `grad` (K, R) in float32, any strides; K circuits and a reference (R, V) as for `launch`; `rows` as it
-    kept them; `dqs`, K contiguous tensors (R, V) or None, and `dp`, one more or None, are written to.
+    `grad` (K, R) is float32, with any strides; K circuits and a reference (R, V) are as for `launch`,
+    and `rows` as it kept them. `dqs`, K contiguous tensors (R, V) or None, and `dp`, one more or None,
+    are written to.
     """
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize

@@ -13,9 +13,9 @@ from .algebra import (
     absorb_circuit,
     absorb_reference,
     finalize,
+    good_for_gradients,
     merge_lanes,
     pivot_growth,
-    residual_is_good,
 )
 
 # Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
@@ -241,13 +241,13 @@ def finish_kernel(
     """Merge the slices of one row and circuit into its divergence, looking twice if need be.
 
     kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with field in (KL, m_p, z_p,
-    m_q, z_p / z_q, c, growth, mean): c is a pivot, growth = e^(lse_p - lse_q - c) - 1, mean = Σ P d; z_p is
-    NaN where KL is. float32.
+    m_q, z_p / z_q, c, growth, mean): c is a pivot, growth = e^(lse_p - lse_q - c) - 1, mean = Σ P d; z_p
+    is NaN where KL is. float32.
 
-    Program = (circuit, row). Reads 36 bytes a slice and writes 4 or 32. Where the sums do not settle a small
-    divergence, the row is swept again at the pivot that is now known: every term is then of second
-    order and none is negative. That reads n_cols·itemsize·2 bytes more, and takes two exponentials a
-    pair.
+    Program = (circuit, row). Reads 36 bytes a slice and writes 4 or 32. Where the sums do not settle a
+    small divergence, the row is swept again at the pivot that is now known: every term is then of
+    second order and none is negative. That reads n_cols·itemsize·2 bytes more, and takes two
+    exponentials a pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0).to(tl.int64)
@@ -271,7 +271,7 @@ def finish_kernel(
     divergence, settled = finalize(m_p, z_p, m_q, z_q, s, h, g, doubt, x)
     ratio = z_p / z_q
     if KEEP:
-        settled = settled & residual_is_good(z_p, divergence, doubt)
+        settled = settled & good_for_gradients(z_p, divergence, doubt)
 
     if settled == 0:
         shift = ((lead + row * p_row_stride) % VEC).to(tl.int32) * aligned
