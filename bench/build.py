@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastkl._triton import kernels
+from fastkl._triton import gradient_kernels, kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as triton_compile
@@ -14,8 +14,10 @@ from bench.machine_code import Program, inspect
 
 # The package's `launch` is the function; its tile table is in the module of that name.
 launch = importlib.import_module("fastkl._triton.launch")
+gradient_launch = importlib.import_module("fastkl._triton.gradient_launch")
 
-POINTERS = {"table_ptr": "*i64", "state_ptr": "*fp32", "kl_ptr": "*fp32"}
+POINTERS = {"table_ptr": "*i64"}
+POINTERS |= dict.fromkeys(("state_ptr", "kl_ptr", "grad_ptr", "rows_ptr", "top_ptr"), "*fp32")
 # The launch that is compiled for: enough rows to fill any card, of GPT-2's vocabulary.
 N_ROWS, N_COLS = 2560, 50257
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -169,8 +171,10 @@ def build_partial(
     return Kernel(target, dtype, group, tile, maxnreg, inspect(compiled))
 
 
-def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel) -> Program:
-    """Compile finish_kernel as the launcher does, and read it."""
+def build_finish(
+    target: str, dtype: str, *, keep: bool = False, compiler: Callable = compile_kernel
+) -> Program:
+    """Compile finish_kernel as the launcher does, keeping rows for their gradients or not."""
     numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)
     signature, constexprs, divisible = specialize(kernels.finish_kernel, dtype, numbers)
     compiled = compiler(
@@ -182,10 +186,50 @@ def build_finish(target: str, dtype: str, *, compiler: Callable = compile_kernel
             "VEC": launch.TILES[ITEMSIZE[dtype], 1].vec,
             "SLICES": launch.SLICES,
             "COOL": False,
-            "KEEP": False,
+            "KEEP": keep,
         },
         target=gpu_target(target),
         divisible=divisible,
         **options_for(target, 1, None),
+    )
+    return inspect(compiled)
+
+
+def build_gradient(
+    target: str,
+    dtype: str,
+    *,
+    reference: bool,
+    hints: bool = True,
+    compiler: Callable = compile_kernel,
+) -> Program:
+    """Compile gradient_kernel as the launcher does, the reference's gradient included or not.
+
+    Without `hints` nothing at all is known of its arguments.
+    """
+    tile = gradient_launch.GRADIENT_TILES[ITEMSIZE[dtype]]
+    numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)
+    numbers |= {
+        "grad_circuit_stride": N_ROWS,
+        "grad_row_stride": 1,
+        "n_parts": N_COLS // tile.tokens + 1,
+    }
+    kernel = gradient_kernels.gradient_kernel
+    signature, constexprs, divisible = specialize(kernel, dtype, numbers)
+    warps = max(1, gradient_launch.LANES // gpu_target(target).warp_size)
+    compiled = compiler(
+        kernel,
+        signature,
+        constexprs
+        | {
+            "LANES": gradient_launch.LANES,
+            "TILE": tile.tokens,
+            "VEC": tile.vec,
+            "REFERENCE": reference,
+            "COOL": False,
+        },
+        target=gpu_target(target),
+        divisible=divisible if hints else (),
+        **options_for(target, warps, gradient_launch.MAX_REGISTERS[reference]),
     )
     return inspect(compiled)

@@ -333,9 +333,9 @@ def _kl_div(
     leading, temperature = reference.shape[:-1], float(temperature)
     cir, ref = [as_rows(c) for c in circuits], as_rows(reference)
     if direction == "forward" or not cir:
-        rows = operator.kl_div(cir, ref, temperature, backend)
+        rows = operator.differentiable(cir, ref, temperature, backend)
     else:
-        rows = torch.cat([operator.kl_div([ref], c, temperature, backend) for c in cir])
+        rows = torch.cat([operator.differentiable([ref], c, temperature, backend) for c in cir])
     divergence = reduce(rows, leading, reduction, mask, weights)
     if not return_stats:
         return divergence

@@ -40,6 +40,7 @@ def gradients(
     wanted: Sequence[bool],
     reference_wanted: bool,
     temperature: float = 1.0,
+    kept: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits.
 
@@ -57,6 +58,8 @@ def gradients(
         Whether the reference's is.
     temperature : float
         What all logits are divided by; all of the above is multiplied by its inverse.
+    kept : Tensor (N_KEPT, K, R), optional
+        What the same backend's `kl_rows_kept` kept of these rows; nothing here.
 
     Returns
     -------
@@ -66,6 +69,7 @@ def gradients(
         with KL = NaN is NaN. A row with KL = inf has Q - P for the circuit, and NaN for the reference,
         wherever both logits are finite. A row whose `grad` is 0 is 0, whatever its logits.
     """
+    del kept
     dtype = compute_dtype(reference, *circuits)
     if temperature != 1:
         grad = grad / temperature

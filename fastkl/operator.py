@@ -3,6 +3,9 @@
 `fastkl::kl_div` measures K circuits by a backend; `fastkl::kl_div_backward` is its derivative, and has
 none itself; `fastkl::js_div` and `fastkl::js_div_backward` are the same of the Jensen-Shannon divergence
 of one circuit. All take rows (R, V) with a contiguous last dimension.
+
+Beside the divergences `fastkl::kl_div` returns what its backend keeps of each row (N, K, R) to save the
+derivative work, if it is to `keep` it; N is 0 otherwise, and for backends that keep nothing.
 """
 
 from collections.abc import Sequence
@@ -25,6 +28,15 @@ def measure(
     return chosen.kl_rows(list(circuits), reference, temperature)
 
 
+def differentiable(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
+) -> Tensor:
+    """Return the same, with a gradient."""
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*circuits, reference))
+    divergence: Tensor = kl_div(circuits, reference, temperature, backend, keep)[0]
+    return divergence
+
+
 def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> backends.Backend:
     dtype = reference.dtype
     for circuit in circuits:
@@ -35,25 +47,35 @@ def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) 
 @torch.library.custom_op(
     "fastkl::kl_div",
     mutates_args=(),
-    schema="(Tensor[] circuits, Tensor reference, float temperature, str? backend) -> Tensor",
+    schema="(Tensor[] circuits, Tensor reference, float temperature, str? backend, bool keep) "
+    "-> (Tensor, Tensor)",
 )
 def kl_div(
-    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
-) -> Tensor:
-    """Return the divergences (K, R) of rows (R, V), with a gradient."""
-    return measure(circuits, reference, temperature, backend)
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    temperature: float,
+    backend: str | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the divergences (K, R) of rows (R, V), with a gradient, and what is kept for it."""
+    chosen = _choose(circuits, reference, backend)
+    if keep and circuits and reference.shape[0]:
+        return chosen.kl_rows_kept(list(circuits), reference, temperature)
+    divergence = measure(circuits, reference, temperature, backend)
+    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
 
 
 @torch.library.custom_op(
     "fastkl::kl_div_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor[] circuits, Tensor reference, bool[] wanted, "
+    schema="(Tensor grad, Tensor[] circuits, Tensor reference, Tensor kept, bool[] wanted, "
     "bool reference_wanted, float temperature, str? backend) -> Tensor[]",
 )
 def kl_div_backward(
     grad: Tensor,
     circuits: Sequence[Tensor],
     reference: Tensor,
+    kept: Tensor,
     wanted: Sequence[bool],
     reference_wanted: bool,
     temperature: float,
@@ -61,7 +83,15 @@ def kl_div_backward(
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuits' first, each like its logits."""
     chosen = _choose(circuits, reference, backend)
-    dqs, dp = chosen.gradients(grad, circuits, reference, wanted, reference_wanted, temperature)
+    dqs, dp = chosen.gradients(
+        grad,
+        circuits,
+        reference,
+        wanted,
+        reference_wanted,
+        temperature,
+        kept if kept.shape[0] else None,
+    )
     return [gradient for gradient in (*dqs, dp) if gradient is not None]
 
 
@@ -72,10 +102,18 @@ def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 @kl_div.register_fake
 def _(
-    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
-) -> Tensor:
-    del temperature, backend
-    return _empty(circuits, reference)
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    temperature: float,
+    backend: str | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    del temperature
+    divergence = _empty(circuits, reference)
+    # No backend runs on the meta device, and one that is forced would say so.
+    keep = keep and reference.device.type != "meta"
+    n_kept = _choose(circuits, reference, backend).N_KEPT if keep else 0
+    return divergence, divergence.new_empty((n_kept, *divergence.shape))
 
 
 @kl_div_backward.register_fake
@@ -83,22 +121,23 @@ def _(
     grad: Tensor,
     circuits: Sequence[Tensor],
     reference: Tensor,
+    kept: Tensor,
     wanted: Sequence[bool],
     reference_wanted: bool,
     temperature: float,
     backend: str | None,
 ) -> list[Tensor]:
-    del grad, temperature, backend
+    del grad, kept, temperature, backend
     wants = (*wanted, reference_wanted)
     logits = zip((*circuits, reference), wants, strict=True)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, want in logits if want]
 
 
-def _keep(ctx: Any, *logits: Tensor) -> None:
-    """Save the logits alone: a backward pass reads them again rather than keep more of their size."""
-    ctx.save_for_backward(*(None if t.is_inference() else t for t in logits))
+def _keep(ctx: Any, *tensors: Tensor) -> None:
+    """Save the logits: a backward pass reads them again rather than keep more of their size."""
+    ctx.save_for_backward(*(None if t.is_inference() else t for t in tensors))
     # A teacher's, made under inference mode: autograd does not save such, and no one can change them.
-    ctx.inference = [t if t.is_inference() else None for t in logits]
+    ctx.inference = [t if t.is_inference() else None for t in tensors]
 
 
 def _kept(ctx: Any) -> list[Tensor]:
@@ -107,23 +146,28 @@ def _kept(ctx: Any) -> list[Tensor]:
 
 
 def _save(
-    ctx: Any, inputs: tuple[Sequence[Tensor], Tensor, float, str | None], output: Tensor
+    ctx: Any,
+    inputs: tuple[Sequence[Tensor], Tensor, float, str | None, bool],
+    output: tuple[Tensor, Tensor],
 ) -> None:
-    del output
-    circuits, reference, ctx.temperature, ctx.backend = inputs
-    _keep(ctx, *circuits, reference)
+    circuits, reference, ctx.temperature, ctx.backend, _ = inputs
+    _, kept = output
+    ctx.mark_non_differentiable(kept)
+    _keep(ctx, *circuits, reference, kept)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None, None]:
-    *circuits, reference = _kept(ctx)
+def _backward(
+    ctx: Any, grad: Tensor, _: Tensor
+) -> tuple[list[Tensor | None], Tensor | None, None, None, None]:
+    *circuits, reference, kept = _kept(ctx)
     wanted, reference_wanted, *_ = ctx.needs_input_grad
     found = iter(
         kl_div_backward(
-            grad, circuits, reference, wanted, reference_wanted, ctx.temperature, ctx.backend
+            grad, circuits, reference, kept, wanted, reference_wanted, ctx.temperature, ctx.backend
         )
     )
     dqs = [next(found) if want else None for want in wanted]
-    return dqs, next(found) if reference_wanted else None, None, None
+    return dqs, next(found) if reference_wanted else None, None, None, None
 
 
 kl_div.register_autograd(_backward, setup_context=_save)
@@ -148,16 +192,19 @@ def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
 @kl_div.register_vmap
 def _(
     info: Any,
-    in_dims: tuple[Sequence[int | None], int | None, None, None],
+    in_dims: tuple[Sequence[int | None], int | None, None, None, None],
     circuits: Sequence[Tensor],
     reference: Tensor,
     temperature: float,
     backend: str | None,
-) -> tuple[Tensor, int]:
+    keep: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     dims, reference_dim, *_ = in_dims
     rows = [_fold(t, dim, info.batch_size) for t, dim in zip(circuits, dims, strict=True)]
-    result = kl_div(rows, _fold(reference, reference_dim, info.batch_size), temperature, backend)
-    return result.reshape(len(rows), info.batch_size, -1), 1
+    folded = _fold(reference, reference_dim, info.batch_size)
+    divergence, kept = kl_div(rows, folded, temperature, backend, keep)
+    shape = (len(rows), info.batch_size, folded.shape[0] // info.batch_size)
+    return (divergence.reshape(shape), kept.reshape(kept.shape[0], *shape)), (1, 2)
 
 
 @torch.library.custom_op(

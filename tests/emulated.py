@@ -10,15 +10,23 @@ import contextlib
 import functools
 import importlib
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
-from fastkl._triton import kernels
+from fastkl._triton import gradient_kernels, kernels
 from ptx_emulator import Memory, Stats, as_compiled, compile_ptx
 from ptx_emulator import launch as run
 
 # The package's `launch` is the function of that name.
 launch = importlib.import_module("fastkl._triton.launch")
+gradient_launch = importlib.import_module("fastkl._triton.gradient_launch")
+
+KERNELS = {
+    **{
+        name: getattr(kernels, name) for name in ("partial_kernel", "finish_kernel", "table_kernel")
+    },
+    **{name: getattr(gradient_kernels, name) for name in ("gradient_kernel", "top_kernel")},
+}
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -32,7 +40,7 @@ POINTERS = {
 def compiled(name, arch, signature, constexprs, divisible, options):
     """Compile a kernel once for each way its arguments are specialized."""
     return compile_ptx(
-        getattr(kernels, name),
+        KERNELS[name],
         dict(signature),
         dict(constexprs),
         arch=arch,
@@ -46,7 +54,7 @@ class EmulatedKernel:
 
     def __init__(self, name, session):
         self.name = name
-        self.function = getattr(kernels, name)
+        self.function = KERNELS[name]
         self.session = session
 
     def __getitem__(self, grid):
@@ -80,7 +88,7 @@ class EmulatedKernel:
             tuple(divisible),
             tuple(options.items()),
         )
-        memory = self.session.memory(arguments)
+        memory = self.session.memory(self.name, arguments)
         values = [
             arguments[name].data_ptr() if torch.is_tensor(arguments[name]) else arguments[name]
             for name in names
@@ -90,19 +98,44 @@ class EmulatedKernel:
         self.session.stats[self.name].append(stats)
 
 
+class CountedMemory(Memory):
+    """Counts bytes: by the first word of the allocation's name, "load" or "store", and width."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def access(self, addresses, unit, count, *, values=None, align=None):
+        words = super().access(addresses, unit, count, values=values, align=align)
+        # One instruction accesses one tensor's row.
+        name = self.find(int(addresses[0]), unit * count).name.split()[0]
+        what = "load" if values is None else "store"
+        self.counts[name, what, unit * count] += unit * count * addresses.size
+        return words
+
+
 class Session:
     """What is emulated, and what was counted, by kernel."""
 
     def __init__(self, arch, approx_ulp):
         self.arch, self.approx_ulp = arch, approx_ulp
         self.stats = defaultdict(list)
+        self.bytes = defaultdict(Counter)
         self.circuits = []
+        self.written = []
 
     def total(self, name):
         return sum(self.stats[name], Stats())
 
-    def memory(self, arguments):
-        memory = Memory()
+    def accessed(self, kernel, name, what):
+        """Bytes that a kernel loads from, or stores to, logits' "row"s, or a "gradient": by width."""
+        found = self.bytes[kernel].items()
+        return {width: n for (owner, how, width), n in found if (owner, how) == (name, what)}
+
+    def memory(self, kernel, arguments):
+        memory = CountedMemory(self.bytes[kernel])
+        for k, tensor in enumerate(self.written):
+            memory.add(tensor, f"gradient {k}")
         logits = [*self.circuits]
         for name, value in arguments.items():
             if name == "p_ptr":
@@ -120,13 +153,12 @@ class Session:
 def emulation(arch, approx_ulp=0):
     """Within it, the launcher's kernels run in the emulator."""
     session = Session(arch, approx_ulp)
-    names = ("partial_kernel", "finish_kernel", "table_kernel")
-    stand_ins = {name: EmulatedKernel(name, session) for name in names}
-    launch.kernels = types.SimpleNamespace(**stand_ins)
+    stand_ins = types.SimpleNamespace(**{name: EmulatedKernel(name, session) for name in KERNELS})
+    launch.kernels = gradient_launch.kernels = stand_ins
     try:
         yield session
     finally:
-        launch.kernels = kernels
+        launch.kernels, gradient_launch.kernels = kernels, gradient_kernels
 
 
 def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):
@@ -134,3 +166,24 @@ def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):
     with emulation(arch, approx_ulp) as session:
         session.circuits = list(circuits)
         return launch.launch(circuits, reference, temperature), session
+
+
+def emulate_gradients(
+    grad, circuits, reference, wanted, reference_wanted, *, arch, approx_ulp=0, temperature=1.0
+):
+    """Launch what the backend's `gradients` does; returns the gradients and the session.
+
+    Each gradient is an allocation of its own too, and NaN until it is written.
+    """
+
+    def empty(rows):
+        return torch.full(rows.shape, torch.nan, dtype=rows.dtype)
+
+    dqs = [empty(c) if want else None for c, want in zip(circuits, wanted, strict=True)]
+    dp = empty(reference) if reference_wanted else None
+    with emulation(arch, approx_ulp) as session:
+        session.circuits = list(circuits)
+        kept = launch.launch(circuits, reference, temperature, keep=True)
+        session.written = [t for t in (*dqs, dp) if t is not None]
+        gradient_launch.launch_gradients(grad, circuits, reference, kept, dqs, dp, temperature)
+    return dqs, dp, session

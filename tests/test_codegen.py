@@ -4,6 +4,7 @@ Nothing is known to the compiler about sizes, so what holds here holds for V = 5
 """
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from emulated import compiled, emulate, launch
 from ptx_emulator import compile_kernel
 from triton.backends.compiler import GPUTarget
 
-from bench.build import build_finish, build_partial
+from bench.build import build_finish, build_gradient, build_partial, gradient_launch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
@@ -68,9 +69,53 @@ def test_other_targets(target, dtype):
         assert (body.barriers, body.shuffles, body.spills) == (0, 0, 0)
 
 
-def test_finish_kernel():
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", BYTES)
+def test_gradient_kernel(dtype, reference):
+    """Wide loads and stores, no spill, no waiting, and half or a third of an SM's threads at a time."""
+    program = build_gradient(
+        "sm_90", dtype, reference=reference, hints=False, compiler=compile_kernel
+    )
+    tile = gradient_launch.GRADIENT_TILES[BYTES[dtype]]
+    blocks = (*program.loops, program.outside)
+    assert (program.stack, program.shared) == (0, 0)
+    assert all((b.barriers, b.shuffles, b.shared_accesses) == (0, 0, 0) for b in blocks)
+    assert 65536 // (program.registers * program.threads) * program.threads >= (
+        768 if reference else 1024
+    )
+    # The circuit's logits in the loop over circuits, the reference's before it.
+    assert program.body.load_widths.count(16) == tile.loads
+    assert program.outside.load_widths.count(16) == tile.loads
+    # Of its single-token neighbors: the table, and the few numbers of a row.
+    assert min(program.body.load_widths) == 4
+    stores = Counter(
+        "128" in i.opcode for b in blocks for i in b.instructions if i.opcode.startswith("STG")
+    )
+    assert stores[True] == tile.loads * (1 + reference)
+    # An H100 issues 35 instructions in the time of 4 bytes: half-precision logits and their gradient.
+    # All else moves more: with a single circuit, 6 to 16 bytes.
+    pairs = tile.tokens / program.threads
+    assert len(program.body) / pairs <= (48 if reference else 35.4)
+    assert program.body.special / pairs <= 1.25
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", BYTES)
+def test_gradient_kernel_elsewhere(target, dtype):
+    for reference in (False, True):
+        program = build_gradient(
+            target, dtype, reference=reference, hints=False, compiler=compile_kernel
+        )
+        blocks = (*program.loops, program.outside)
+        assert (program.stack, program.shared) == (0, 0)
+        assert all((b.barriers, b.shuffles, b.spills) == (0, 0, 0) for b in blocks)
+        assert 16 in program.body.load_widths
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_finish_kernel(keep):
     for dtype in BYTES:
-        program = build_finish("sm_90", dtype, compiler=compile_kernel)
+        program = build_finish("sm_90", dtype, keep=keep, compiler=compile_kernel)
         assert program.stack == 0
         assert any(set(loop.load_widths) == {16} for loop in program.loops)
 

@@ -7,10 +7,13 @@ import itertools
 
 import pytest
 import torch
-from conftest import assert_matches, oracle
+from conftest import assert_matches, oracle, oracle_gradients
 from test_edge_cases import TABLE
+from test_gradient import BOUND, error
 
 import fastkl
+from fastkl import gradient
+from fastkl.backends import triton
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,6 +167,121 @@ def test_peak_memory(n_circuits):
     peak = torch.cuda.max_memory_allocated() - before
     logits = sum(t.numel() * t.itemsize for t in (*circuits, reference))
     assert 0 < peak < 0.002 * logits
+
+
+def differentiate(circuits, reference, grad, reference_wanted=True):
+    """The gradients by a training step: forward, then what it kept, then backward."""
+    leaves = [c.detach().requires_grad_() for c in circuits]
+    teacher = reference.detach().requires_grad_(reference_wanted)
+    fastkl.kl_div_many(leaves, teacher, reduction="none", backend="triton").backward(grad)
+    return [leaf.grad for leaf in leaves], teacher.grad
+
+
+@pytest.mark.parametrize("n_cols", [2, 33, 1000, 50257, 151936])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_parity(dtype, n_cols):
+    """Against float64 in float32; in half precision against PyTorch's, computed in float32 as well."""
+    circuits, reference = make(4, 9, n_cols, dtype)
+    circuits = circuits[1:]
+    grad = torch.rand(3, 9, device=DEVICE) + 0.5
+    grad[1, 2] = 0
+    dqs, dp = differentiate(circuits, reference, grad)
+    if dtype == torch.float32:
+        exact = [oracle_gradients(c, reference, g) for c, g in zip(circuits, grad, strict=True)]
+        for dq, (wanted, _) in zip(dqs, exact, strict=True):
+            off = (dq.double() - wanted).norm(dim=-1)
+            # Of two tokens, next to all mass can be in one.
+            assert (off <= BOUND * wanted.norm(dim=-1) + 1e-12).all()
+        total = sum(wanted for _, wanted in exact)
+        assert ((dp.double() - total).norm(dim=-1) <= BOUND * total.norm(dim=-1) + 1e-7).all()
+        return
+    found = gradient.gradients(grad, circuits, reference, [True] * 3, True)
+    for ours, wanted in zip((*dqs, dp), (*found[0], found[1]), strict=True):
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, wanted, rtol=2 * eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_alignments(dtype, offset):
+    """Logits that start anywhere and lie otherwise than their gradients: no fault, and right."""
+    circuits, reference = make(3, 5, 3001, dtype)
+    expected = gradient.gradients(
+        torch.ones(3, 5, device=DEVICE), circuits, reference, [True] * 3, True
+    )
+    placed = []
+    for k, rows in enumerate((reference, *circuits)):
+        storage = torch.zeros(rows.numel() + 32, dtype=dtype, device=DEVICE)
+        placed.append(storage[offset + k :][: rows.numel()].view(rows.shape).copy_(rows))
+    dqs, dp = differentiate(placed[1:], placed[0], torch.ones(3, 5, device=DEVICE))
+    for ours, wanted in zip((*dqs, dp), (*expected[0], expected[1]), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_gradient_edge_cases():
+    """Masked, undefined and unasked rows are what PyTorch's gradients say they are."""
+    values = (-torch.inf, torch.inf, torch.nan, 0.5)
+    cases = list(itertools.product(values, values))
+    _, reference = make(1, 2 * len(cases), 1101)
+    circuit = reference + 0.1 * torch.randn_like(reference)
+    for row, (p_v, q_v) in enumerate(cases):
+        for i, place in enumerate((300, 1100)):
+            reference[2 * row + i, place], circuit[2 * row + i, place] = p_v, q_v
+    for grad in (1.0, 0.0):
+        grads = torch.full((1, len(reference)), grad, device=DEVICE)
+        (dq,), dp = differentiate([circuit], reference, grads)
+        (wanted,), wanted_p = gradient.gradients(grads, [circuit], reference, [True], True)
+        for ours, eager in ((dq, wanted), (dp, wanted_p)):
+            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+def test_gradients_in_a_graph_without_synchronization():
+    """A step is captured, replayed on other logits, and never waits for the card."""
+    circuits, reference = make(5, 16, 50257, torch.bfloat16)
+    grad = torch.rand(5, 16, device=DEVICE)
+    arguments = (grad, circuits, reference, [True] * 5, True)
+
+    def step():
+        _, kept = triton.kl_rows_kept(circuits, reference)
+        return triton.gradients(*arguments, kept=kept)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_p = step()
+    for tensor in (*circuits, reference):
+        tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dqs, dp = step()
+        differentiate(circuits, reference, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, again in zip((*captured, captured_p), (*dqs, dp), strict=True):
+        assert torch.equal(ours, again)
+    assert error(dqs[0], oracle_gradients(circuits[0], reference, grad[0])[0]) <= 2**-8
+
+
+@pytest.mark.parametrize("n_circuits", [1, 10])
+def test_gradient_peak_memory(n_circuits):
+    """Beside the logits and the gradients: a few numbers a row and slice."""
+    circuits, reference = make(n_circuits, 64, 50257)
+    grad = torch.rand(n_circuits, 64, device=DEVICE)
+    differentiate(circuits, reference, grad)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients = differentiate(circuits, reference, grad)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    written = sum(t.nbytes for t in (*gradients[0], gradients[1]))
+    assert written <= peak < 1.01 * written + 2**20
 
 
 def needs(n_bytes):

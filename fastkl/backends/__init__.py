@@ -18,6 +18,8 @@ class Backend(Protocol):
     """What a module of this package offers."""
 
     NAME: str
+    # How many numbers of a row and circuit `kl_rows_kept` keeps for `gradients`.
+    N_KEPT: int
 
     def missing(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -29,6 +31,11 @@ class Backend(Protocol):
     ) -> Tensor:
         """Return KL(reference ‖ circuit) (K, R) of K circuits (R, V) and a reference (R, V)."""
 
+    def kl_rows_kept(
+        self, circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `kl_rows` does, and what it keeps (N_KEPT, K, R) to save `gradients` work."""
+
     def gradients(
         self,
         grad: Tensor,
@@ -37,8 +44,9 @@ class Backend(Protocol):
         wanted: Sequence[bool],
         reference_wanted: bool,
         temperature: float = 1.0,
+        kept: Tensor | None = None,
     ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Return what `fastkl.gradient.gradients` does."""
+        """Return what `fastkl.gradient.gradients` does; what was not kept is computed again."""
 
     def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         """Return the same rows' states, each field (K, R), to be merged with other slices'."""

@@ -24,6 +24,7 @@ from fastkl.rows import compute_dtype, cool
 from fastkl.state import RowState
 
 NAME = "eager"
+N_KEPT = 0
 # Elements a block: five float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
 # not stay in the cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -73,6 +74,15 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
         for k, circuit in enumerate(circuits):
             divergence[k, rows] = _block_kl(cool(circuit[rows], dtype, temperature), ref, buffers)
     return divergence
+
+
+@torch.no_grad()
+def kl_rows_kept(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `kl_rows` does; nothing is kept for `gradients`."""
+    divergence = kl_rows(circuits, reference, temperature)
+    return divergence, divergence.new_empty((N_KEPT, *divergence.shape))
 
 
 @torch.no_grad()

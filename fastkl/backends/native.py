@@ -17,6 +17,7 @@ from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
 NAME = "native"
+N_KEPT = 0
 LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -79,6 +80,15 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 
 
 @torch.no_grad()
+def kl_rows_kept(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `kl_rows` does; nothing is kept for `gradients`."""
+    divergence = kl_rows(circuits, reference, temperature)
+    return divergence, divergence.new_empty((N_KEPT, *divergence.shape))
+
+
+@torch.no_grad()
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
 
@@ -111,11 +121,13 @@ def gradients(
     wanted: Sequence[bool],
     reference_wanted: bool,
     temperature: float = 1.0,
+    kept: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
 
     Each logit is read once. Beside the gradients, every thread takes 28 bytes a token.
     """
+    del kept
     extension = _extension()
     if extension is None:
         raise RuntimeError(missing())

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl import gradient
 from fastkl.backends import eager
 from fastkl.state import RowState
 
 NAME = "triton"
+# Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
+N_KEPT = 8
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-gradients = gradient.gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -68,26 +66,78 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 
 
 @torch.no_grad()
+def kl_rows_kept(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (N_KEPT, K, R)."""
+    import fastkl._triton as _triton
+
+    circuits, reference = _one_dtype(circuits, reference)
+    kept: Tensor = _triton.launch(circuits, reference, temperature, keep=True)
+    return kept[0].clone(), kept
+
+
+@torch.no_grad()
+def gradients(
+    grad: Tensor,
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    wanted: Sequence[bool],
+    reference_wanted: bool,
+    temperature: float = 1.0,
+    kept: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
+
+    Each logit is read once, and nothing of the logits' size is made beside the gradients, but for copies
+    in float32 where dtypes differ. What `kl_rows_kept` keeps is computed again if it is not given: the
+    logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes; where one
+    token has all but 1e-6 of both sides' mass, its gradient, of that size itself, may be off by 1e-4 of
+    it.
+    """
+    import fastkl._triton as _triton
+
+    if not circuits or reference.shape[0] == 0:
+        dqs = [
+            torch.zeros_like(c) if want else None for c, want in zip(circuits, wanted, strict=True)
+        ]
+        return dqs, torch.zeros_like(reference) if reference_wanted else None
+    dtypes = [circuit.dtype for circuit in circuits], reference.dtype
+    circuits, reference = _one_dtype(circuits, reference)
+    if kept is None:
+        kept = _triton.launch(circuits, reference, temperature, keep=True)
+    dqs = [
+        torch.empty(circuit.shape, dtype=circuit.dtype, device=circuit.device) if want else None
+        for circuit, want in zip(circuits, wanted, strict=True)
+    ]
+    dp = None
+    if reference_wanted:
+        dp = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+    _triton.launch_gradients(grad.float(), circuits, reference, kept, dqs, dp, temperature)
+    dqs = [None if dq is None else dq.to(dtype) for dq, dtype in zip(dqs, dtypes[0], strict=True)]
+    return dqs, None if dp is None else dp.to(dtypes[1])
+
+
+@torch.no_grad()
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64."""
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    _, b_p, z_p, b_q, s, h, x = _triton.launch(circuits, reference, keep=True)
+    _, b_p, z_p, b_q, s, h, x, _ = _triton.launch(circuits, reference, keep=True)
     # The pivot as the kernel rounds it; the bases are in units of log 2.
     c = ((b_p - b_q) * math.log(2)).double()
     m_p, m_q = b_p.double() * math.log(2), b_q.double() * math.log(2)
     z_p, s, h = z_p.double(), s.double(), h.double()
     z_q = z_p * torch.exp((m_p - m_q) - c - x.double())
     kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
-    if all(field.isfinite().all() for field in kept):
+    finite = torch.stack(kept).isfinite().all(0)
+    if finite.all():
         return kept
     # A slice without mass on a side, or of infinite divergence, has a state and no finite pivot.
-    finite = torch.stack(kept).isfinite().all(0)
     others = eager.row_states(circuits, reference)
-    return RowState(
-        *(torch.where(finite, a, b) for a, b in zip(kept, others, strict=True)),
-    )
+    pairs = zip(kept, others, strict=True)
+    return RowState(*(torch.where(finite, ours, other) for ours, other in pairs))
 
 
 def _one_dtype(circuits: Sequence[Tensor], reference: Tensor) -> tuple[list[Tensor], Tensor]:

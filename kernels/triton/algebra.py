@@ -35,9 +35,10 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# log 2 in two parts: as a float32, and what is missing to it.
 LN_2 = tl.constexpr(0.6931471805599453)
-LN_2_LOW = tl.constexpr(-1.904654323148236e-9)
+# log 2 in two parts, the first of 12 bits.
+LN_2_HIGH = tl.constexpr(0.693115234375)
+LN_2_LOW = tl.constexpr(3.194618494530941e-5)
 # |d| from which φ(d) is e^(-d) - 1 + d instead of a polynomial, as in fastkl.state.
 NEAR = tl.constexpr(0.5)
 # A plain result below it is not good enough, as in fastkl.state.
@@ -101,7 +102,10 @@ def pivot_of(base_p, base_q):
     """Return the pivot, and what rounding took from it."""
     apart = base_p - base_q
     pivot = apart * LN_2
-    return pivot, tl.fma(apart, LN_2, -pivot) + apart * LN_2_LOW
+    # By parts of 12 bits, whose products are exact: a fused multiply-add is not one in the interpreter.
+    high = (apart.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    low = apart - high
+    return pivot, (high * LN_2_HIGH - pivot) + (high * LN_2_LOW + low * LN_2)
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def scaled(value, scale, mass):
 
 
 @triton.jit
-def merge(state):
+def merge(state, KEEP: tl.constexpr):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
     A slice's is (b_p, z_p, b_q, mass, s, h, mass_error): `mass` is the circuit's, in the scale of the
@@ -162,6 +166,11 @@ def merge(state):
     total_h = tl.sum(scaled((h + h * change) + (moved - crossed), scale_p, any_mass), axis=0)
     doubt = scaled(moved + tl.abs(crossed), scale_p, any_mass) / sum_p * PIVOT_ERROR
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
+    if KEEP:
+        # Where one token has nearly all mass, a change of pivot leaves as little of s as the others have
+        # mass, and gradients. A slice that may hold it is summed at the row's pivot.
+        most = scaled(z_p, scale_p, z_p) > 0.5 * sum_p
+        doubt = tl.where(most & (tl.abs(moved_by) > 1e-6), 1.0, doubt)
 
     finite = (sum_p > 0.0) & (sum_q > 0.0) & (sum_p < float("inf")) & (sum_q < float("inf"))
     finite = finite & (tl.abs(total_s) < float("inf")) & (tl.abs(total_h) < float("inf"))
@@ -169,16 +178,31 @@ def merge(state):
 
 
 @triton.jit
-def judge(row, x, doubt, plain_doubt):
+def judge(row, x, doubt, plain_doubt, KEEP: tl.constexpr):
     """Return a row's divergence in nats, whether it is good enough, and how much a slice may be off.
 
-    The last is what each of the accurate and the plain divergence can bear altogether, -1 if nothing.
+    The last is what each of the accurate and the plain divergence can bear altogether, -1 if nothing. To
+    KEEP what gradients need, which are wanted relative to themselves, a small one bears no absolute
+    error, and the masses of a large one must be right.
     """
     _, z_p, _, s, h = row
     plain = s / z_p - x
     accurate = h / z_p
-    room = tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
-    plain_room = tl.where(plain >= ACCURATE_BELOW, plain * RELATIVE, -1.0)
+    room = accurate * RELATIVE if KEEP else tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
+    plain_room = tl.minimum(plain * RELATIVE, 1e-6) if KEEP else plain * RELATIVE
+    plain_room = tl.where(plain >= ACCURATE_BELOW, plain_room, -1.0)
     plain_is_good = tl.sum(plain_doubt, axis=0) <= plain_room
     good = plain_is_good | (tl.sum(doubt, axis=0) <= room)
     return tl.where(plain_is_good, plain, accurate), good, room, plain_room
+
+
+@triton.jit
+def pivot_growth(z_p, s, h, divergence, x):
+    """Return e^x - 1, x = lse_p - lse_q - c of a row at its pivot c, as exactly as gradients need it.
+
+    Two rounded log-sum-exps are off by 1e-7, however small d is. The circuit's mass z_p + h - s says
+    more of close rows: what it differs by from z_p is a sum of small numbers.
+    """
+    t = (h - s) / z_p
+    close = (divergence < ACCURATE_BELOW) & (tl.abs(t) < 0.01)
+    return tl.where(close, -t / (1.0 + t), phi(-x) + x)

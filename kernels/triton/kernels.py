@@ -14,6 +14,7 @@ from .algebra import (
     estimate,
     judge,
     merge,
+    pivot_growth,
     pivot_of,
     terms,
     to_grid,
@@ -392,10 +393,10 @@ def finish_kernel(
 ):
     """Merge the slices of one row and circuit into its divergence, and look again where need be.
 
-    kl[circuit, row]; to KEEP its state, kept[field, circuit, row] with field in (KL, b_p, z_p, b_q, s,
-    h, x): see `merge`. float32.
+    kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with field in (KL, b_p, z_p,
+    b_q, s, h, x, e^x - 1): see `merge`; z_p is NaN where KL is. float32.
 
-    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 28. A slice whose pivot
+    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 32. A slice whose pivot
     was not good enough is summed again at the row's: that reads slice_size·itemsize·2 bytes more and
     takes two exponentials a pair. Where a sum overflowed or vanished, the row's maxima are looked for
     and all of its slices are summed again.
@@ -420,8 +421,8 @@ def finish_kernel(
     mass = z_p + (h - s)
     state = (b_p, z_p, b_q, mass, s, h, mass_error)
 
-    merged, x, finite, doubt, plain_doubt = merge(state)
-    divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt)
+    merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
+    divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt, KEEP)
     # Where all of the first tokens are masked the base is 0: is there no mass, or too little to be seen?
     unseen = inside & (((b_p == 0.0) & (z_p < FAINT)) | ((b_q == 0.0) & (mass < FAINT)))
     settled = finite & good & (tl.max(unseen.to(tl.int32), axis=0) == 0)
@@ -429,7 +430,7 @@ def finish_kernel(
     again = unseen | tl.where(
         plain_room > 0.0,
         plain_doubt * n_slices > plain_room,
-        doubt * n_slices > tl.maximum(room, NEGLIGIBLE),
+        doubt * n_slices > (room if KEEP else tl.maximum(room, NEGLIGIBLE)),
     )
     look = 0
     while (look < LOOKS) & (settled == 0):
@@ -459,8 +460,8 @@ def finish_kernel(
             VEC,
             SLICES,
         )
-        merged, x, finite, doubt, plain_doubt = merge(state)
-        divergence, good, _, _ = judge(merged, x, doubt, plain_doubt)
+        merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
+        divergence, good, _, _ = judge(merged, x, doubt, plain_doubt, KEEP)
         # Summed at its maxima, a row that has a divergence has a finite one, or an infinite one.
         divergence = tl.where(finite, divergence, float("inf"))
         divergence = tl.where(defined, divergence, float("nan"))
@@ -471,9 +472,11 @@ def finish_kernel(
     tl.store(kl_ptr + program, divergence)
     if KEEP:
         b_p, z_p, b_q, s, h = merged
+        growth = pivot_growth(z_p, s, h, divergence, x)
+        z_p = tl.where(divergence == divergence, z_p, float("nan"))
         row_stride = n_circuits.to(tl.int64) * n_rows
-        fields = (b_p, z_p, b_q, s, h, x)
-        for field in tl.static_range(6):
+        fields = (b_p, z_p, b_q, s, h, x, growth)
+        for field in tl.static_range(7):
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 

@@ -21,7 +21,7 @@ SLICE = 4096
 # Slices of a row, at the most: larger vocabularies have larger slices.
 SLICES = 64
 # The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
-N_FIELDS, N_KEPT = 5, 7
+N_FIELDS, N_KEPT = 5, 8
 LOG2_E = 1.4426950408889634
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
@@ -165,7 +165,7 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        rows["table_ptr"] = _table(circuits, device)
+        rows["table_ptr"] = pointer_table(circuits, device)
         for first, size, count in groups(n_circuits):
             tile = TILES[itemsize, size]
             kernels.partial_kernel[(n_rows * n_slices * count,)](
@@ -194,9 +194,10 @@ def warp_size(device):
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def _table(circuits, device):
-    """Return a table (K, 2) on the device of the circuits' addresses and row strides."""
-    numbers = [n for circuit in circuits for n in (circuit.data_ptr(), circuit.stride(0))]
+def pointer_table(tensors, device):
+    """Return a table (K, 2) on the device of the tensors' addresses and row strides, 0 for None."""
+    pairs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
+    numbers = [number for pair in pairs for number in pair]
     table = torch.empty(len(numbers), dtype=torch.int64, device=device)
     for first in range(0, len(numbers), TABLE_CHUNK):
         chunk = numbers[first : first + TABLE_CHUNK]

@@ -1,0 +1,279 @@
+"""The gradients of the divergences, from logits and what `finish_kernel` kept of each row.
+
+The algebra is that of `fastkl.gradient`, whose names these are: Q - P = P expm1(-d) at a pivot c of
+which it is known how much it is off. Every token's gradient follows from its own two logits and a few
+numbers of its row, so that each logit is read once.
+"""
+
+import triton
+import triton.language as tl
+
+from .algebra import NEAR, phi_over_square, pivot_of, weights
+from .kernels import load_inside, row_pointer, shift_of, temperature_of
+
+# As in kernels.py: plain numbers at run time, whatever they are.
+SIZES = (
+    "p_row_stride",
+    "grad_circuit_stride",
+    "grad_row_stride",
+    "n_rows",
+    "n_cols",
+    "n_circuits",
+    "n_parts",
+    "lead",
+    "aligned",
+    "unit",
+    "inverse",
+)
+# 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
+CONFIDENT = tl.constexpr(0.0625)
+
+
+@triton.jit
+def load_tokens(pointer, offsets, inside):
+    """Load logits as float32, those outside as anything."""
+    return tl.load(pointer + offsets, mask=inside).to(tl.float32)
+
+
+@triton.jit
+def nothing(scale):
+    """Return a masked logit's gradient: 0, but NaN in a row that is."""
+    return tl.where(scale == scale, 0.0, scale)
+
+
+@triton.jit
+def circuit_gradient(p, weight, q, base_q, c, growth, scale, unit, inverse):
+    """Return scale · (Q - P) z_p of tokens, as exactly where P and Q are close as where they are not."""
+    d = (p - q) * inverse - c
+    # With the right pivot the weights e^(-d) are 1 + growth times as large.
+    near = d * d * phi_over_square(d) - d
+    near = weight * tl.fma(near, scale + scale * growth, scale * growth)
+    # The same difference, of what can not overflow.
+    other = weights(q, unit, base_q)
+    far = tl.fma(other, scale + scale * growth, -weight * scale)
+    value = tl.where(tl.abs(d) < NEAR, near, far)
+    return tl.where(q == -float("inf"), nothing(scale), value)
+
+
+@triton.jit
+def reference_gradient(p, weight, q, c, mean, scale, inverse):
+    """Return scale · P (d - KL) z_p of tokens."""
+    d = (p - q) * inverse - c
+    masked = (p == -float("inf")) | (q == -float("inf"))
+    return tl.where(masked, nothing(scale), weight * (scale * (d - mean)))
+
+
+@triton.jit
+def differentiate(
+    p_row,
+    table_ptr,
+    grad_ptr,
+    rows_ptr,
+    top_ptr,
+    row,
+    at,
+    shift,
+    offsets,
+    inside,
+    grad_circuit_stride,
+    grad_row_stride,
+    n_rows,
+    n_circuits,
+    unit,
+    inverse,
+    REFERENCE: tl.constexpr,
+):
+    """Write the gradients of a row's tokens at `offsets` from `at`, counted from `shift` before it."""
+    dtype: tl.constexpr = p_row.dtype.element_ty
+    field_stride = n_circuits.to(tl.int64) * n_rows
+    p = load_tokens(p_row + at, offsets, inside)
+    total = tl.zeros_like(p)
+    for circuit in range(n_circuits):
+        wanted = tl.load(table_ptr + 2 * (n_circuits + circuit)) != 0
+        grad = tl.load(grad_ptr + circuit * grad_circuit_stride + row * grad_row_stride)
+        index = circuit * n_rows.to(tl.int64) + row
+        value = tl.zeros_like(p)
+        # A row that no one asks for is not looked at: 0 times NaN would be one.
+        if (grad != 0.0) & (wanted | REFERENCE):
+            q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
+            q = load_tokens(q_row + at, offsets, inside)
+            kept = rows_ptr + index
+            base_p = tl.load(kept + field_stride)
+            z_p = tl.load(kept + 2 * field_stride)
+            base_q = tl.load(kept + 3 * field_stride)
+            growth = tl.load(kept + 7 * field_stride)
+            c, _ = pivot_of(base_p, base_q)
+            # The reference's again for each circuit: what its rows are counted from may differ.
+            weight = weights(p, unit, base_p)
+            scale = grad * inverse / z_p
+            value = circuit_gradient(p, weight, q, base_q, c, growth, scale, unit, inverse)
+            if REFERENCE:
+                c = tl.load(top_ptr + index)
+                mean = tl.load(top_ptr + field_stride + index)
+                total += reference_gradient(p, weight, q, c, mean, scale, inverse)
+        if wanted:
+            dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
+            tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
+    if REFERENCE:
+        dp_row = row_pointer(table_ptr, 2 * n_circuits, row, shift, dtype)
+        tl.store(dp_row + at + offsets, total.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gradient_kernel(
+    p_ptr,
+    table_ptr,
+    grad_ptr,
+    rows_ptr,
+    top_ptr,
+    p_row_stride: tl.int64,
+    grad_circuit_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    n_parts: tl.int32,
+    lead: tl.int32,
+    aligned: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+    VEC: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    COOL: tl.constexpr,
+):
+    """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
+
+    Program = (row, tile), tile fastest. The table holds the addresses and row strides of the circuits,
+    of their gradients, and of the reference's; 0 where one is not wanted. As in `sweep`, whole tiles
+    begin at the row's first multiple of 16 bytes and take loads and stores of 128 bits without a mask.
+    The tokens before and after them, or all of them if not `aligned`, are taken one a lane, masked, by
+    the programs that are left.
+
+    rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
+
+    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. Two
+    exponentials a pair.
+    """
+    unit, inverse = temperature_of(unit, inverse, COOL)
+    # A grid has less than 2^31 programs, and a division of 64 bits would be a tenth of the work.
+    program = tl.program_id(0)
+    part = program % n_parts
+    row = (program // n_parts).to(tl.int64)
+
+    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
+    n_before = tl.minimum((VEC - shift) % VEC, n_cols) * aligned
+    n_tiles = tl.where(aligned != 0, (n_cols - n_before) // TILE, 0)
+    p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
+    if part < n_tiles:
+        differentiate(
+            p_row,
+            table_ptr,
+            grad_ptr,
+            rows_ptr,
+            top_ptr,
+            row,
+            tl.multiple_of(shift + n_before + part * TILE, VEC),
+            shift,
+            tl.arange(0, TILE),
+            None,
+            grad_circuit_stride,
+            grad_row_stride,
+            n_rows,
+            n_circuits,
+            unit,
+            inverse,
+            REFERENCE,
+        )
+    else:
+        first = (part - n_tiles) * TILE
+        n_rest = tl.minimum(first + TILE, n_cols - n_tiles * TILE)
+        for start in tl.range(first, n_rest, LANES):
+            index = start + tl.arange(0, LANES)
+            differentiate(
+                p_row,
+                table_ptr,
+                grad_ptr,
+                rows_ptr,
+                top_ptr,
+                row,
+                shift,
+                shift,
+                index + tl.where(index < n_before, 0, n_tiles * TILE),
+                index < n_rest,
+                grad_circuit_stride,
+                grad_row_stride,
+                n_rows,
+                n_circuits,
+                unit,
+                inverse,
+                REFERENCE,
+            )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def top_kernel(
+    p_ptr,
+    table_ptr,
+    rows_ptr,
+    top_ptr,
+    p_row_stride: tl.int64,
+    n_rows: tl.int32,
+    n_cols: tl.int32,
+    n_circuits: tl.int32,
+    unit: tl.float32,
+    inverse: tl.float32,
+    TILE: tl.constexpr,
+    COOL: tl.constexpr,
+):
+    """Write the pivot and the mean of d that a row's dKL/dp is to be counted from.
+
+    Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. So d is counted
+    from there: the token is found, and the row is summed with its d as the pivot.
+
+    Program = (circuit, row). Reads n_cols·itemsize bytes and writes 8; in confident rows it reads
+    n_cols·itemsize·2 more, and takes an exponential a pair.
+    """
+    unit, inverse = temperature_of(unit, inverse, COOL)
+    program = tl.program_id(0)
+    circuit = program // n_rows
+    row = (program % n_rows).to(tl.int64)
+    field_stride = n_circuits.to(tl.int64) * n_rows
+    kept = rows_ptr + program
+    base_p = tl.load(kept + field_stride)
+    z_p = tl.load(kept + 2 * field_stride)
+    base_q = tl.load(kept + 3 * field_stride)
+    c, _ = pivot_of(base_p, base_q)
+    mean = tl.load(kept + 4 * field_stride) / z_p
+
+    p_row = p_ptr + row * p_row_stride
+    q_row = row_pointer(table_ptr, circuit, row, 0, p_ptr.dtype.element_ty)
+    lane = tl.arange(0, TILE)
+    best = tl.full((TILE,), -float("inf"), tl.float32)
+    likeliest = tl.zeros((TILE,), tl.int32)
+    for start in tl.range(0, n_cols, TILE):
+        token = start + lane
+        p = load_inside(p_row + token, token < n_cols)
+        likeliest = tl.where(p > best, token, likeliest)
+        best = tl.maximum(best, p)
+    top = tl.max(best, axis=0)
+    likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
+    mass = weights(top, unit, base_p)
+    d = (top - tl.load(q_row + likeliest).to(tl.float32)) * inverse
+    # False where there is no divergence.
+    if (z_p - mass < mass * (tl.abs(c) + tl.abs(mean)) * CONFIDENT) & (tl.abs(d) < float("inf")):
+        c = d
+        total = tl.zeros((TILE,), tl.float32)
+        for start in tl.range(0, n_cols, TILE):
+            token = start + lane
+            p = load_inside(p_row + token, token < n_cols)
+            q = load_inside(q_row + token, token < n_cols)
+            weight = weights(p, unit, base_p)
+            # A token without mass counts nothing, whatever its d.
+            total += tl.where(p == -float("inf"), 0.0, weight * ((p - q) * inverse - c))
+        mean = tl.sum(total, axis=0) / z_p
+    tl.store(top_ptr + program, c)
+    tl.store(
+        top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+    )

@@ -1,0 +1,86 @@
+"""Launching the kernels of the gradients."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from . import gradient_kernels as kernels
+from .launch import LOG2_E, layout, pointer_table, warp_size
+
+# Threads of a program.
+LANES = 128
+# Registers a thread, with the reference's gradient or without: at least six or eight programs on an SM.
+MAX_REGISTERS = {True: 80, False: 64}
+
+
+class GradientTile(NamedTuple):
+    """How gradient_kernel is built for an element size."""
+
+    vec: int
+    loads: int  # of 128 bits, by each thread from each tensor
+
+    @property
+    def tokens(self):
+        """What a program takes at a time."""
+        return LANES * self.vec * self.loads
+
+
+# By bytes an element. Eight tokens a thread share what it loads and computes of the row; with sixteen
+# its registers would spill.
+GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=1)}
+
+
+def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
+    """Launch the kernels that write the gradients of Σ grad · KL.
+
+    `grad` (K, R) is float32, with any strides; K circuits and a reference (R, V) are as for `launch`,
+    and `rows` as it kept them. `dqs`, K contiguous tensors (R, V) or None, and `dp`, one more or None,
+    are written to.
+    """
+    n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
+    device, itemsize = reference.device, reference.itemsize
+    written = [dq for dq in (*dqs, dp) if dq is not None]
+    own = layout(reference)
+    numbers = {
+        "p_ptr": reference,
+        "rows_ptr": rows,
+        "p_row_stride": reference.stride(0),
+        "n_rows": n_rows,
+        "n_cols": n_cols,
+        "n_circuits": n_circuits,
+        "unit": LOG2_E / temperature,
+        "inverse": 1 / temperature,
+        "COOL": temperature != 1,
+    }
+    tile, warps = GRADIENT_TILES[itemsize], LANES // warp_size(device)
+    limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dp is not None]}
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        numbers["table_ptr"] = pointer_table([*circuits, *dqs, dp], device)
+        top = rows
+        if dp is not None:
+            top = torch.empty((2, n_circuits, n_rows), dtype=torch.float32, device=device)
+            kernels.top_kernel[(n_circuits * n_rows,)](
+                **numbers,
+                top_ptr=top,
+                TILE=tile.tokens,
+                num_warps=warps,
+            )
+        n_parts = n_cols // tile.tokens + 1
+        kernels.gradient_kernel[(n_rows * n_parts,)](
+            **numbers,
+            grad_ptr=grad,
+            lead=own.lead,
+            top_ptr=top,
+            grad_circuit_stride=grad.stride(0),
+            grad_row_stride=grad.stride(1),
+            n_parts=n_parts,
+            aligned=int(all(layout(other) == own for other in (*circuits, *written))),
+            LANES=LANES,
+            TILE=tile.tokens,
+            VEC=tile.vec,
+            REFERENCE=dp is not None,
+            num_warps=warps,
+            **limits,
+        )

@@ -1,0 +1,259 @@
+"""The compiled gradients, executed: values, edge cases, alignment and bytes, for two generations.
+
+The laws that they share with other backends are in test_gradient.py, in Triton's interpreter.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import oracle_gradients
+from emulated import compiled, emulate_gradients
+from test_compiled import ARCHS, DTYPES, at
+from test_gradient import BOUND, NOISES, error
+
+from fastkl import gradient
+
+INF, NAN = math.inf, math.nan
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
+)
+
+
+def make(generator, noises, n_cols, dtype=torch.float32, scale=3, n_rows=1):
+    """One circuit's rows, `n_rows` of each noise."""
+    noise = torch.tensor(noises).repeat_interleave(n_rows)[:, None]
+    reference = torch.randn(len(noise), n_cols, generator=generator) * scale
+    circuit = reference + noise * torch.randn(len(noise), n_cols, generator=generator)
+    return circuit.to(dtype), reference.to(dtype)
+
+
+def one(circuit, reference, grad=None, **options):
+    """The gradients (dq, dp) of one circuit's rows, and the session."""
+    if grad is None:
+        grad = torch.ones(circuit.shape[:1])
+    (dq,), dp, session = emulate_gradients(
+        grad[None], [circuit], reference, [True], True, **options
+    )
+    return dq, dp, session
+
+
+def assert_right(found, expected, dtype=torch.float32):
+    """Assert that gradients are the float64 ones within BOUND a row, rounded once to their dtype."""
+    for ours, exact in zip(found, expected, strict=True):
+        if dtype == torch.float32:
+            assert error(ours, exact) <= BOUND
+            continue
+        info = torch.finfo(dtype)
+        rounding = info.eps / 2 * exact.abs().clamp(min=info.smallest_normal)
+        off = (ours.double() - exact).abs() - (1 + 1e-3) * rounding
+        assert off.max() <= BOUND * exact.norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("approx_ulp", [0, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_parity(generator, arch, dtype, approx_ulp):
+    """All noises, on logits of two sizes; with and without error in ex2, lg2 and div."""
+    for scale in (1, 3):
+        circuit, reference = make(generator, NOISES, 2571, dtype, scale)
+        grad = torch.rand(len(circuit), generator=generator) + 0.5
+        *found, _ = one(circuit, reference, grad, arch=arch, approx_ulp=approx_ulp)
+        assert_right(found, oracle_gradients(circuit, reference, grad), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_vocabulary(generator, dtype):
+    circuit, reference = make(generator, (1e-5, 1e-2, 1.0), 50257, dtype)
+    *found, _ = one(circuit, reference, arch=80)
+    assert_right(found, oracle_gradients(circuit, reference), dtype)
+
+
+@pytest.mark.parametrize("rest", [0.5, 1e-2, 1e-4, 1e-7])
+def test_confident_rows(generator, rest):
+    circuit, reference = make(generator, (0.3,) * 3, 1701, scale=1)
+    top = reference.double().exp().sum(-1).log() - math.log(rest)
+    reference[:, 1234] = circuit[:, 1234] = top
+    *found, _ = one(circuit, reference, arch=80)
+    assert_right(found, oracle_gradients(circuit, reference))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_identical_rows_have_no_gradient(generator, arch):
+    for dtype in DTYPES:
+        _, reference = make(generator, (0.0,) * 2, 1531, dtype)
+        dq, dp, _ = one(reference.clone(), reference, arch=arch, approx_ulp=2)
+        assert (dq == 0).all()
+        assert (dp == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_edge_cases(generator, arch, dtype):
+    """Masked, infinite and NaN tokens in the body and in the tail, and rows that no one asks for.
+
+    What they give is fastkl.gradient's to say (test_gradient.py).
+    """
+    cases = [(p, q) for p in (-INF, INF, NAN, 0.5) for q in (-INF, INF, NAN, 0.5)]
+    circuit, reference = make(generator, (0.1,), 1101, dtype, 1, n_rows=2 * len(cases) + 3)
+    for row, (p_v, q_v) in enumerate(cases):
+        for i, place in enumerate((300, 1100)):
+            reference[2 * row + i, place], circuit[2 * row + i, place] = p_v, q_v
+    reference[-1], circuit[-2] = -INF, -INF
+    reference[-3, :600] = circuit[-3, :600] = -INF
+    grad = torch.ones(len(circuit))
+    for asked in (True, False):
+        grad[: None if not asked else 0] = 0
+        dq, dp, _ = one(circuit, reference, grad, arch=arch)
+        (wanted,), wanted_p = gradient.gradients(grad[None], [circuit], reference, [True], True)
+        for ours, eager in ((dq, wanted), (dp, wanted_p)):
+            torch.testing.assert_close(
+                ours, eager, rtol=2 * torch.finfo(dtype).eps, atol=1e-8, equal_nan=True
+            )
+            assert (ours[eager == 0] == 0).all()
+
+
+@pytest.mark.parametrize("grad", [NAN, 1e-30])
+def test_odd_gradients(generator, grad):
+    circuit, reference = make(generator, (0.1,) * 3, 700)
+    circuit[1, 4] = -INF
+    grads = torch.tensor([1.0, grad, 0.0])
+    dq, dp, _ = one(circuit, reference, grads, arch=80)
+    (wanted,), wanted_p = gradient.gradients(grads[None], [circuit], reference, [True], True)
+    torch.testing.assert_close(dq, wanted, rtol=1e-4, atol=1e-38, equal_nan=True)
+    torch.testing.assert_close(dp, wanted_p, rtol=1e-4, atol=1e-8, equal_nan=True)
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 31, 33, 511, 1023, 1024, 1025, 1031, 2047, 2052, 16405])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vocabularies(generator, n_cols, dtype):
+    """Tails of all lengths, rows without a whole tile, and what no tile but the row itself ends."""
+    circuit, reference = make(generator, (0.5,) * 2, n_cols, dtype)
+    *found, _ = one(circuit, reference, arch=80)
+    if n_cols > 1:
+        assert_right(found, oracle_gradients(circuit, reference), dtype)
+    else:
+        assert all((ours == 0).all() for ours in found)
+
+
+@pytest.mark.parametrize("n_cols", [2301, 2304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_alignment(generator, dtype, n_cols):
+    """Rows at every alignment: no access is wider than its address allows, and all are right."""
+    circuit, reference = make(generator, (0.1, 1.0), n_cols, dtype)
+    expected = oracle_gradients(circuit, reference)
+    for lead in range(16 // reference.itemsize):
+        for stride in (n_cols, n_cols + 3):
+            placed = [at(t, lead, stride) for t in (circuit, reference)]
+            *found, session = one(*placed, arch=80)
+            assert_right(found, expected, dtype)
+            # Only rows that lie as their gradients do, which are contiguous, have whole tiles.
+            widths = session.accessed("gradient_kernel", "gradient", "store").keys()
+            assert (16 in widths) == (lead == 0 and stride == n_cols)
+
+
+def test_circuits_that_lie_differently(generator):
+    """Several circuits, of which some are wanted, at other alignments and strides than the reference."""
+    noises = (1e-3, 0.1, 0.3, 1.0, 3.0)
+    reference = torch.randn(3, 1301, generator=generator)
+    circuits = [reference + n * torch.randn(3, 1301, generator=generator) for n in noises]
+    grad = torch.randn(5, 3, generator=generator)
+    grad[2, 1] = 0
+    expected = [oracle_gradients(c, reference, g) for c, g in zip(circuits, grad, strict=True)]
+    total = sum(dp for _, dp in expected)
+    leads, strides = (0, 1, 0, 3, 2), (1301, 1301, 1301, 1301, 1310)
+    placed = [at(*where) for where in zip(circuits, leads, strides, strict=True)]
+    wanted = [True, False, True, True, False]
+    for rows in (placed, circuits):
+        for reference_wanted in (True, False):
+            # A gradient may have any strides.
+            dqs, dp, _ = emulate_gradients(
+                grad.t().contiguous().t(), rows, reference, wanted, reference_wanted, arch=80
+            )
+            assert [dq is not None for dq in dqs] == wanted
+            for dq, (exact, _) in zip(dqs, expected, strict=True):
+                if dq is not None:
+                    norm = exact.norm(dim=-1)
+                    assert ((dq - exact).norm(dim=-1) <= BOUND * norm).all()
+            assert (dqs[2][1] == 0).all()
+            assert (dp is not None) == reference_wanted
+            if dp is not None:
+                assert error(dp, total) <= BOUND
+
+
+def test_a_gradient_of_stride_0(generator):
+    circuit, reference = make(generator, (0.1, 1.0), 1301)
+    *found, _ = one(circuit, reference, torch.tensor(0.5).expand(2), arch=80)
+    assert_right(found, oracle_gradients(circuit, reference, torch.tensor([0.5, 0.5])))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_temperature(generator, temperature):
+    circuit, reference = make(generator, (0.1, 1.0), 2301)
+    *found, _ = one(circuit, reference, arch=100, temperature=temperature)
+    scaled = [t.double() / temperature for t in (circuit, reference)]
+    expected = oracle_gradients(*scaled, torch.full((2,), 1 / temperature))
+    for ours, exact in zip(found, expected, strict=True):
+        assert error(ours, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_the_batch(generator, dtype):
+    circuit, reference = make(generator, (0.01, 1.0), 2504, dtype)
+    together = one(circuit, reference, arch=80)
+    for row in range(2):
+        alone = one(circuit[row : row + 1].clone(), reference[row : row + 1], arch=80)
+        for ours, whole in zip(alone[:2], together[:2], strict=True):
+            assert torch.equal(ours[0], whole[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_circuits", "reference_wanted"), [(1, False), (1, True), (4, False)])
+def test_bytes_as_executed(generator, dtype, n_circuits, reference_wanted):
+    """GPT-2's vocabulary: each logit is read once, each gradient written once, and not a byte more."""
+    circuit, reference = make(generator, (1.0,) * 2, 50257, dtype)
+    circuits = [circuit.clone() for _ in range(n_circuits)]
+    *_, session = emulate_gradients(
+        torch.ones(n_circuits, 2),
+        circuits,
+        reference,
+        [True] * n_circuits,
+        reference_wanted,
+        arch=80,
+    )
+    stats = session.total("gradient_kernel")
+    assert stats.bytes_stored == (n_circuits + reference_wanted) * reference.nbytes
+    loads = session.accessed("gradient_kernel", "row", "load")
+    stores = session.accessed("gradient_kernel", "gradient", "store")
+    assert sum(loads.values()) == (n_circuits + 1) * reference.nbytes
+    assert sum(stores.values()) == stats.bytes_stored
+    # 128 bits at a time, but for less than a tile a row.
+    for accessed in (loads, stores):
+        assert accessed.keys() == {16, reference.itemsize}
+        assert accessed[16] >= 0.97 * sum(accessed.values())
+    # 512 bytes a warp, which at multiples of 16 are in 16 or 17 sectors.
+    assert 32 * stats.sectors_stored <= 17 / 16 * stats.bytes_stored
+    assert stats.barriers == stats.shuffles == 0
+    # Rows of which no token has nearly all mass are not looked at again for the reference.
+    assert session.total("top_kernel").bytes_loaded < 0.05 * reference.nbytes
+
+
+def test_sizes_do_not_recompile(generator):
+    """One row or many, 4 circuits or 8, odd or round vocabularies: the same machine code."""
+    compiled.cache_clear()
+    misses = set()
+    for n_rows, n_cols, n_circuits in (
+        (2, 700, 4),
+        (1, 16, 4),
+        (3, 1, 8),
+        (16, 64, 4),
+        (1, 3000, 4),
+    ):
+        reference = torch.randn(n_rows, n_cols, generator=generator)
+        circuits = [reference.clone() for _ in range(n_circuits)]
+        grad = torch.ones(n_circuits, n_rows)
+        emulate_gradients(grad, circuits, reference, [True] * n_circuits, True, arch=80)
+        misses.add(compiled.cache_info().misses)
+    # The forward's two kernels, the gradients', and the one that fills the table, the first time.
+    assert misses == {5}
