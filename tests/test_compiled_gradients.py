@@ -4,6 +4,7 @@ The laws that they share with other backends are in test_gradient.py, in Triton'
 """
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -157,6 +158,8 @@ def test_circuits_that_lie_differently(generator):
     """Several circuits, of which some are wanted, at other alignments and strides than the reference."""
     noises = (1e-3, 0.1, 0.3, 1.0, 3.0)
     reference = torch.randn(3, 1301, generator=generator)
+    # A row to be summed once more for the reference's gradient.
+    reference[1, 700] = 12
     circuits = [reference + n * torch.randn(3, 1301, generator=generator) for n in noises]
     grad = torch.randn(5, 3, generator=generator)
     grad[2, 1] = 0
@@ -237,6 +240,20 @@ def test_bytes_as_executed(generator, dtype, n_circuits, reference_wanted):
     assert stats.barriers == stats.shuffles == 0
     # Rows of which no token has nearly all mass are not looked at again for the reference.
     assert session.total("top_kernel").bytes_loaded < 0.05 * reference.nbytes
+
+
+def test_offsets_beyond_31_bits(generator):
+    """Rows more than 2^31 elements apart are addressed in 64 bits, by all three kernels."""
+    n_cols, far = 600, 2**31 + 64
+    # Reserved, never touched but for two rows of each.
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 2048)), dtype=torch.bfloat16)
+    circuit, reference = make(generator, (0.5,) * 2, n_cols, torch.bfloat16, 1)
+    reference[1, 7] = circuit[1, 7] = 15
+    rows = [memory.as_strided((2, n_cols), (far, 1), start) for start in (0, 1024)]
+    placed = rows[0].copy_(circuit), rows[1].copy_(reference)
+    *found, session = one(*placed, arch=80)
+    assert_right(found, oracle_gradients(circuit, reference), torch.bfloat16)
+    assert session.accessed("top_kernel", "row", "load")
 
 
 def test_sizes_do_not_recompile(generator):
