@@ -101,10 +101,10 @@ def kl_div(
     Notes
     -----
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
-    nearly identical rows as the divergence itself. Only the logits are kept for it. A logit of -inf has
-    gradient 0, but for a circuit's where the reference alone is -inf, which has Q; a row that is NaN has
-    NaN; one whose own gradient is 0 has 0. The operator `torch.ops.fastkl.kl_div`
-    behind it can be compiled, exported and batched by `torch.vmap`.
+    nearly identical rows as the divergence itself. Nothing but the logits and a few numbers a row are
+    kept for it. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
+    which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The operator
+    `torch.ops.fastkl.kl_div` behind it can be compiled, exported and batched by `torch.vmap`.
 
     Raises
     ------

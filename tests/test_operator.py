@@ -83,7 +83,7 @@ def test_a_step_measures_once(pair, triton_kernels, monkeypatch):
     grad = torch.rand(2, 4, 6)
     divergence = fastkl.kl_div_many(circuits, pair[1], reduction="none", backend="triton")
     divergence.backward(grad)
-    assert kept == ["rows"]
+    assert kept == [True]
     for circuit, g in zip(circuits, grad, strict=True):
         exact, _ = oracle_gradients(*(t.flatten(0, 1) for t in (circuit, pair[1])), g.reshape(-1))
         off = (circuit.grad.flatten(0, 1).double() - exact).norm(dim=-1)

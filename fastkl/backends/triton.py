@@ -15,7 +15,7 @@ from fastkl.state import RowState
 
 NAME = "triton"
 # Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
-N_KEPT = 8
+N_KEPT = 10
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -124,12 +124,10 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
-    _, b_p, z_p, b_q, s, h, x, _ = _triton.launch(circuits, reference, keep=True)
-    # The pivot as the kernel rounds it; the bases are in units of log 2.
-    c = ((b_p - b_q) * math.log(2)).double()
-    m_p, m_q = b_p.double() * math.log(2), b_q.double() * math.log(2)
-    z_p, s, h = z_p.double(), s.double(), h.double()
-    z_q = z_p * torch.exp((m_p - m_q) - c - x.double())
+    _, b_p, z_p, b_q, c, s, h, x, *_ = _triton.launch(circuits, reference, keep=True).double()
+    # The bases are in units of log 2.
+    m_p, m_q = b_p * math.log(2), b_q * math.log(2)
+    z_q = z_p * torch.exp((m_p - m_q) - c - x)
     kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
     finite = torch.stack(kept).isfinite().all(0)
     if finite.all():

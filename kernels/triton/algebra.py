@@ -206,3 +206,17 @@ def pivot_growth(z_p, s, h, divergence, x):
     t = (h - s) / z_p
     close = (divergence < ACCURATE_BELOW) & (tl.abs(t) < 0.01)
     return tl.where(close, -t / (1.0 + t), phi(-x) + x)
+
+
+@triton.jit
+def kept(state, row, divergence, x):
+    """Return what gradients need of a row: (b_p, z_p, b_q, c, s, h, x, e^x - 1, share).
+
+    z_p is NaN where the divergence is. No token has more of the reference's mass than `share`.
+    """
+    b_p, z_p, b_q, s, h = row
+    pivot, _ = pivot_of(b_p, b_q)
+    most = tl.max(scaled(state[1], tl.exp2(state[0] - b_p), state[1]), axis=0)
+    growth = pivot_growth(z_p, s, h, divergence, x)
+    defined = tl.where(divergence == divergence, z_p, float("nan"))
+    return b_p, defined, b_q, pivot, s, h, x, growth, most / z_p

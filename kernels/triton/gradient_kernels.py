@@ -8,7 +8,7 @@ numbers of its row, so that each logit is read once.
 import triton
 import triton.language as tl
 
-from .algebra import NEAR, phi_over_square, pivot_of, weights
+from .algebra import NEAR, phi_over_square, weights
 from .kernels import load_inside, row_pointer, shift_of, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
@@ -87,6 +87,7 @@ def differentiate(
     dtype: tl.constexpr = p_row.dtype.element_ty
     field_stride = n_circuits.to(tl.int64) * n_rows
     p = load_tokens(p_row + at, offsets, inside)
+    weight = weights(p, unit, tl.load(rows_ptr + field_stride + row))
     total = tl.zeros_like(p)
     for circuit in range(n_circuits):
         wanted = tl.load(table_ptr + 2 * (n_circuits + circuit)) != 0
@@ -98,13 +99,10 @@ def differentiate(
             q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
             q = load_tokens(q_row + at, offsets, inside)
             kept = rows_ptr + index
-            base_p = tl.load(kept + field_stride)
             z_p = tl.load(kept + 2 * field_stride)
             base_q = tl.load(kept + 3 * field_stride)
-            growth = tl.load(kept + 7 * field_stride)
-            c, _ = pivot_of(base_p, base_q)
-            # The reference's again for each circuit: what its rows are counted from may differ.
-            weight = weights(p, unit, base_p)
+            c = tl.load(kept + 4 * field_stride)
+            growth = tl.load(kept + 8 * field_stride)
             scale = grad * inverse / z_p
             value = circuit_gradient(p, weight, q, base_q, c, growth, scale, unit, inverse)
             if REFERENCE:
@@ -153,8 +151,8 @@ def gradient_kernel(
 
     rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
 
-    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. Two
-    exponentials a pair.
+    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. One
+    exponential a pair and one a token of the reference.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     # A grid has less than 2^31 programs, and a division of 64 bits would be a tenth of the work.
@@ -232,8 +230,8 @@ def top_kernel(
     Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. So d is counted
     from there: the token is found, and the row is summed with its d as the pivot.
 
-    Program = (circuit, row). Reads n_cols·itemsize bytes and writes 8; in confident rows it reads
-    n_cols·itemsize·2 more, and takes an exponential a pair.
+    Program = (circuit, row). Reads 20 bytes and writes 8; of rows one slice of which has nearly all mass
+    it reads n_cols·itemsize·3 more, and takes an exponential a pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0)
@@ -243,36 +241,37 @@ def top_kernel(
     kept = rows_ptr + program
     base_p = tl.load(kept + field_stride)
     z_p = tl.load(kept + 2 * field_stride)
-    base_q = tl.load(kept + 3 * field_stride)
-    c, _ = pivot_of(base_p, base_q)
-    mean = tl.load(kept + 4 * field_stride) / z_p
+    c = tl.load(kept + 4 * field_stride)
+    mean = tl.load(kept + 5 * field_stride) / z_p
 
-    p_row = p_ptr + row * p_row_stride
-    q_row = row_pointer(table_ptr, circuit, row, 0, p_ptr.dtype.element_ty)
-    lane = tl.arange(0, TILE)
-    best = tl.full((TILE,), -float("inf"), tl.float32)
-    likeliest = tl.zeros((TILE,), tl.int32)
-    for start in tl.range(0, n_cols, TILE):
-        token = start + lane
-        p = load_inside(p_row + token, token < n_cols)
-        likeliest = tl.where(p > best, token, likeliest)
-        best = tl.maximum(best, p)
-    top = tl.max(best, axis=0)
-    likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
-    mass = weights(top, unit, base_p)
-    d = (top - tl.load(q_row + likeliest).to(tl.float32)) * inverse
-    # False where there is no divergence.
-    if (z_p - mass < mass * (tl.abs(c) + tl.abs(mean)) * CONFIDENT) & (tl.abs(d) < float("inf")):
-        c = d
-        total = tl.zeros((TILE,), tl.float32)
+    share = tl.load(kept + 9 * field_stride)
+
+    # What a token must have of the mass to be counted from; false where there is no divergence.
+    if share * (1.0 + (tl.abs(c) + tl.abs(mean)) * CONFIDENT) >= 1.0:
+        p_row = p_ptr + row * p_row_stride
+        q_row = row_pointer(table_ptr, circuit, row, 0, p_ptr.dtype.element_ty)
+        lane = tl.arange(0, TILE)
+        best = tl.full((TILE,), -float("inf"), tl.float32)
+        likeliest = tl.zeros((TILE,), tl.int32)
         for start in tl.range(0, n_cols, TILE):
             token = start + lane
             p = load_inside(p_row + token, token < n_cols)
-            q = load_inside(q_row + token, token < n_cols)
-            weight = weights(p, unit, base_p)
-            # A token without mass counts nothing, whatever its d.
-            total += tl.where(p == -float("inf"), 0.0, weight * ((p - q) * inverse - c))
-        mean = tl.sum(total, axis=0) / z_p
+            likeliest = tl.where(p > best, token, likeliest)
+            best = tl.maximum(best, p)
+        top = tl.max(best, axis=0)
+        likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
+        d = (top - tl.load(q_row + likeliest).to(tl.float32)) * inverse
+        if tl.abs(d) < float("inf"):
+            c = d
+            total = tl.zeros((TILE,), tl.float32)
+            for start in tl.range(0, n_cols, TILE):
+                token = start + lane
+                p = load_inside(p_row + token, token < n_cols)
+                q = load_inside(q_row + token, token < n_cols)
+                weight = weights(p, unit, base_p)
+                # A token without mass counts nothing, whatever its d.
+                total += tl.where(p == -float("inf"), 0.0, weight * ((p - q) * inverse - c))
+            mean = tl.sum(total, axis=0) / z_p
     tl.store(top_ptr + program, c)
     tl.store(
         top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))

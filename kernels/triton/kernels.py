@@ -13,8 +13,8 @@ from .algebra import (
     MASS_ERROR,
     estimate,
     judge,
+    kept,
     merge,
-    pivot_growth,
     pivot_of,
     terms,
     to_grid,
@@ -393,10 +393,10 @@ def finish_kernel(
 ):
     """Merge the slices of one row and circuit into its divergence, and look again where need be.
 
-    kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with field in (KL, b_p, z_p,
-    b_q, s, h, x, e^x - 1): see `merge`; z_p is NaN where KL is. float32.
+    kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with KL and the fields of
+    `kept`, of which b_p is the same for all circuits of a row. float32.
 
-    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 32. A slice whose pivot
+    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 40. A slice whose pivot
     was not good enough is summed again at the row's: that reads slice_size·itemsize·2 bytes more and
     takes two exponentials a pair. Where a sum overflowed or vanished, the row's maxima are looked for
     and all of its slices are summed again.
@@ -432,6 +432,7 @@ def finish_kernel(
         plain_doubt * n_slices > plain_room,
         doubt * n_slices > (room if KEEP else tl.maximum(room, NEGLIGIBLE)),
     )
+    p_is_good = (merged[1] > 0.0) & (merged[1] < float("inf"))
     look = 0
     while (look < LOOKS) & (settled == 0):
         q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
@@ -439,7 +440,8 @@ def finish_kernel(
         defined = finite
         if finite == 0:
             top_p, top_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            base_p = to_grid(top_p)
+            # Where the reference's sum is good its base stays, which the circuits share.
+            base_p = tl.where(p_is_good, base_p, to_grid(top_p))
             base_q = to_grid(top_q)
             again = inside
         state = sum_again(
@@ -471,12 +473,9 @@ def finish_kernel(
         look += 1
     tl.store(kl_ptr + program, divergence)
     if KEEP:
-        b_p, z_p, b_q, s, h = merged
-        growth = pivot_growth(z_p, s, h, divergence, x)
-        z_p = tl.where(divergence == divergence, z_p, float("nan"))
+        fields = kept(state, merged, divergence, x)
         row_stride = n_circuits.to(tl.int64) * n_rows
-        fields = (b_p, z_p, b_q, s, h, x, growth)
-        for field in tl.static_range(7):
+        for field in tl.static_range(9):
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 

@@ -21,7 +21,7 @@ SLICE = 4096
 # Slices of a row, at the most: larger vocabularies have larger slices.
 SLICES = 64
 # The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
-N_FIELDS, N_KEPT = 5, 8
+N_FIELDS, N_KEPT = 5, 10
 LOG2_E = 1.4426950408889634
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
