@@ -56,6 +56,7 @@ PIVOT_ERROR = tl.constexpr(2.0**-19)
 MASS_ERROR = tl.constexpr(2.0**-22)
 # 1.5 · 2^13: added and subtracted, it leaves multiples of 2^-10.
 TO_GRID = tl.constexpr(12288.0)
+GRID = tl.constexpr(2.0**-10)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .algebra import (
+    GRID,
     LOG2_E,
     MASS_ERROR,
     estimate,
@@ -295,9 +296,9 @@ def partial_kernel(
 
 @triton.jit
 def maxima(p_row, q_row, shift, n_cols, unit, LANES: tl.constexpr):
-    """Return log2 of both sides' largest weights in a row, and whether both have a divergence at all.
+    """Return bases for a whole row, by its maxima, and whether it has a divergence at all.
 
-    They have none where a logit is NaN or +inf, or all of a side's are -inf.
+    It has none where a logit is NaN or +inf, or all of a side's are -inf.
     """
     lane = tl.arange(0, LANES)
     top_p = tl.full((LANES,), -float("inf"), tl.float32)
@@ -310,10 +311,11 @@ def maxima(p_row, q_row, shift, n_cols, unit, LANES: tl.constexpr):
         number = number & ((p == p) & (q == q)).to(tl.int32)
         top_p = tl.maximum(top_p, p)
         top_q = tl.maximum(top_q, q)
-    top_p = tl.max(top_p, axis=0)
-    top_q = tl.max(top_q, axis=0)
+    top_p = tl.max(top_p, axis=0) * unit
+    top_q = tl.max(top_q, axis=0) * unit
     defined = (tl.min(number, axis=0) == 1) & (tl.abs(top_p) < float("inf"))
-    return top_p * unit, top_q * unit, defined & (tl.abs(top_q) < float("inf"))
+    # Not below the maxima: with weights above 1 a divergence of 1e38 would be infinite.
+    return to_grid(top_p) + GRID, to_grid(top_q) + GRID, defined & (tl.abs(top_q) < float("inf"))
 
 
 @triton.jit
@@ -439,10 +441,9 @@ def finish_kernel(
         base_p, _, base_q, _, _ = merged
         defined = finite
         if finite == 0:
-            top_p, top_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            # Where the reference's sum is good its base stays, which the circuits share.
-            base_p = tl.where(p_is_good, base_p, to_grid(top_p))
-            base_q = to_grid(top_q)
+            own_base, base_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
+            # To keep the reference's, which the circuits share, unless its sum is not good.
+            base_p = tl.where(p_is_good, base_p, own_base) if KEEP else own_base
             again = inside
         state = sum_again(
             state,
