@@ -1,8 +1,12 @@
 """Sizes and seeded logits to measure on, and what float64 says about them."""
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,20 +72,17 @@ class Inputs:
         Sizes, dtype and the magnitudes of the divergences.
     seed : int
         The same seed gives the same logits.
+    file : Path, optional
+        A `shared` file of this case's logits, which are mapped instead of made.
     """
 
-    def __init__(self, case: Case, seed: int = SEED) -> None:
+    def __init__(self, case: Case, seed: int = SEED, file: Path | None = None) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(seed)
-        dtype = getattr(torch, case.dtype)
-        shape = (case.n_rows, case.n_vocabulary)
-        reference = 3 * torch.randn(shape, generator=generator)
-        self.reference = reference.to(dtype)
-        self.circuits: list[Tensor] = []
-        for level in _levels(case):
-            factor = 2 ** (2 * torch.rand(case.n_rows, 1, generator=generator) - 1)
-            noise = torch.randn(shape, generator=generator).mul_(level * factor)
-            self.circuits.append(noise.add_(reference).to(dtype))
+        self.reference: Tensor
+        self.circuits: list[Tensor]
+        self.reference, *self.circuits = (
+            _make(case, seed) if file is None else torch.load(file, mmap=True, weights_only=True)
+        )
 
     @property
     def arguments(self) -> tuple[Lookup, list[Any], dict[int, dict[int, Tensor]]]:
@@ -101,6 +102,23 @@ class Inputs:
         return self.rows64.mean(-1).tolist()
 
 
+@contextlib.contextmanager
+def shared(case: Case, seed: int = SEED) -> Iterator[Path]:
+    """Write a case's logits to a file, so that all processes can map the same memory.
+
+    A mapping is private, and nobody sees what another process writes to it. The file lies in memory
+    where there is room, and is removed at the end.
+    """
+    memory = Path("/dev/shm")
+    # The file's own structure takes a page a tensor.
+    needed = case.bytes_read + 2**20
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > needed
+    with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
+        file = Path(folder) / "logits.pt"
+        torch.save(_make(case, seed), file)
+        yield file
+
+
 def kl_rows64(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     """Return KL(reference ‖ circuit) of finite logits (R, V), every row (K, R), in float64.
 
@@ -109,6 +127,20 @@ def kl_rows64(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     log_p = reference.double().log_softmax(-1)
     p = log_p.exp()
     return torch.stack([(log_p - q.double().log_softmax(-1)).mul_(p).sum(-1) for q in circuits])
+
+
+def _make(case: Case, seed: int) -> list[Tensor]:
+    """Return the reference's logits (R, V), then the circuits'."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+    shape = (case.n_rows, case.n_vocabulary)
+    reference = 3 * torch.randn(shape, generator=generator)
+    logits = [reference.to(dtype)]
+    for level in _levels(case):
+        factor = 2 ** (2 * torch.rand(case.n_rows, 1, generator=generator) - 1)
+        noise = torch.randn(shape, generator=generator).mul_(level * factor)
+        logits.append(noise.add_(reference).to(dtype))
+    return logits
 
 
 def _levels(case: Case) -> list[float]:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import table
+from bench.worker import KEEP_FREED_MEMORY
 
 _READ = "one read"
-_MIB = 2**20
+_KEPT = "freed memory kept"
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -17,28 +18,29 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _main_table(document: dict[str, Any]) -> str:
     main, baseline = document["cases"][0], document["baseline"]
-    heading = [_sizes(main), "ms", "GB/s", "× one read", f"× faster than {baseline}"]
+    # A second column where there is a second time.
+    kept = main.get("freed_memory_kept")
+    heading = [_sizes(main), "ms", *([f"ms, {_KEPT}"] if kept else []), "GB/s", "× one read"]
+    heading += [f"× faster than {baseline}", *([f"× faster, {_KEPT}"] if kept else [])]
     heading += ["memory, MiB", "error, nats", "error, relative"]
     read = main["read"]
-    rows = [heading, [_READ, _ms(read["ms"]), f"{read['gb_s']:.1f}", "1.0", *4 * [""]]]
-    for name, entry in main["peers"].items():
+    rows = [heading, [_READ, _ms(read["ms"]), *([_ms(kept["read"]["ms"])] if kept else [])]]
+    rows[-1] += [f"{read['gb_s']:.1f}", "1.0"]
+    for name in document["peers"]:
+        entry = main["peers"][name]
         if "ms" not in entry:
-            rows.append([name, _outcome(entry), *6 * [""]])
+            rows.append([name, _outcome(entry)])
             continue
-        memory = entry.get("peak_bytes")
-        rows.append(
-            [
-                name,
-                _ms(entry["ms"]),
-                f"{entry['gb_s']:.1f}",
-                f"{entry['times_read']:.1f}",
-                _number(entry["times_faster"], ".1f"),
-                _number(None if memory is None else memory / _MIB, ".1f"),
-                f"{entry['error_nats']:.1e}",
-                f"{entry['error_relative']:.1e}",
-            ]
-        )
-    return table(rows)
+        again = kept and kept["peers"][name]
+        rows.append([name, _ms(entry["ms"]), *([_time(again)] if again else [])])
+        rows[-1] += [f"{entry['gb_s']:.1f}", f"{entry['times_read']:.1f}"]
+        rows[-1] += [_number(e.get("times_faster"), ".1f") for e in (entry, again) if e]
+        rows[-1] += [
+            "failed" if "peak_failed" in entry else _mebibytes(entry.get("peak_bytes")),
+            f"{entry['error_nats']:.1e}",
+            f"{entry['error_relative']:.1e}",
+        ]
+    return table([row + [""] * (len(heading) - len(row)) for row in rows])
 
 
 def _grid_table(document: dict[str, Any]) -> str:
@@ -47,8 +49,7 @@ def _grid_table(document: dict[str, Any]) -> str:
     for case in document["cases"]:
         cells = [_sizes(case), _ms(case["read"]["ms"])]
         for name in names:
-            entry = case["peers"][name]
-            cells.append(_ms(entry["ms"]) if "ms" in entry else _outcome(entry))
+            cells.append(_time(case["peers"][name]))
         rows.append(cells)
     return table(rows)
 
@@ -59,8 +60,6 @@ def _caption(document: dict[str, Any]) -> str:
     memory = document["memory_missing"] or (
         "growth of the resident size at its worst moment, in a process of its own"
     )
-    # Said by the command; a run without it is a test's.
-    kept = "malloc kept what was freed. " if document.get("freed_memory_is_kept") else ""
     first, last = document["load_average"]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads on {machine['cores']} cores, "
@@ -70,21 +69,35 @@ def _caption(document: dict[str, Any]) -> str:
         f"`{document['command']}`, {document['date'][:10]}, commit "
         f"{(document['commit'] or 'unknown')[:12]}, seed {document['seed']}, load average "
         f"{first} at the start, {last} at the end.",
-        "All in one process, in turns; medians; ratios are medians of each round's ratio. "
+        "Each in a process of its own, all alive at once, in turns with a pause before each; on the "
+        f"first case in {document['n_processes']} such processes, one after the other. Medians; "
+        "ratios are medians of each round's ratio. "
         "One read: the fastest way found to read the circuits' logits once. "
         "GB/s: every logit once, the reference's too. "
-        f"{kept}Memory beyond the inputs: {memory}. "
+        f"{_settings(document)}Memory beyond the inputs: {memory}. "
         "Errors: the largest of any circuit's KL against float64.",
     ]
     return "\n".join(lines)
+
+
+def _settings(document: dict[str, Any]) -> str:
+    if "freed_memory_kept" not in document["cases"][0]:
+        return ""
+    variables = " ".join(f"{name}={value}" for name, value in KEEP_FREED_MEMORY.items())
+    return f'malloc as it comes; "{_KEPT}": with `{variables}`. '
 
 
 def _timed(case: dict[str, Any], name: str) -> bool:
     return "ms" in case["peers"][name]
 
 
+def _time(entry: dict[str, Any]) -> str:
+    return _ms(entry["ms"]) if "ms" in entry else _outcome(entry)
+
+
 def _outcome(entry: dict[str, Any]) -> str:
-    return "wrong" if "wrong" in entry else entry["skipped"]
+    bad = [outcome for outcome in ("wrong", "failed") if outcome in entry]
+    return bad[0] if bad else entry["skipped"]
 
 
 def _sizes(case: dict[str, Any]) -> str:
@@ -94,6 +107,10 @@ def _sizes(case: dict[str, Any]) -> str:
 
 def _ms(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return _number(None if value is None else value / 2**20, ".1f")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -119,6 +136,11 @@ def plot(document: dict[str, Any], path: Path) -> None:
         spread = [[entry["ms"] - low], [high - entry["ms"]]]
         bars.barh(name, entry["ms"], xerr=spread, color=colors.get(name, "0.6"))
         bars.annotate(f" {_ms(entry['ms'])}", (high, name), va="center")
+    kept = main.get("freed_memory_kept", {"peers": {}})["peers"]
+    marks = [(kept[name]["ms"], name) for name in names if "ms" in kept.get(name, {})]
+    if marks:
+        bars.plot(*zip(*marks, strict=True), "k|", ms=14, label=_KEPT)
+        bars.legend()
     bars.invert_yaxis()
     bars.set_xscale("log")
     bars.margins(x=0.15)

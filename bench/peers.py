@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class Peer:
     name, what : str
         What it is called, and what it does.
     prepare : function
-        From inputs to a function that measures them.
+        From inputs to a function that measures them; can be pickled.
     missing : function
         Says why it can not measure a case here; None if it can.
     tolerance : function
@@ -72,20 +73,29 @@ class Peer:
         )
 
 
+def prepared(
+    prepare: Callable[[Inputs], Callable[[], object]], case: Case, file: Path, n_threads: int
+) -> Callable[[], object]:
+    """Prepare a function with shared inputs, in a process that does nothing else."""
+    torch.set_num_threads(n_threads)
+    return prepare(Inputs(case, file=file))
+
+
+def _prepare_fastkl(backend: str, inputs: Inputs) -> Measure:
+    model, loader, outs = inputs.arguments
+
+    def measure() -> list[float]:
+        result = fastkl.measure_kl_div(model, loader, outs, backend=backend, progress=False)
+        return [kl for _, kl in result]
+
+    return measure
+
+
 def _fastkl(backend: str) -> Peer:
-    def prepare(inputs: Inputs) -> Measure:
-        model, loader, outs = inputs.arguments
-
-        def measure() -> list[float]:
-            result = fastkl.measure_kl_div(model, loader, outs, backend=backend, progress=False)
-            return [kl for _, kl in result]
-
-        return measure
-
     return Peer(
         OURS + backend,
         f'`fastkl.measure_kl_div(..., backend="{backend}")`',
-        prepare,
+        functools.partial(_prepare_fastkl, backend),
         lambda _: fastkl.available_backends()[backend],
         # What the package promises.
         lambda _: (1e-5, 1e-8),

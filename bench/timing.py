@@ -1,18 +1,21 @@
 """Times of several functions that are run in turns, on a machine that is not quiet."""
 
+import contextlib
 import ctypes
 import gc
-import os
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median, quantiles
+from typing import Any
 
-import numpy as np
-import torch
+from bench.worker import AS_IT_COMES, Worker, WorkerError, call
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
+# Threads that wait for more work may keep a core busy for a while; within this they fall asleep.
+PAUSE_SECONDS = 0.02
 # malloc.h: how much free memory is given back to the system, how many blocks are mappings.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -30,10 +33,23 @@ def keep_freed_memory() -> bool:
     )
 
 
+def seconds_of(function: Callable[[], object]) -> float:
+    """Call a function, and return the seconds that it took."""
+    before = time.perf_counter()
+    function()
+    return time.perf_counter() - before
+
+
+def seconds_once_awake(function: Callable[[], object]) -> float:
+    """Return the seconds of a function's second call: after a pause the first finds cores asleep."""
+    function()
+    return seconds_of(function)
+
+
 def interleave(
-    functions: Mapping[str, Callable[[], object]], seconds: float, *, seed: int = 0
+    turns: Mapping[str, Callable[[], float]], seconds: float, *, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Call all functions once a round, and return the seconds that each call took.
+    """Let everyone take a turn once a round, and return the seconds that each turn counted.
 
     What slows the machine for a while slows all of them; the order changes from round to round, so
     that nobody always finds the caches as the same other one left them. The first round does not
@@ -41,33 +57,91 @@ def interleave(
 
     Parameters
     ----------
-    functions : mapping {name: function}
-        What to time; warmed up or not.
+    turns : mapping {name: function}
+        What to call; it returns the seconds that count.
     seconds : float
         How long it may take, if that allows for the fewest rounds.
     seed : int
         For the orders.
     """
-    order, shuffle = list(functions), random.Random(seed).shuffle
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(turns), random.Random(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in turns}
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
     try:
         started = time.perf_counter()
-        for function in functions.values():
-            function()
+        for turn in turns.values():
+            turn()
         wanted = int(seconds / (time.perf_counter() - started)) - 1
         for _ in range(min(max(wanted, FEWEST_ROUNDS), MOST_ROUNDS)):
             shuffle(order)
             for name in order:
-                before = time.perf_counter()
-                functions[name]()
-                times[name].append(time.perf_counter() - before)
+                times[name].append(turns[name]())
     finally:
         if collecting:
             gc.enable()
     return times
+
+
+def take_turns(
+    tasks: Mapping[str, Callable[[], Callable[[], Any]]],
+    checks: Mapping[str, Callable[[Any], dict[str, Any]]],
+    seconds: float,
+    *,
+    seed: int = 0,
+    environment: Mapping[str, str] = AS_IT_COMES,
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """Time functions as `interleave` does, each in a process of its own, all alive at once.
+
+    Parameters
+    ----------
+    tasks : mapping {name: function}
+        As a `Worker` prepares them.
+    checks : mapping {name: function}
+        What to make of a function's first result; a ValueError says that it is wrong.
+    seconds, seed
+        As for `interleave`.
+    environment : mapping {str: str}
+        Of the processes.
+
+    Returns
+    -------
+    entries : dict {name: dict}
+        What the check returned, or {"wrong": text}, or of a process that raised or died
+        {"failed": text}.
+    times : dict {name: list of float}
+        Of those that neither were wrong nor failed.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+
+    def turn(name: str) -> float:
+        if "failed" in entries[name]:
+            return math.nan
+        time.sleep(PAUSE_SECONDS)
+        try:
+            return workers[name].ask(seconds_once_awake)
+        except WorkerError as error:
+            entries[name] = {"failed": str(error)}
+            return math.nan
+
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker(task, environment)) for name, task in tasks.items()
+        }
+        for worker in workers.values():
+            worker.send(call)
+        for name, worker in workers.items():
+            try:
+                result = worker.receive()
+                entries[name] = checks[name](result) if name in checks else {}
+            except WorkerError as error:
+                entries[name] = {"failed": str(error)}
+            except ValueError as error:
+                entries[name] = {"wrong": str(error)}
+        good = [name for name in tasks if entries[name].keys().isdisjoint(("wrong", "failed"))]
+        times = interleave({name: partial(turn, name) for name in good}, seconds, seed=seed)
+    return entries, {name: times[name] for name in good if "failed" not in entries[name]}
 
 
 def summarize(times: Sequence[float]) -> dict[str, float | list[float]]:
@@ -79,41 +153,3 @@ def summarize(times: Sequence[float]) -> dict[str, float | list[float]]:
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
     """Return the median over rounds of one function's time over another's in the same round."""
     return median(a / b for a, b in zip(times, others, strict=True))
-
-
-class Reader:
-    """Ways to read every byte of tensors once: the fastest one is the limit.
-
-    Parameters
-    ----------
-    tensors : sequence of contiguous Tensors on the CPU
-        What to read.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
-        # The largest byte, whatever the bytes mean: NumPy takes 32 of them at a time.
-        arrays = [tensor.view(-1).view(torch.int8).numpy() for tensor in tensors]
-        n = min(os.cpu_count() or 1, torch.get_num_threads())
-        self._shares = [[part for a in arrays if len(part := _share(a, i, n))] for i in range(n)]
-        self._pool = ThreadPoolExecutor(n)
-
-    def ways(self) -> dict[str, Callable[[], object]]:
-        """Return the ways: functions that read everything and return the largest element."""
-        return {"torch.amax": self.by_torch, "numpy.max in threads": self.by_threads}
-
-    def by_torch(self) -> float:
-        """Return the largest number, by PyTorch."""
-        return torch.stack([tensor.amax() for tensor in self._tensors]).max().item()
-
-    def by_threads(self) -> int:
-        """Return the largest byte, by NumPy in one thread a core."""
-        return max(self._pool.map(lambda arrays: max(a.max() for a in arrays), self._shares)).item()
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-
-def _share(array: np.ndarray, i: int, n: int) -> np.ndarray:
-    return array[len(array) * i // n : len(array) * (i + 1) // n]

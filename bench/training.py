@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import fastkl
 from bench import facts, memory
 from bench.cases import SEED
 from bench.report import RESULTS, table
-from bench.timing import interleave, keep_freed_memory, ratio, summarize
+from bench.timing import interleave, keep_freed_memory, ratio, seconds_of, summarize
 
 # Relative errors of the gradient, norm-wise over all rows: what the package promises, and what the
 # textbook's float32 may take at these divergences.
@@ -154,7 +155,8 @@ def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> d
             continue
         entries[name] = {"error_relative": error}
         steps[name] = run
-    times = interleave(steps, seconds, seed=seed)
+    turns = {name: partial(seconds_of, run) for name, run in steps.items()}
+    times = interleave(turns, seconds, seed=seed)
     baseline = next(iter(times))
     for name in steps:
         entries[name] |= summarize(times[name])

@@ -1,11 +1,18 @@
 """The benchmarks: peers measure what they claim to, clocks count right, tables are fresh."""
 
 import json
+import pickle
+import platform
+import shutil
 import sys
+import tempfile
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
+import bench_tasks
 import conftest
 import pytest
 import torch
@@ -14,9 +21,18 @@ ROOT = Path(__file__).parents[1]
 # Last, so that the fastkl under test stays the installed one.
 sys.path.append(str(ROOT))
 
-from bench import cases, cpu, cpu_report, memory, peers, report, timing  # noqa: E402
+from bench import cases, cpu, cpu_report, memory, peers, reads, report, timing  # noqa: E402
+from bench.worker import KEEP_FREED_MEMORY, Worker, WorkerError, call  # noqa: E402
 
 SMALL = cases.Case(4, 5, 1000)
+GLIBC = platform.libc_ver()[0] == "glibc"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_find_their_tasks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        yield
 
 
 def linear_rise(start=0.0):
@@ -69,6 +85,45 @@ def test_float64_of_the_benchmarks_agrees_with_the_oracle(kind):
         torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-13)
 
 
+def everything(inputs):
+    return [inputs.reference, *inputs.circuits]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_inputs_are_those_that_are_made(dtype):
+    case = replace(SMALL, dtype=dtype)
+    made = everything(cases.Inputs(case, 5))
+    with cases.shared(case, 5) as file:
+        mapped, again = (everything(cases.Inputs(case, file=file)) for _ in range(2))
+        assert all(map(torch.equal, made, mapped))
+        assert {(t.dtype, t.shape, t.stride()) for t in mapped} == {
+            (t.dtype, t.shape, t.stride()) for t in made
+        }
+        # As PyTorch allocates, and libraries want it that are not to copy.
+        assert {t.data_ptr() % 64 for t in mapped} == {0}
+        for t in mapped:
+            t.zero_()
+        assert all(map(torch.equal, made, again))
+        assert all(map(torch.equal, made, everything(cases.Inputs(case, file=file))))
+    assert not file.parent.exists()
+
+
+def test_shared_inputs_lie_on_the_disk_where_memory_has_no_room(monkeypatch):
+    usage = shutil.disk_usage(tempfile.gettempdir())._replace(free=SMALL.bytes_read)
+    monkeypatch.setattr(cases.shutil, "disk_usage", lambda _: usage)
+    with cases.shared(SMALL) as file:
+        assert file.parents[1] == Path(tempfile.gettempdir())
+
+
+def test_a_worker_maps_the_shared_inputs():
+    with cases.shared(SMALL) as file:
+        task = partial(peers.prepared, bench_tasks.seen, SMALL, file, 1)
+        with Worker(task) as worker:
+            reference, circuits, n_threads = worker.ask(call)
+    assert all(map(torch.equal, [reference, *circuits], everything(cases.Inputs(SMALL))))
+    assert n_threads == 1
+
+
 # Peers.
 
 
@@ -102,22 +157,21 @@ def test_the_arithmetic_of_auto_circuit_agrees_with_the_oracle_where_the_package
     assert values == pytest.approx(inputs.expected, rel=1e-4, abs=1e-5)
 
 
-def constant_peer(name, change):
-    """A peer that knows float64's answer, and changes it."""
-    return peers.Peer(
-        name,
-        "for the test",
-        lambda inputs: lambda: change(inputs.expected),
-        lambda _: None,
-        lambda _: (1e-5, 1e-8),
-    )
+@pytest.mark.parametrize("peer", peers.all_peers(), ids=lambda peer: peer.name)
+def test_peers_can_be_sent_to_a_worker(peer):
+    again = pickle.loads(pickle.dumps(peer.prepare))
+    assert pickle.dumps(again) == pickle.dumps(peer.prepare)
+
+
+def peer_that(prepare, name):
+    return peers.Peer(name, "for the test", prepare, lambda _: None, lambda _: (1e-5, 1e-8))
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan"), float("inf")])
 def test_a_wrong_result_is_refused(wrong):
     inputs = cases.Inputs(SMALL)
     values = inputs.expected
-    peer = constant_peer("p", None)
+    peer = peer_that(None, "p")
     assert peer.error(values, inputs) == (0, 0)
     values[2] += wrong
     with pytest.raises(ValueError, match=r"^p: circuit 2 of K=4 R=5 V=1000 float32 mixed measured"):
@@ -127,25 +181,65 @@ def test_a_wrong_result_is_refused(wrong):
 # Clocks.
 
 
-def test_interleaving_calls_everyone_once_a_round_and_times_each_call(monkeypatch):
+def test_interleaving_calls_everyone_once_a_round():
     calls = []
-    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
-    monkeypatch.setattr(timing.time, "perf_counter", linear_rise())
-    times = timing.interleave(functions, seconds=0, seed=3)
+    turns = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
+    times = timing.interleave(turns, seconds=0, seed=3)
     n = timing.FEWEST_ROUNDS
-    assert times == {name: [1.0] * n for name in "abc"}
     rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     # The first one warms up.
     assert len(rounds) == n + 1
     assert {"".join(sorted(order)) for order in rounds} == {"abc"}
     assert len(set(rounds)) > 1
+    # What was counted in a round stands at the round's place.
+    for name in "abc":
+        assert times[name] == [4 + 3 * i + rounds[i + 1].index(name) for i in range(n)]
 
 
 def test_interleaving_takes_the_time_it_may(monkeypatch):
     monkeypatch.setattr(timing.time, "perf_counter", linear_rise())
     # By this clock a round without calls takes a second.
-    assert len(timing.interleave({"a": int}, seconds=21)["a"]) == 20
-    assert len(timing.interleave({"a": int}, seconds=1e6)["a"]) == timing.MOST_ROUNDS
+    assert len(timing.interleave({"a": float}, seconds=21)["a"]) == 20
+    assert len(timing.interleave({"a": float}, seconds=1e6)["a"]) == timing.MOST_ROUNDS
+
+
+def test_the_call_after_a_pause_does_not_count(monkeypatch):
+    now = [0.0]
+    took = iter((100.0, 1.0))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.seconds_once_awake(lambda: now.append(now.pop() + next(took))) == 1
+
+
+def test_functions_take_turns_in_processes_and_go_on_without_those_that_fail():
+    n = timing.FEWEST_ROUNDS
+    tasks = {
+        "good": partial(bench_tasks.constant, 1.0),
+        "unprepared": bench_tasks.unprepared,
+        "raises": partial(bench_tasks.after, 4, bench_tasks.boom),
+        "dies": partial(bench_tasks.after, 2 * n, bench_tasks.die),
+        "wrong": partial(bench_tasks.constant, 2.0),
+        "also good": partial(bench_tasks.constant, 0.0),
+    }
+
+    def check(value):
+        if value > 1:
+            raise ValueError(f"{value} is too large")
+        return {"value": value}
+
+    checks = {name: check for name in tasks if name != "also good"}
+    entries, times = timing.take_turns(tasks, checks, 0)
+    assert entries == {
+        "good": {"value": 1},
+        "unprepared": {"failed": "ValueError: not today"},
+        "raises": {"failed": "RuntimeError: boom"},
+        "dies": {"failed": "the process died with exit status 3"},
+        "wrong": {"wrong": "2.0 is too large"},
+        "also good": {},
+    }
+    assert list(times) == ["good", "also good"]
+    for seconds in times.values():
+        assert len(seconds) == n
+        assert all(0 < t < 0.1 for t in seconds)
 
 
 def test_ratios_are_medians_of_rounds_not_ratios_of_medians():
@@ -160,15 +254,56 @@ def test_ratios_are_medians_of_rounds_not_ratios_of_medians():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_read_reads_every_byte(n_circuits, dtype):
     tensors = [torch.zeros(2, 3, dtype=dtype) for _ in range(n_circuits)]
-    reader = timing.Reader(tensors)
-    ways = reader.ways()
-    assert [read() for read in ways.values()] == [0, 0]
+    ways = [prepare(SimpleNamespace(circuits=tensors)) for prepare in reads.WAYS.values()]
+    assert [read() for read in ways] == [0, 0]
     for tensor in tensors:
         for i in range(tensor.numel()):
             tensor.view(-1)[i] = 1.0
-            assert [read() > 0 for read in ways.values()] == [True, True]
+            assert [read() > 0 for read in ways] == [True, True]
             tensor.zero_()
-    reader.close()
+
+
+# Workers.
+
+
+def test_a_worker_answers_whatever_its_function_prints():
+    with Worker(bench_tasks.talk) as worker:
+        assert [worker.ask(call), worker.ask(callable)] == ["answer", True]
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [
+        (bench_tasks.unprepared, "^ValueError: not today$"),
+        (bench_tasks.unsendable, "local object"),
+        (partial(bench_tasks.after, 1, bench_tasks.boom), "^RuntimeError: boom$"),
+        (partial(bench_tasks.after, 1, bench_tasks.die), "^the process died with exit status 3$"),
+        (bench_tasks.die, "^the process died with exit status 3$"),
+    ],
+)
+def test_a_worker_that_fails_says_so(task, error):
+    with Worker(task) as worker, pytest.raises(WorkerError, match=error):
+        worker.ask(call)
+    assert worker._process.returncode is not None
+
+
+def test_a_worker_has_its_own_environment(monkeypatch):
+    monkeypatch.setenv("FASTKL_TEST", "outside")
+    task = partial(bench_tasks.variable, "FASTKL_TEST")
+    with Worker(task) as outside, Worker(task, {"FASTKL_TEST": "inside"}) as inside:
+        assert [outside.ask(call), inside.ask(call)] == ["outside", "inside"]
+
+
+@pytest.mark.skipif(not GLIBC, reason="the variables are glibc's")
+def test_freed_memory_is_kept_where_it_is_asked_for():
+    n_pages = 64 * 2**20 // 4096
+    with (
+        Worker(bench_tasks.faults) as gives,
+        Worker(bench_tasks.faults, KEEP_FREED_MEMORY) as keeps,
+    ):
+        assert [worker.ask(call) > n_pages * 0.9 for worker in (gives, keeps)] == [True, True]
+        assert gives.ask(call) > n_pages * 0.9
+        assert keeps.ask(call) < n_pages * 0.1
 
 
 @pytest.mark.skipif(memory.missing() is not None, reason=str(memory.missing()))
@@ -187,9 +322,12 @@ def test_memory_that_is_freed_before_the_return_is_seen():
 def test_memory_of_a_peer_is_measured_in_a_process_of_its_own():
     case = cases.Case(2, 64, 50257)
     one = case.bytes_circuits // 2
-    # Two log-probabilities, and within F.kl_div exp, difference and product; not the inputs.
-    assert memory.peak_of("eager torch", case, 0, 1) == pytest.approx(5 * one, abs=one)
-    assert memory.peak_of("fastkl eager", case, 0, 1) < one
+    prepares = {peer.name: peer.prepare for peer in peers.all_peers()}
+    with cases.shared(case) as file:
+        tasks = {n: partial(peers.prepared, p, case, file, 1) for n, p in prepares.items()}
+        # Two log-probabilities, and within F.kl_div exp, difference and product; not the inputs.
+        assert memory.peak_of(tasks["eager torch"]) == pytest.approx(5 * one, abs=one)
+        assert memory.peak_of(tasks["fastkl eager"]) < one
 
 
 # The command and what it writes.
@@ -197,15 +335,18 @@ def test_memory_of_a_peer_is_measured_in_a_process_of_its_own():
 
 @pytest.fixture(scope="module")
 def document():
-    """A run of a tiny grid by two peers, a wrong one, and one that is missing."""
+    """A run of a tiny grid by two peers, a wrong one, one that breaks, and one that is missing."""
     chosen = [
         next(peer for peer in peers.all_peers() if peer.name == "eager torch"),
         next(peer for peer in peers.all_peers() if peer.name == "fastkl eager"),
-        constant_peer("fastkl wrong", lambda values: [2 * value for value in values]),
-        replace(constant_peer("absent", None), missing=lambda _: "not installed"),
+        peer_that(partial(bench_tasks.scaled, 2), "fastkl wrong"),
+        peer_that(bench_tasks.broken, "fastkl broken"),
+        replace(peer_that(None, "absent"), missing=lambda _: "not installed"),
     ]
     grid = (SMALL, replace(SMALL, n_rows=10), replace(SMALL, divergences="small"))
-    result = cpu.run(grid, chosen, 0.01, remember=lambda name: name == "fastkl eager")
+    result = cpu.run(
+        grid, chosen, 0.01, n_processes=2, remember=lambda name: name == "fastkl eager"
+    )
     # As it comes out of the file.
     return json.loads(json.dumps(result))
 
@@ -215,21 +356,50 @@ def test_the_document_says_everything_about_each_peer(document):
     assert document["seed"] == cases.SEED
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert document["versions"]["torch"] == torch.__version__
-    for case in document["cases"]:
+    main = document["cases"][0]
+    assert ("freed_memory_kept" in main) == GLIBC
+    for case in [*document["cases"], *([main["freed_memory_kept"]] if GLIBC else [])]:
         assert case["rounds"] >= timing.FEWEST_ROUNDS
         assert case["read"]["ms"] > 0
         for name in ("eager torch", "fastkl eager"):
             entry = case["peers"][name]
             assert entry["ms"] > 0
-            assert entry["gb_s"] == pytest.approx(case["bytes_read"] / entry["ms"] / 1e6)
+            assert entry["times_read"] > 0
             assert 0 <= entry["error_nats"] < 1e-5
         assert case["peers"]["eager torch"]["times_faster"] == 1
         assert case["peers"]["fastkl wrong"].keys() == {"wrong"}
+        assert case["peers"]["fastkl broken"] == {"failed": "RuntimeError: boom"}
+    for case in document["cases"]:
+        for entry in case["peers"].values():
+            if "ms" in entry:
+                assert entry["gb_s"] == pytest.approx(case["bytes_read"] / entry["ms"] / 1e6)
         assert case["peers"]["absent"] == {"skipped": "not installed"}
-    first = document["cases"][0]
-    assert first | asdict(SMALL) == first
-    assert ("peak_bytes" in first["peers"]["fastkl eager"]) == (memory.missing() is None)
+    assert main | asdict(SMALL) == main
+    remembered = {name for name, entry in main["peers"].items() if "peak_bytes" in entry}
+    assert remembered == ({"fastkl eager"} if memory.missing() is None else set())
     assert document["cases"][2]["rows_below_0.1"] == 1
+    # In two processes.
+    assert main["rounds"] >= 2 * timing.FEWEST_ROUNDS
+
+
+def test_who_fails_in_one_process_is_not_started_again(monkeypatch):
+    started = []
+
+    def take_turns(tasks, checks, seconds, *, seed, environment):
+        started.append((list(tasks), seed))
+        times = {name: [float(len(started)), 10.0 * len(started)] for name in tasks}
+        if len(started) == 2:
+            del times["b"]
+        failed = {"failed": "at last"}
+        return {name: {} if name in times else failed for name in tasks}, times
+
+    monkeypatch.setattr(cpu, "take_turns", take_turns)
+    tasks = dict.fromkeys(["a", "b", *reads.WAYS])
+    result = cpu._in_turns(tasks, {"a": None, "b": None}, "a", 3, 1.0, 7, {})
+    assert started == [(list(tasks), 7), (list(tasks), 8), (["a", *reads.WAYS], 9)]
+    assert result["peers"]["b"] == {"failed": "at last"}
+    assert result["peers"]["a"]["ms"] == 1e3 * 6.5
+    assert result["rounds"] == 6
 
 
 def test_tables_keep_those_who_lost_and_those_who_could_not(document):
@@ -238,10 +408,48 @@ def test_tables_keep_those_who_lost_and_those_who_could_not(document):
         assert f"\n| {name} |" in text
     assert "\n| absent | not installed |" in text
     assert "\n| fastkl wrong | wrong |" in text
+    assert "\n| fastkl broken | failed |" in text
     assert text.count("\n| 4, ") == len(document["cases"])
     for line in text.splitlines():
         if line.startswith("|"):
-            assert line.count("|") in (9, 5)
+            assert line.count("|") in (11 if GLIBC else 9, 5)
+
+
+def test_the_main_table_shows_both_ways_of_malloc_or_the_one_that_there_is(document):
+    document = json.loads(json.dumps(document))
+    main = document["cases"][0]
+    main["freed_memory_kept"] = {
+        "read": {"ms": 12.25},
+        "peers": {"eager torch": {"ms": 345.0, "times_faster": 1.0}}
+        | {"fastkl eager": {"ms": 123.0, "times_faster": 67.0}},
+    }
+    one_read, _, ours = (
+        next(
+            line.split(" | ")
+            for line in cpu_report.markdown(document).splitlines()
+            if start in line
+        )
+        for start in ("| one read | ", "| eager torch | ", "| fastkl eager | ")
+    )
+    assert one_read[2] == "12.2"
+    assert ours[1:3] == [cpu_report._ms(main["peers"]["fastkl eager"]["ms"]), "123"]
+    assert ours[6] == "67.0"
+    assert "MALLOC_TRIM_THRESHOLD_=-1" in cpu_report.markdown(document)
+    del main["freed_memory_kept"]
+    text = cpu_report.markdown(document)
+    assert "kept" not in text
+    assert "MALLOC" not in text
+
+
+def test_a_peak_that_could_not_be_measured_is_said(document, monkeypatch):
+    def fail(_):
+        raise WorkerError("no memory left")
+
+    monkeypatch.setattr(memory, "peak_of", fail)
+    assert cpu._peak(None) == {"peak_failed": "no memory left"}
+    document = json.loads(json.dumps(document))
+    document["cases"][0]["peers"]["eager torch"]["peak_failed"] = "no memory left"
+    assert " | failed | " in cpu_report.markdown(document)
 
 
 def test_the_plot_is_drawn(document, tmp_path):
@@ -259,15 +467,18 @@ def test_cases_on_the_plot_differ_in_one_size_only(document):
 
 def test_the_command_fails_where_fastkl_is_wrong(document, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cpu, "run", lambda *_, **__: document)
-    # For the whole process, which goes on.
-    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: True)
     assert cpu.main(["--quick", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.count("WRONG: fastkl wrong: circuit 0 of K=4") == 3
+    printed = capsys.readouterr().err
+    assert printed.count("WRONG: fastkl wrong: circuit 0 of K=4") == 3 + GLIBC
+    assert printed.count("FAILED: fastkl broken: RuntimeError: boom\n") == 3 + GLIBC
     assert json.loads((tmp_path / "cpu.json").read_text()) == document
-    for case in document["cases"]:
-        case["peers"].pop("fastkl wrong")
-    document["peers"].pop("fastkl wrong")
-    assert cpu.main(["--quick", "--out", str(tmp_path)]) == 0
+    settings = [*document["cases"]]
+    settings += [case["freed_memory_kept"] for case in settings if "freed_memory_kept" in case]
+    for name, status in (("fastkl wrong", 1), ("fastkl broken", 0)):
+        for setting in settings:
+            setting["peers"].pop(name)
+        document["peers"].pop(name)
+        assert cpu.main(["--quick", "--out", str(tmp_path)]) == status
 
 
 def test_the_grid_changes_one_thing_at_a_time():

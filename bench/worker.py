@@ -1,0 +1,118 @@
+"""Processes that each hold one function, so that it is timed as it runs for a user: alone.
+
+What else a process does changes a function's time. Freed memory is kept or given back depending on
+what others freed before, and another library's threads may be spinning on a core. A worker is started
+by its parent as `python -m bench.worker`, reads pickles from its standard input and answers with
+pickles; between requests it sleeps.
+"""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+# What glibc reads as a process starts: none of the freed memory is given back to the system.
+KEEP_FREED_MEMORY = MappingProxyType({"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"})
+AS_IT_COMES: Mapping[str, str] = MappingProxyType({})
+_ROOT = Path(__file__).parents[1]
+
+
+class WorkerError(RuntimeError):
+    """A worker raised, or died; it answers no more."""
+
+
+class Worker:
+    """A process that prepares a function, and then does with it what it is asked to.
+
+    Nothing waits for it before `receive`, so that several can start side by side.
+
+    Parameters
+    ----------
+    prepare : function
+        Called in the process; returns the function that is asked about. It is pickled, as all that
+        passes between the processes.
+    environment : mapping {str: str}
+        The variables that the process has beside those of this one.
+    """
+
+    def __init__(
+        self, prepare: Callable[[], Callable[[], Any]], environment: Mapping[str, str] = AS_IT_COMES
+    ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker"],
+            cwd=_ROOT,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.send(prepare)
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Its end is that of its input.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def send(self, request: Callable[..., Any]) -> None:
+        """Ask for request(function)."""
+        # One that is no more has left its error to be received.
+        with contextlib.suppress(BrokenPipeError):
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
+
+    def receive(self) -> Any:
+        """Wait for the answer to a request, and return it.
+
+        Raises
+        ------
+        WorkerError
+            The preparation or the request raised, or the process died.
+        """
+        try:
+            answer, error = pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            status = self._process.wait()
+            raise WorkerError(f"the process died with exit status {status}") from None
+        if error is not None:
+            raise WorkerError(error)
+        return answer
+
+    def ask(self, request: Callable[..., Any]) -> Any:
+        """Return request(function), computed in the process."""
+        self.send(request)
+        return self.receive()
+
+
+def call(function: Callable[[], Any]) -> Any:
+    """Return what a function without arguments returns: the simplest request."""
+    return function()
+
+
+def _serve() -> None:
+    requests = sys.stdin.buffer
+    # What libraries print goes elsewhere.
+    with os.fdopen(os.dup(1), "wb") as answers:
+        os.dup2(2, 1)
+        try:
+            function = pickle.load(requests)()
+            while requests.peek(1):
+                answer = pickle.dumps((pickle.load(requests)(function), None))
+                answers.write(answer)
+                answers.flush()
+        except Exception as error:
+            traceback.print_exc()
+            pickle.dump((None, f"{type(error).__name__}: {error}"), answers)
+
+
+if __name__ == "__main__":
+    _serve()
