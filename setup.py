@@ -72,7 +72,7 @@ NATIVE = Extension(
     ],
     depends=[
         f"kernels/cpu/{name}.hpp"
-        for name in ("kl", "slice", "gradient", "looks", "functions", "simd")
+        for name in ("kl", "threads", "slice", "rows", "gradient", "looks", "functions", "simd")
     ],
     extra_compile_args=FLAGS,
     define_macros=[("Py_LIMITED_API", "0x030A0000")],

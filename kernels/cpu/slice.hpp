@@ -196,6 +196,7 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
     return true;
 }
 
+#include "rows.hpp"
 #include "gradient.hpp"
 
 void exponential_of(const float* x, float* y, int64_t n) {
