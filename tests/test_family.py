@@ -314,7 +314,7 @@ def test_jensen_shannon_as_an_operator(generator):
     circuit, reference = make(generator, 3, 20, 0.5, torch.float64)
     leaves = [t.requires_grad_() for t in (circuit, reference)]
     assert torch.autograd.gradcheck(lambda q, p: fastkl.js_div(q, p, beta=0.3), leaves)
-    torch.library.opcheck(operator.js_div, (*leaves, 0.3, 1.0))
+    torch.library.opcheck(operator.js_div, (*leaves, 0.3, 1.0, None))
     compiled = torch.compile(fastkl.js_div, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*leaves), fastkl.js_div(*leaves))
     batch = torch.vmap(lambda q: fastkl.js_div(q, reference.detach()))(
@@ -360,7 +360,9 @@ def test_modules(generator):
         weights=weights,
     )
     assert torch.equal(loss(circuit, reference, mask, weights), expected)
-    assert repr(loss) == "JSDivLoss(beta=0.2, reduction='sum', temperature=2.0, vocab_size=50)"
+    assert repr(loss) == (
+        "JSDivLoss(beta=0.2, reduction='sum', temperature=2.0, vocab_size=50, backend=None)"
+    )
 
 
 BAD = (

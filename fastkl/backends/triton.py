@@ -10,14 +10,17 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastkl import gradient, state
+from fastkl import gradient, jensen_shannon, state
 from fastkl.state import RowState
 
 NAME = "triton"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+# No kernels of these yet.
 gradients = gradient.gradients
+js_rows = jensen_shannon.js_rows
+js_gradients = jensen_shannon.js_gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
