@@ -15,12 +15,15 @@ if not ON_GPU:
 
 import fastkl  # noqa: E402
 from fastkl import functional  # noqa: E402
+from fastkl.backends import native  # noqa: E402
 
 if importlib.util.find_spec("triton") and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
     import ptx_emulator  # noqa: F401
 
 BACKENDS = ("eager", "native", "triton")
+# Of native.
+LEVELS = ("avx512", "avx2", "baseline")
 # |KL - KL64| <= RELATIVE * KL64 + ABSOLUTE, a row.
 # RELATIVE: float32 rounds sums of 50k terms to a few 1e-6 at worst; a plain result is at least 0.1
 # and off by at most a few 1e-7.
@@ -95,6 +98,20 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason := fastkl.available_backends()[request.param]:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+@pytest.fixture(params=["eager", *LEVELS])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backends of CPU tensors in turn, native at each of its levels: the backend's name."""
+    if request.param == "eager":
+        return "eager"
+    if reason := fastkl.available_backends()["native"]:
+        pytest.skip(reason)
+    known = native._extension().levels()
+    if request.param not in known:
+        pytest.skip(f"this machine runs {', '.join(known)}")
+    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
+    return "native"
 
 
 @pytest.fixture

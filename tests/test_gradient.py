@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import oracle_gradients
 
-import fastkl
 from fastkl.backends import eager, native
 
 INF, NAN = math.inf, math.nan
@@ -21,22 +20,10 @@ def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
     return circuit.to(dtype), reference.to(dtype)
 
 
-LEVELS = ("avx512", "avx2", "baseline")
-
-
-@pytest.fixture(params=["eager", *LEVELS])
-def gradients(request, monkeypatch):
+@pytest.fixture
+def gradients(implementation):
     """Each backend's, and each instruction-set level's of native."""
-    if request.param == "eager":
-        return eager.gradients
-    if reason := fastkl.available_backends()["native"]:
-        pytest.skip(reason)
-    from fastkl import _native  # noqa: PLC0415
-
-    if request.param not in _native.levels():
-        pytest.skip(f"this machine runs {', '.join(_native.levels())}")
-    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
-    return native.gradients
+    return {"eager": eager, "native": native}[implementation].gradients
 
 
 @pytest.fixture

@@ -70,8 +70,8 @@ class Pair {
         : defined(heavy.defined && light.defined), mixture_(problem.mixture),
           scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
         const double apart = double(heavy.max) - double(light.max);
-        // Differences of logits might overflow then, and have no digits to lose.
-        far_apart_ = __builtin_fabs(apart) > 1e38;
+        // Differences of such logits are rounded by more than those from the maxima are, or overflow.
+        far_apart_ = __builtin_fabs(apart * scale_) > kFarApart || __builtin_fabs(apart) > 1e38;
         // In two parts, the first exact as it is subtracted: rounded to one, the difference of log-sum-exps
         // would be off by more than nearly identical rows differ.
         shift_ = float(far_apart_ ? 0.0 : apart);
