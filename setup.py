@@ -64,6 +64,7 @@ NATIVE = Extension(
             "module",
             "run",
             "gradient",
+            "jensen_shannon",
             "state",
             "level_baseline",
             "level_avx2",
@@ -72,7 +73,10 @@ NATIVE = Extension(
     ],
     depends=[
         f"kernels/cpu/{name}.hpp"
-        for name in ("kl", "slice", "gradient", "looks", "functions", "simd")
+        for name in (
+            *("kl", "threads", "slice", "looks", "rows", "gradient", "jensen_shannon"),
+            *("functions", "simd"),
+        )
     ],
     extra_compile_args=FLAGS,
     define_macros=[("Py_LIMITED_API", "0x030A0000")],

@@ -247,6 +247,7 @@ def js_div(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     vocab_size: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Generalized Jensen-Shannon divergence of a circuit and a reference, in nats, from logits.
 
@@ -260,7 +261,7 @@ def js_div(
     beta : float
         The reference's weight in the mixture, between 0 and 1. At 0.5 the divergence is symmetric and
         at most log 2.
-    reduction, temperature, mask, weights, vocab_size
+    reduction, temperature, mask, weights, vocab_size, backend
         As for :func:`kl_div`.
 
     Returns
@@ -272,13 +273,14 @@ def js_div(
 
     Raises
     ------
-    TypeError, ValueError
+    TypeError, ValueError, RuntimeError
         As :func:`kl_div`, and where beta is not between 0 and 1.
 
     Notes
     -----
-    Computed by PyTorch in blocks of rows on every device, with nothing of the logits' size beside them:
-    the backends' kernels do not have it. Differentiable once in both arguments.
+    The native backend has a kernel of it for CPU tensors; elsewhere PyTorch computes it in blocks of
+    rows. Either way there is nothing of the logits' size beside them. Differentiable once in both
+    arguments.
 
     References
     ----------
@@ -295,8 +297,11 @@ def js_div(
     errors.check_reduction(reduction)
     errors.check_beta(beta)
     errors.check_temperature(temperature)
+    errors.check_backend(backend)
     (circuit,), reference = _checked([circuit], ["circuit"], reference, vocab_size, mask, weights)
-    rows = operator.js_div(as_rows(circuit), as_rows(reference), float(beta), float(temperature))
+    rows = operator.js_div(
+        as_rows(circuit), as_rows(reference), float(beta), float(temperature), backend
+    )
     return reduce(rows[None], reference.shape[:-1], reduction, mask, weights)[0]
 
 

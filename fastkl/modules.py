@@ -91,6 +91,7 @@ class JSDivLoss(torch.nn.Module):
     reduction : {"mean", "sum", "none", "batchmean"}
     temperature : float
     vocab_size : int, optional
+    backend : str, optional
         All as for :func:`fastkl.js_div`.
 
     Raises
@@ -112,15 +113,18 @@ class JSDivLoss(torch.nn.Module):
         reduction: str = "mean",
         temperature: float = 1.0,
         vocab_size: int | None = None,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         errors.check_beta(beta)
         errors.check_reduction(reduction)
         errors.check_temperature(temperature)
+        errors.check_backend(backend)
         self.beta = beta
         self.reduction = reduction
         self.temperature = temperature
         self.vocab_size = vocab_size
+        self.backend = backend
 
     def forward(
         self,
@@ -139,11 +143,12 @@ class JSDivLoss(torch.nn.Module):
             mask=mask,
             weights=weights,
             vocab_size=self.vocab_size,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
         """Return what print shows."""
         return (
             f"beta={self.beta}, reduction={self.reduction!r}, temperature={self.temperature}, "
-            f"vocab_size={self.vocab_size}"
+            f"vocab_size={self.vocab_size}, backend={self.backend!r}"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl import backends, jensen_shannon
+from fastkl import backends
 from fastkl.rows import compute_dtype
 
 
@@ -210,18 +210,24 @@ def _(
 @torch.library.custom_op(
     "fastkl::js_div",
     mutates_args=(),
-    schema="(Tensor circuit, Tensor reference, float beta, float temperature) -> Tensor",
+    schema="(Tensor circuit, Tensor reference, float beta, float temperature, str? backend) "
+    "-> Tensor",
 )
-def js_div(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
+def js_div(
+    circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
+) -> Tensor:
     """Return the Jensen-Shannon divergences (R,) of rows (R, V), with a gradient."""
-    return jensen_shannon.js_rows(circuit, reference, beta, temperature)
+    chosen = _choose([circuit], reference, backend)
+    if reference.shape[0] == 0:
+        return _empty([circuit], reference)[0]
+    return chosen.js_rows(circuit, reference, beta, temperature)
 
 
 @torch.library.custom_op(
     "fastkl::js_div_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor circuit, Tensor reference, float beta, float temperature, "
-    "bool wanted, bool reference_wanted) -> Tensor[]",
+    "bool wanted, bool reference_wanted, str? backend) -> Tensor[]",
 )
 def js_div_backward(
     grad: Tensor,
@@ -231,16 +237,19 @@ def js_div_backward(
     temperature: float,
     wanted: bool,
     reference_wanted: bool,
+    backend: str | None,
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuit's first, each like its logits."""
-    return jensen_shannon.js_gradients(
+    return _choose([circuit], reference, backend).js_gradients(
         grad, circuit, reference, beta, temperature, wanted, reference_wanted
     )
 
 
 @js_div.register_fake
-def _(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
-    del beta, temperature
+def _(
+    circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
+) -> Tensor:
+    del beta, temperature, backend
     return _empty([circuit], reference)[0]
 
 
@@ -253,23 +262,28 @@ def _(
     temperature: float,
     wanted: bool,
     reference_wanted: bool,
+    backend: str | None,
 ) -> list[Tensor]:
-    del grad, beta, temperature
+    del grad, beta, temperature, backend
     logits = ((circuit, wanted), (reference, reference_wanted))
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, want in logits if want]
 
 
-def _js_save(ctx: Any, inputs: tuple[Tensor, Tensor, float, float], output: Tensor) -> None:
+def _js_save(
+    ctx: Any, inputs: tuple[Tensor, Tensor, float, float, str | None], output: Tensor
+) -> None:
     del output
-    circuit, reference, ctx.beta, ctx.temperature = inputs
+    circuit, reference, ctx.beta, ctx.temperature, ctx.backend = inputs
     _keep(ctx, circuit, reference)
 
 
-def _js_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _js_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     wanted = ctx.needs_input_grad[:2]
-    found = iter(js_div_backward(grad, *_kept(ctx), ctx.beta, ctx.temperature, *wanted))
+    found = iter(
+        js_div_backward(grad, *_kept(ctx), ctx.beta, ctx.temperature, *wanted, ctx.backend)
+    )
     dq, dp = (next(found) if want else None for want in wanted)
-    return dq, dp, None, None
+    return dq, dp, None, None, None
 
 
 js_div.register_autograd(_js_backward, setup_context=_js_save)
@@ -279,12 +293,13 @@ js_div_backward.register_autograd(_refuse)
 @js_div.register_vmap
 def _(
     info: Any,
-    in_dims: tuple[int | None, int | None, None, None],
+    in_dims: tuple[int | None, int | None, None, None, None],
     circuit: Tensor,
     reference: Tensor,
     beta: float,
     temperature: float,
+    backend: str | None,
 ) -> tuple[Tensor, int]:
     sides = zip((circuit, reference), in_dims[:2], strict=True)
     rows = [_fold(t, dim, info.batch_size) for t, dim in sides]
-    return js_div(*rows, beta, temperature).reshape(info.batch_size, -1), 0
+    return js_div(*rows, beta, temperature, backend).reshape(info.batch_size, -1), 0

@@ -16,6 +16,7 @@ if not ON_GPU:
 
 import fastkl  # noqa: E402
 from fastkl import functional  # noqa: E402
+from fastkl.backends import native  # noqa: E402
 
 if importlib.util.find_spec("triton") and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
@@ -35,6 +36,8 @@ if importlib.util.find_spec("triton") and not ON_GPU:
     InterpreterBuilder.create_fma = fused
 
 BACKENDS = ("eager", "native", "triton")
+# Of native.
+LEVELS = ("avx512", "avx2", "baseline")
 # |KL - KL64| <= RELATIVE * KL64 + ABSOLUTE, a row.
 # RELATIVE: float32 rounds sums of 50k terms to a few 1e-6 at worst; a plain result is at least 0.1
 # and off by at most a few 1e-7.
@@ -109,6 +112,25 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason := fastkl.available_backends()[request.param]:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return "eager", or "native" with one of its levels forced; skip where it can not run."""
+    if name == "eager":
+        return name
+    if reason := fastkl.available_backends()["native"]:
+        pytest.skip(reason)
+    known = native._extension().levels()
+    if name not in known:
+        pytest.skip(f"this machine runs {', '.join(known)}")
+    monkeypatch.setenv(native.LEVEL_VARIABLE, name)
+    return "native"
+
+
+@pytest.fixture(params=["eager", *LEVELS])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backends of CPU tensors in turn, native at each of its levels: the backend's name."""
+    return use(request.param, monkeypatch)
 
 
 @pytest.fixture

@@ -340,6 +340,176 @@ void try_gradients(uint64_t seed, Random& random, const Rows& reference,
     }
 }
 
+using Wide = long double;
+
+Wide log_sum_exp(const std::vector<double>& logits, double temperature, double max) {
+    Wide sum = 0;
+    for (double logit : logits) sum += std::exp((Wide(logit) - max) / temperature);
+    return std::log(sum);
+}
+
+// A row's Jensen-Shannon divergence, its gradients with respect to logits over the temperature, and how far off each may
+// be: what differences of logits are rounded by, what a logarithm is off by, and what a sum is.
+struct ExpectedJs {
+    bool defined = true;
+    double js = 0, tolerance = 1e-8;
+    std::vector<double> gradients[2], tolerances[2];
+};
+
+ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, double temperature) {
+    ExpectedJs result;
+    const size_t n = logits[0].size();
+    const double weights[2] = {heavy, 1 - heavy};
+    double max[2], top[2] = {};
+    Wide lse[2];
+    size_t likeliest[2];
+    for (int s = 0; s < 2; ++s) {
+        if (std::isnan(log_sum_exp(logits[s]))) result.defined = false;
+        likeliest[s] = std::max_element(logits[s].begin(), logits[s].end()) - logits[s].begin();
+        max[s] = logits[s][likeliest[s]];
+        result.gradients[s].resize(n);
+        result.tolerances[s].resize(n);
+    }
+    if (!result.defined) return result;
+    for (int s = 0; s < 2; ++s) lse[s] = log_sum_exp(logits[s], temperature, max[s]);
+    std::vector<double> masses[2], worths[2], errors[2];
+    Wide js = 0;
+    for (size_t i = 0; i < n; ++i) {
+        Wide log_mass[2], mass[2], worth[2];
+        for (int s = 0; s < 2; ++s) {
+            log_mass[s] = (Wide(logits[s][i]) - max[s]) / temperature - lse[s];
+            mass[s] = std::exp(log_mass[s]);
+        }
+        const Wide d = log_mass[0] - log_mass[1];
+        const Wide mixed = weights[0] * mass[0] + weights[1] * mass[1];
+        for (int s = 0; s < 2; ++s) {
+            const Wide log_ratio = s == 0 ? d : -d, other = weights[1 - s];
+            worth[s] = mass[s] == 0          ? Wide(0)
+                       : mass[1 - s] == 0    ? -std::log(Wide(weights[s]))
+                       : log_ratio < -1      ? log_ratio - std::log(other + weights[s] * std::exp(log_ratio))
+                                             : -std::log1p(other * std::expm1(-log_ratio));
+        }
+        Wide term = 0;
+        if (std::fabs(d) < 0.1) {
+            for (int s = 0; s < 2; ++s) {
+                const Wide x = weights[1 - s] * std::expm1(s == 0 ? -d : d);
+                Wide series = 0;
+                for (int k = 24; k > 1; --k) series = 1 / Wide(k) - x * series;
+                term += weights[s] * mass[s] * x * x * series;
+            }
+        } else {
+            term = weights[0] * mass[0] * worth[0] + weights[1] * mass[1] * worth[1];
+        }
+        js += term;
+        // Of the difference of two logits, or of theirs from the maxima.
+        const Wide rounded =
+            1.5e-7 *
+            (std::fabs(Wide(max[0]) - max[1]) > 32 * temperature
+                 ? std::fabs(logits[0][i] - Wide(max[0])) + std::fabs(logits[1][i] - Wide(max[1]))
+                 : std::fabs(Wide(logits[0][i]) - logits[1][i])) /
+            temperature;
+        for (int s = 0; s < 2; ++s) {
+            masses[s].push_back(double(mass[s]));
+            worths[s].push_back(double(worth[s]));
+            Wide error = 0;
+            if (mass[s] != 0) error = 4e-7 * std::fabs(worth[s]);
+            if (mass[0] != 0 && mass[1] != 0) {
+                const Wide others = weights[1 - s] * mass[1 - s] / mixed;
+                // The last is what d is off by here.
+                error += others * (rounded + 1e-6 * std::fmin(std::fabs(d), Wide(1)) + 2e-17);
+                result.tolerance +=
+                    double(rounded * weights[s] * mass[s] * std::fabs(worth[s]));
+            }
+            errors[s].push_back(double(error));
+        }
+    }
+    result.js = double(js);
+    result.tolerance += 1e-5 * result.js;
+    for (int s = 0; s < 2; ++s) {
+        double mean = 0, error = 0;
+        top[s] = worths[s][likeliest[s]];
+        for (size_t i = 0; i < n; ++i) {
+            mean += masses[s][i] * (worths[s][i] - top[s]);
+            error += masses[s][i] * (errors[s][i] + 2e-6 * std::fabs(worths[s][i] - top[s]));
+        }
+        for (size_t i = 0; i < n; ++i) {
+            const double scale = weights[s] * masses[s][i];
+            result.gradients[s][i] = scale * ((worths[s][i] - top[s]) - mean);
+            result.tolerances[s][i] = scale * (errors[s][i] + error) + 4e-36 +
+                                      1e-5 * std::fabs(result.gradients[s][i]);
+        }
+    }
+    return result;
+}
+
+void try_js(uint64_t seed, Random& random, const Rows& reference, const Rows& circuit,
+            int64_t n_rows, int64_t n_cols) {
+    const double light = random.among({0.5, 0.5, 0.3, 1e-2, 1e-5});
+    const double temperature = random.among({1.0, 1.0, 0.5, 4.0});
+    const bool swapped = random.chance(0.5);
+    const Rows* rows[2] = {swapped ? &circuit : &reference, swapped ? &reference : &circuit};
+    const JsProblem problem{{rows[0]->matrix(), rows[1]->matrix()},
+                            n_rows,
+                            n_cols,
+                            Mixture(light),
+                            float(1 / temperature)};
+    std::vector<double> grad(n_rows);
+    for (double& g : grad) g = random.chance(0.2) ? 0.0 : random.normal();
+    std::vector<Written> written, repeated;
+    JsGradients gradients{grad.data(), {}}, second = gradients;
+    for (int s = 0; s < 2; ++s) {
+        written.emplace_back(*rows[s], n_rows, n_cols);
+        repeated.emplace_back(*rows[s], n_rows, n_cols);
+        if (random.chance(0.2)) continue;
+        gradients.sides[s] = written[s].matrix();
+        second.sides[s] = repeated[s].matrix();
+    }
+    std::vector<ExpectedJs> expected;
+    for (int64_t r = 0; r < n_rows; ++r)
+        expected.push_back(expect_js({rows[0]->row(r), rows[1]->row(r)}, 1 - light, temperature));
+    const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
+    for (const Level* const* level = levels(); *level; ++level) {
+        const std::string name = std::string((*level)->name) + ", Jensen-Shannon";
+        std::vector<float> js(n_rows, -1), again(n_rows, -1);
+        const int n_threads = 2 + int(random.below(4));
+        int left = int(random.below(4));
+        if (!run(**level, problem, js.data(), 1, {always, nullptr}) ||
+            !run(**level, problem, again.data(), n_threads, {always, nullptr}) ||
+            !run(**level, problem, gradients, 1, {always, nullptr}))
+            fail(seed, name + " says that it was stopped");
+        run(**level, problem, second, n_threads, {countdown, &left});
+        run(**level, problem, second, n_threads, {always, nullptr});
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const ExpectedJs& row = expected[r];
+            const std::string where = name + ": row " + std::to_string(r) + " of " +
+                                      std::to_string(n_cols) + " tokens, weight " + number(light);
+            if (!same(js[r], again[r])) fail(seed, where + ": bits depend on the number of threads");
+            if (row.defined ? !(js[r] >= 0 && std::fabs(js[r] - row.js) <= row.tolerance)
+                            : !std::isnan(js[r]))
+                fail(seed, where + " measures " + number(js[r]) + ", not " + number(row.js) +
+                               " +- " + number(row.tolerance));
+            for (int s = 0; s < 2; ++s) {
+                if (!gradients.sides[s].data) continue;
+                for (int64_t i = 0; i < n_cols; ++i) {
+                    const double found = written[s].get(r, i);
+                    if (!same(found, repeated[s].get(r, i)))
+                        fail(seed, where + ": a gradient's bits depend on the number of threads");
+                    const double value = grad[r] * row.gradients[s][i];
+                    const double room =
+                        std::fabs(grad[r]) * row.tolerances[s][i] + written[s].rounding(value);
+                    const bool good = grad[r] == 0    ? found == 0
+                                      : !row.defined ? std::isnan(found)
+                                                     : std::fabs(found - value) <= room;
+                    if (!good)
+                        fail(seed, where + ": gradient " + std::to_string(s) + " of token " +
+                                       std::to_string(i) + " is " + number(found) + ", not " +
+                                       number(value) + " +- " + number(room));
+                }
+            }
+        }
+    }
+}
+
 void try_seed(uint64_t seed) {
     Random random(seed);
     const int64_t n_rows = 1 + random.below(5), n_circuits = 1 + random.below(4);
@@ -408,6 +578,7 @@ void try_seed(uint64_t seed) {
             }
     }
     try_gradients(seed, random, reference, circuits, n_rows, n_cols);
+    try_js(seed, random, reference, circuits[0], n_rows, n_cols);
 }
 
 }  // namespace

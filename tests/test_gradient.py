@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import ON_GPU, oracle_gradients
+from conftest import LEVELS, ON_GPU, oracle_gradients, use
 
-import fastkl
 from fastkl.backends import eager, native, triton
 
 INF, NAN = math.inf, math.nan
@@ -21,26 +20,14 @@ def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
     return circuit.to(dtype), reference.to(dtype)
 
 
-LEVELS = ("avx512", "avx2", "baseline")
-
-
 @pytest.fixture(params=["eager", *LEVELS, "triton"])
 def gradients(request, monkeypatch):
     """Each backend's, and each instruction-set level's of native; Triton's in its interpreter."""
-    if request.param == "eager":
-        return eager.gradients
     if request.param == "triton":
         if ON_GPU or (reason := triton.missing()):
             pytest.skip("there is a card: see test_gpu.py" if ON_GPU else reason)
         return triton.gradients
-    if reason := fastkl.available_backends()["native"]:
-        pytest.skip(reason)
-    from fastkl import _native  # noqa: PLC0415
-
-    if request.param not in _native.levels():
-        pytest.skip(f"this machine runs {', '.join(_native.levels())}")
-    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
-    return native.gradients
+    return {"eager": eager, "native": native}[use(request.param, monkeypatch)].gradients
 
 
 @pytest.fixture

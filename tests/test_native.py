@@ -115,6 +115,36 @@ def test_exponential_is_within_its_bound(level):
     assert (one == 1).all()
 
 
+@each_level
+def test_logarithm_is_within_its_bound(level):
+    """As functions.hpp documents it: every 997th float32, for x and for x - 1 to more digits."""
+
+    def bits(x):
+        return int(torch.tensor(x).view(torch.int32))
+
+    def error(x, rest, exact):
+        x, rest = (t[: len(t) // 16 * 16] for t in (x, rest))
+        y = torch.empty_like(x)
+        addresses = (t.data_ptr() for t in (x, rest, y))
+        native._extension().logarithm(level, *addresses, len(x))
+        exact = exact[: len(x)]
+        return ((y.double() - exact).abs() / exact.abs().clamp(min=1e-37)).max()
+
+    x = torch.arange(bits(1.2e-38), bits(3.4e38), 997, dtype=torch.int32).view(torch.float32)
+    assert error(x, x - 1, x.double().log()) < 3e-7
+    for sign, largest in ((-1, 0.999), (1, 1.0)):
+        rest = sign * torch.arange(bits(1e-30), bits(largest), 997, dtype=torch.int32).view(
+            torch.float32
+        )
+        # Where 1 + rest is rounded to less than it has digits, only its own rounding is left.
+        near = rest[(rest > -0.29) & (rest < 0.41)]
+        assert error(1 + near, near, near.double().log1p()) < 3e-7
+        far = rest[(rest <= -0.29) | (rest >= 0.41)]
+        assert error(1 + far, far, (1 + far).double().log()) < 3e-7
+    one, zero = torch.ones(16), torch.zeros(16)
+    assert error(one, zero, torch.zeros(16, dtype=torch.float64)) == 0
+
+
 @needs_native
 @pytest.mark.parametrize(
     ("n_circuits", "n_rows", "n_cols"), [(3, 1, 151936), (2, 5, 70001), (4, 40, 33000), (1, 1, 7)]
@@ -239,7 +269,7 @@ time.sleep(0.05)
 before = ticks
 print("ready", flush=True)
 try:
-    native.kl_rows(circuits, rows)
+    {call}
 except KeyboardInterrupt:
     print("interrupted", ticks - before, flush=True)
 else:
@@ -249,10 +279,17 @@ else:
 
 @needs_native
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-@pytest.mark.parametrize("n_rows", [2, 200])
-def test_ctrl_c_stops_it_and_other_threads_run(n_rows):
-    """In slices of few rows, and in many rows."""
-    command = [sys.executable, "-c", LONG_CALL.format(rows=n_rows)]
+@pytest.mark.parametrize(
+    ("n_rows", "call"),
+    [
+        (2, "native.kl_rows(circuits, rows)"),
+        (200, "native.kl_rows(circuits, rows)"),
+        (20, "native.js_rows(rows[:1].expand(100_000, -1), rows[1:2].expand(100_000, -1), 0.5, 1)"),
+    ],
+)
+def test_ctrl_c_stops_it_and_other_threads_run(n_rows, call):
+    """In slices of few rows, in many rows, and in rows of Jensen-Shannon divergences."""
+    command = [sys.executable, "-c", LONG_CALL.format(rows=n_rows, call=call)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout.readline() == "ready\n"

@@ -48,6 +48,23 @@ class Backend(Protocol):
     ) -> tuple[list[Tensor | None], Tensor | None]:
         """Return what `fastkl.gradient.gradients` does; what was not kept is computed again."""
 
+    def js_rows(
+        self, circuit: Tensor, reference: Tensor, beta: float, temperature: float
+    ) -> Tensor:
+        """Return what `fastkl.jensen_shannon.js_rows` does."""
+
+    def js_gradients(
+        self,
+        grad: Tensor,
+        circuit: Tensor,
+        reference: Tensor,
+        beta: float,
+        temperature: float,
+        wanted: bool,
+        reference_wanted: bool,
+    ) -> list[Tensor]:
+        """Return what `fastkl.jensen_shannon.js_gradients` does."""
+
     def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         """Return the same rows' states, each field (K, R), to be merged with other slices'."""
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl import gradient, state
+from fastkl import gradient, jensen_shannon, state
 from fastkl.backends.eager_formulas import (
     Buffers,
     Reference,
@@ -40,6 +40,8 @@ class _Circuit(NamedTuple):
 
 
 gradients = gradient.gradients
+js_rows = jensen_shannon.js_rows
+js_gradients = jensen_shannon.js_gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastkl import jensen_shannon
 from fastkl.backends import eager
 from fastkl.state import RowState
 
@@ -17,6 +18,11 @@ NAME = "triton"
 # Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
 N_KEPT = 10
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# No kernels of these yet.
+js_rows = jensen_shannon.js_rows
+js_gradients = jensen_shannon.js_gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -1,4 +1,4 @@
-// The two functions of the inner loops, by polynomials: e^x and φ(x) = e^(-x) - 1 + x.
+// The functions of the inner loops, by polynomials: e^x, log x and φ(x) = e^(-x) - 1 + x.
 
 // Below it a weight is 0, and e^x, which must not be looked at there, is at most 1.7e-38.
 constexpr float kLowest = -87.0f;
@@ -35,6 +35,28 @@ template <bool CLAMPED> inline vf exponential(vf x) {
     e = fma(e, r, splat(1.0f));
     if constexpr (kScales) return scale(e, n);
     return (vf)((vi)e + ((vi)shifted << 23));
+}
+
+// log x for a normal x > 0, and garbage for others. `rest` is x - 1 to more digits than x has of it: between
+// √½ and √2 the logarithm is taken as log(1 + rest), which is as accurate near 0 as `rest` is.
+//
+// x = 2^n m, m between √½ and √2, and log m = f + f² times a polynomial of degree 7 in f = m - 1, with a
+// relative error of 3.5e-8. With roundings the relative error is below 3e-7 (2e-7 was the most seen), which
+// is tested, for x and for `rest`.
+inline vf logarithm(vf x, vf rest) {
+    constexpr int32_t kRootHalf = 0x3f3504f3;
+    const vi above = (vi)x - kRootHalf;
+    const vi exponent = above >> 23;
+    const vf f = exponent == 0 ? rest : (vf)((above & 0x7fffff) + kRootHalf) - 1.0f;
+    vf series = fma(splat(0.0873483643f), f, splat(-0.143075183f));
+    series = fma(series, f, splat(0.149179742f));
+    series = fma(series, f, splat(-0.165705085f));
+    series = fma(series, f, splat(0.199620724f));
+    series = fma(series, f, splat(-0.250017554f));
+    series = fma(series, f, splat(0.333339512f));
+    series = fma(series, f, splat(-0.499999911f));
+    const vf log_m = fma(f * f, series, f);
+    return fma(__builtin_convertvector(exponent, vf), splat(0x1.62e430p-1f), log_m);
 }
 
 // φ(d) / d² for |d| < kNear: relative error 8e-7.

@@ -1,93 +1,6 @@
 // The gradients of a row's divergences. The algebra is that of fastkl/gradient.py, whose names these are:
 // t = e^(p - m_p) expm1(-d'), summed at a rounded pivot c, and x, what c is off by.
 
-// Pads a row with tokens that neither side has, as float32 divided by the temperature. Tells whether
-// there is a NaN or +inf, and the largest logit.
-template <class T>
-float read_row(const T* from, int64_t n, float inverse_temperature, float* to, bool& undefined) {
-    constexpr float inf = __builtin_inff();
-    vf high = splat(-inf);
-    vi odd = {};
-    const auto copy = [&](int64_t i, const T* group) {
-        for (int u = 0; u < U; ++u) {
-            const vf x = load(group + u * W) * inverse_temperature;
-            high = max(x, high);
-            odd |= ~(x < inf);
-            store(to + i + u * W, x);
-        }
-    };
-    for_groups(from, n, reinterpret_cast<const char*>(from), copy, copy, [] {});
-    undefined = any(odd);
-    return largest(high);
-}
-
-// Sets e = e^(x - base), 0 where that is below float's normal numbers, and returns the sum.
-inline double weigh_row(const float* x, int64_t padded, float base, float* e) {
-    Sum z;
-    for (int64_t i = 0; i < padded; i += kGroup) {
-        for (int u = 0; u < U; ++u) {
-            const vf a = load(x + i + u * W) - base;
-            const vf weight = a < kLowest ? vf{} : exponential<true>(a);
-            z.part[u] += weight;
-            store(e + i + u * W, weight);
-        }
-        if ((i + kGroup) % kChunk == 0) z.fold();
-    }
-    z.fold();
-    return z.value();
-}
-
-// Rounded to the nearest, ties to even; a NaN stays one.
-inline void convert(const float* from, int64_t n, float* to) {
-    __builtin_memcpy(to, from, n * int64_t(sizeof *to));
-}
-
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline void convert(const float* from, int64_t n, BFloat16* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = bits_of(from[i]);
-        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        to[i].bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
-}
-
-inline void convert(const float* from, int64_t n, Float16* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = bits_of(from[i]), sign = (bits >> 16) & 0x8000;
-        const uint32_t magnitude = bits & 0x7fffffff;
-        uint32_t half;
-        if (magnitude > 0x7f800000) {
-            half = 0x7e00;
-        } else if (magnitude >= 0x47800000) {
-            half = 0x7c00;
-        } else if (magnitude < 0x38800000) {
-            // Subnormal: adding 1/2 leaves multiples of 2^-24, rounded, in the lowest bits.
-            const float x = from[i] < 0 ? -from[i] : from[i];
-            half = bits_of(x + 0.5f) - bits_of(0.5f);
-        } else {
-            const uint32_t low = magnitude - (112u << 23);
-            half = (low + 0xfff + ((low >> 13) & 1)) >> 13;
-        }
-        to[i].bits = uint16_t(sign | half);
-    }
-}
-
-inline float finite_base(float max) { return max == -__builtin_inff() ? 0.0f : max; }
-
-// Where the largest logit stands; 0 if it is nowhere.
-inline int64_t position(const float* x, int64_t padded, float max) {
-    for (int64_t i = 0; i < padded; i += W)
-        if (any(load(x + i) == max))
-            for (int64_t j = i; j < i + W; ++j)
-                if (x[j] == max) return j;
-    return 0;
-}
-
 // Writes or adds up one circuit's gradients of a row: `dq` may be null, and so may `total`. `scale` is
 // the loss's gradient over z_p, NaN in a row without a divergence.
 inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, int64_t likeliest,
@@ -158,17 +71,9 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
             return read_row(logits, n, problem.inverse_temperature, to, undefined);
         });
     };
-    const auto write = [&](const Matrix& matrix, const float* from) {
-        char* to = const_cast<char*>(address(matrix, row, 0));
-        switch (matrix.dtype) {
-            case Dtype::bfloat16: convert(from, n, reinterpret_cast<BFloat16*>(to)); break;
-            case Dtype::float16: convert(from, n, reinterpret_cast<Float16*>(to)); break;
-            default: convert(from, n, reinterpret_cast<float*>(to));
-        }
-    };
     bool undefined_p;
     const float m_p = finite_base(read(problem.reference, room.p, undefined_p));
-    const double z_p = weigh_row(room.p, padded, m_p, room.w);
+    const double z_p = weigh_row(room.p, padded, m_p, 1.0f, room.w);
     float* const total = problem.dp.data ? room.total : nullptr;
     const int64_t likeliest = total ? position(room.p, padded, m_p) : 0;
     if (total) __builtin_memset(total, 0, padded * int64_t(sizeof *total));
@@ -181,18 +86,18 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
         if (grad == 0) {
             if (!wanted) continue;
             __builtin_memset(room.t, 0, padded * int64_t(sizeof *room.t));
-            write(problem.dqs[k], room.t);
+            write_row(problem.dqs[k], row, room.t, n);
             continue;
         }
         bool undefined_q;
         const float m_q = finite_base(read(problem.circuits[k], room.q, undefined_q));
-        const double z_q = weigh_row(room.q, padded, m_q, room.e);
+        const double z_q = weigh_row(room.q, padded, m_q, 1.0f, room.e);
         const bool defined = z_p > 0 && z_q > 0 && !undefined_p && !undefined_q;
         const double scale = defined ? grad / z_p : __builtin_nan("");
         gradient_of_circuit(room, padded, likeliest, z_p, z_q, double(m_p) - double(m_q), scale,
                             wanted ? room.e : nullptr, total);
-        if (wanted) write(problem.dqs[k], room.e);
+        if (wanted) write_row(problem.dqs[k], row, room.e, n);
     }
-    if (total) write(problem.dp, total);
+    if (total) write_row(problem.dp, row, total, n);
     return true;
 }

@@ -1,6 +1,6 @@
-// KL divergence of K circuits from one reference, row by row: what the files of this folder share.
+// Divergences of rows of logits: what the files of this folder share.
 //
-// The vocabulary is cut into slices, a slice into blocks, and each piece is summed up by a `State`.
+// For the KL divergence the vocabulary is cut into slices, a slice into blocks, and each piece is summed up by a `State`.
 // Where the cuts lie depends on the vocabulary's size alone, and pieces are merged from left to
 // right, so that a row's bits depend neither on the number of threads nor on the rows around it.
 #pragma once
@@ -68,6 +68,44 @@ struct GradientRoom {
     float *total;      // the reference's gradient so far
 };
 
+// A mixture of two distributions by its weights, the heavier first, and what follows from them:
+// see jensen_shannon.hpp, which also says what the polynomials are of.
+struct Mixture {
+    static constexpr int kTerms = 8;
+
+    // Of the lighter side's weight; below 1e-30 it counts as that.
+    explicit Mixture(double lighter);
+
+    float heavy, light;
+    float log_heavy, log_light;
+    float light_over_heavy, heavy_over_light;
+    float even;  // the log-ratio at which both sides have as much of the mixture
+    float divergence[kTerms], share[kTerms];
+};
+
+// What the Jensen-Shannon divergences of rows are asked of; of the two sides of everything, the one
+// of the heavier weight is first.
+struct JsProblem {
+    Matrix sides[2];
+    int64_t n_rows;
+    int64_t n_cols;
+    Mixture mixture;
+    float inverse_temperature;
+};
+
+// Where the gradients of Σ grad · JS go: a matrix without data is not wanted. `grad` is (R), the
+// temperature's inverse in it.
+struct JsGradients {
+    const double* grad;
+    Matrix sides[2];
+};
+
+// A thread's buffers for them, a row each: tokens' masses, not normalized, and these times what a token's
+// mass is worth. Both null for a side whose gradient is not wanted.
+struct JsRoom {
+    float *mass, *worth;
+};
+
 // What one thread needs beside the inputs.
 struct Scratch {
     alignas(64) float p[kBlock + 64];
@@ -91,8 +129,14 @@ struct Level {
                   uint8_t* small, Scratch&, const Poll&);
     // Writes the gradients of one row. False if it was stopped.
     bool (*gradient)(const GradientProblem&, int64_t row, const GradientRoom&, const Poll&);
-    // y = e^x, for the tests of its error bound.
+    // Returns the Jensen-Shannon divergence of one row.
+    float (*js)(const JsProblem&, int64_t row, Scratch&);
+    // Writes one row of its gradients.
+    void (*js_gradient)(const JsProblem&, const JsGradients&, int64_t row, Scratch&,
+                        const JsRoom (&)[2]);
+    // y = e^x and y = log x, for the tests of their error bounds.
     void (*exponential)(const float* x, float* y, int64_t n);
+    void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
 };
 
 // The levels of this build that this processor can run, best first, ended by a null pointer.
@@ -135,5 +179,8 @@ struct Output {
 // calling thread alone. False if it was stopped.
 bool run(const Level&, const Problem&, const Output&, int n_threads, const Poll& keep_going);
 bool run(const Level&, const GradientProblem&, int n_threads, const Poll& keep_going);
+bool run(const Level&, const JsProblem&, float* js, int n_threads, const Poll& keep_going);
+bool run(const Level&, const JsProblem&, const JsGradients&, int n_threads,
+         const Poll& keep_going);
 
 }  // namespace fastkl

@@ -2,9 +2,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
+#include <cfloat>
 #include <chrono>
 #include <cstring>
 #include <exception>
+#include <utility>
 #include <vector>
 
 #include "kl.hpp"
@@ -60,7 +63,12 @@ bool read_matrix(PyObject* item, Matrix* matrix) {
 }
 
 bool read_matrices(PyObject* list, std::vector<Matrix>& matrices) {
-    matrices.resize(PyList_Size(list));
+    try {
+        matrices.resize(PyList_Size(list));
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+        return false;
+    }
     for (std::size_t k = 0; k < matrices.size(); ++k) {
         PyObject* item = PyList_GetItem(list, static_cast<Py_ssize_t>(k));
         if (!item || !read_matrix(item, &matrices[k])) return false;
@@ -68,8 +76,9 @@ bool read_matrices(PyObject* list, std::vector<Matrix>& matrices) {
     return true;
 }
 
-// Runs work(poll) without the GIL. False if a signal handler stopped it, which has set the exception.
-template <class Work> bool without_gil(Work work) {
+// Runs work(poll) without the GIL. None, or null with the exception set: a signal handler's, if that stopped
+// it.
+template <class Work> PyObject* compute(Work work) {
     Caller caller;
     caller.thread = PyEval_SaveThread();
     bool finished = false;
@@ -80,8 +89,16 @@ template <class Work> bool without_gil(Work work) {
         error = std::current_exception();
     }
     PyEval_RestoreThread(caller.thread);
-    if (error) std::rethrow_exception(error);
-    return finished;
+    try {
+        if (error) std::rethrow_exception(error);
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& raised) {
+        PyErr_SetString(PyExc_RuntimeError, raised.what());
+        return nullptr;
+    }
+    if (!finished) return nullptr;
+    Py_RETURN_NONE;
 }
 
 PyObject* levels(PyObject*, PyObject*) {
@@ -112,27 +129,17 @@ PyObject* measure(PyObject*, PyObject* args) {
     }
     const Level* level = find_level(level_name);
     if (!level) return nullptr;
-    try {
-        std::vector<Matrix> matrices;
-        if (!read_matrices(circuits, matrices)) return nullptr;
-        problem.circuits = matrices.data();
-        problem.n_circuits = static_cast<int64_t>(matrices.size());
-        problem.n_rows = n_rows;
-        problem.n_cols = n_cols;
-        const fastkl::Output output{reinterpret_cast<float*>(kl),
-                                    reinterpret_cast<fastkl::State*>(states)};
-        if (!without_gil([&](const fastkl::Poll& poll) {
-                return fastkl::run(*level, problem, output, n_threads, poll);
-            })) {
-            return nullptr;
-        }
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-        return nullptr;
-    }
-    Py_RETURN_NONE;
+    std::vector<Matrix> matrices;
+    if (!read_matrices(circuits, matrices)) return nullptr;
+    problem.circuits = matrices.data();
+    problem.n_circuits = static_cast<int64_t>(matrices.size());
+    problem.n_rows = n_rows;
+    problem.n_cols = n_cols;
+    const fastkl::Output output{reinterpret_cast<float*>(kl),
+                                reinterpret_cast<fastkl::State*>(states)};
+    return compute([&](const fastkl::Poll& poll) {
+        return fastkl::run(*level, problem, output, n_threads, poll);
+    });
 }
 
 PyObject* gradients(PyObject*, PyObject* args) {
@@ -149,31 +156,58 @@ PyObject* gradients(PyObject*, PyObject* args) {
     }
     const Level* level = find_level(level_name);
     if (!level) return nullptr;
-    try {
-        std::vector<Matrix> inputs, outputs;
-        if (!read_matrices(circuits, inputs) || !read_matrices(dqs, outputs)) return nullptr;
-        if (inputs.size() != outputs.size()) {
-            PyErr_SetString(PyExc_ValueError, "the lists of circuits and of their gradients differ in length");
-            return nullptr;
-        }
-        problem.grad = reinterpret_cast<const double*>(grad);
-        problem.circuits = inputs.data();
-        problem.dqs = outputs.data();
-        problem.n_circuits = static_cast<int64_t>(inputs.size());
-        problem.n_rows = n_rows;
-        problem.n_cols = n_cols;
-        if (!without_gil([&](const fastkl::Poll& poll) {
-                return fastkl::run(*level, problem, n_threads, poll);
-            })) {
-            return nullptr;
-        }
-    } catch (const std::bad_alloc&) {
-        return PyErr_NoMemory();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
+    std::vector<Matrix> inputs, outputs;
+    if (!read_matrices(circuits, inputs) || !read_matrices(dqs, outputs)) return nullptr;
+    if (inputs.size() != outputs.size()) {
+        PyErr_SetString(PyExc_ValueError,
+                        "the lists of circuits and of their gradients differ in length");
         return nullptr;
     }
-    Py_RETURN_NONE;
+    problem.grad = reinterpret_cast<const double*>(grad);
+    problem.circuits = inputs.data();
+    problem.dqs = outputs.data();
+    problem.n_circuits = static_cast<int64_t>(inputs.size());
+    problem.n_rows = n_rows;
+    problem.n_cols = n_cols;
+    return compute([&](const fastkl::Poll& poll) {
+        return fastkl::run(*level, problem, n_threads, poll);
+    });
+}
+
+PyObject* js(PyObject*, PyObject* args) {
+    const char* level_name;
+    PyObject *circuit, *reference, *dq, *dp;
+    Py_ssize_t n_rows, n_cols, result, grad;
+    int n_threads;
+    double beta, inverse_temperature;
+    Matrix p, q;
+    fastkl::JsGradients gradients;
+    if (!PyArg_ParseTuple(args, "sOOddnnnnOOi", &level_name, &circuit, &reference, &beta,
+                          &inverse_temperature, &n_rows, &n_cols, &result, &grad, &dq, &dp,
+                          &n_threads) ||
+        !read_matrix(reference, &p) || !read_matrix(circuit, &q) ||
+        !read_matrix(dp, &gradients.sides[0]) || !read_matrix(dq, &gradients.sides[1])) {
+        return nullptr;
+    }
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    // A number of float32 that is not rounded to 0 or inf, by which -inf stays what it is.
+    inverse_temperature = std::min<double>(std::max<double>(inverse_temperature, FLT_MIN), FLT_MAX);
+    fastkl::JsProblem problem{{p, q},
+                              n_rows,
+                              n_cols,
+                              fastkl::Mixture(std::min(beta, 1 - beta)),
+                              float(inverse_temperature)};
+    if (beta < 0.5) {
+        std::swap(problem.sides[0], problem.sides[1]);
+        std::swap(gradients.sides[0], gradients.sides[1]);
+    }
+    gradients.grad = reinterpret_cast<const double*>(grad);
+    return compute([&](const fastkl::Poll& poll) {
+        return gradients.grad
+                   ? fastkl::run(*level, problem, gradients, n_threads, poll)
+                   : fastkl::run(*level, problem, reinterpret_cast<float*>(result), n_threads, poll);
+    });
 }
 
 PyObject* exponential(PyObject*, PyObject* args) {
@@ -183,6 +217,17 @@ PyObject* exponential(PyObject*, PyObject* args) {
     const Level* level = find_level(level_name);
     if (!level) return nullptr;
     level->exponential(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
+    Py_RETURN_NONE;
+}
+
+PyObject* logarithm(PyObject*, PyObject* args) {
+    const char* level_name;
+    Py_ssize_t x, rest, y, n;
+    if (!PyArg_ParseTuple(args, "snnnn", &level_name, &x, &rest, &y, &n)) return nullptr;
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    level->logarithm(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(rest),
+                     reinterpret_cast<float*>(y), n);
     Py_RETURN_NONE;
 }
 
@@ -201,14 +246,23 @@ PyMethodDef methods[] = {
      "Write the gradients of the sum of grad * KL.\n\n"
      "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; the others\n"
      "are as for measure(), and an address of 0 in `dqs` or `dp` leaves that gradient out."},
+    {"js", js, METH_VARARGS,
+     "js(level, circuit, reference, beta, inverse_temperature, n_rows, n_cols, js, grad, dq, dp, "
+     "n_threads)\n--\n\n"
+     "Write the Jensen-Shannon divergence of every row to `js`, the address of float32 (R,), or, where\n"
+     "`grad` is not 0, the gradients of the sum of grad * JS to `dq` and `dp`.\n\n"
+     "Matrices are as for gradients(), and `grad` is the address of float64 (R,)."},
     {"exponential", exponential, METH_VARARGS,
      "exponential(level, x, y, n)\n--\n\n"
      "Set y = e^x, for tests: addresses of n float32 each, n a multiple of 16."},
+    {"logarithm", logarithm, METH_VARARGS,
+     "logarithm(level, x, rest, y, n)\n--\n\n"
+     "Set y = log x where rest is x - 1, for tests: see exponential()."},
     {nullptr, nullptr, 0, nullptr},
 };
 
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "fastkl._native", "KL divergence on the CPU, by vector instructions.",
+    PyModuleDef_HEAD_INIT, "fastkl._native", "Divergences on the CPU, by vector instructions.",
     0, methods, nullptr, nullptr, nullptr, nullptr,
 };
 

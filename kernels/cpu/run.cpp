@@ -1,12 +1,10 @@
 // The levels of this build, and how rows spread over threads.
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "kl.hpp"
+#include "threads.hpp"
 
 namespace fastkl {
 
@@ -39,7 +37,7 @@ constexpr int64_t kPairsPerThread = 1 << 16;
 // From so many rows a thread on, a row is one task, and its slices' states need no room.
 constexpr int64_t kRowsPerThread = 4;
 
-// One call of run(): tasks are handed out by a counter.
+// One call of run().
 class Job {
   public:
     Job(const Level& level, const Problem& problem, const Output& output, int n_threads,
@@ -58,17 +56,12 @@ class Job {
     }
 
     bool run() {
-        std::vector<std::thread> threads;
-        threads.reserve(n_threads_);
-        try {
-            for (int64_t i = 1; i < n_threads_; ++i)
-                threads.emplace_back([this, i] { work(rooms_[i], {keep_going, this}); });
-        } catch (const std::system_error&) {
-            // As many threads as the system gives; the calling one does what is left.
-        }
-        work(rooms_[0], {ask_caller, this});
-        for (std::thread& thread : threads) thread.join();
-        if (stop_) return false;
+        const auto work = [this](int64_t task, int64_t thread, const Poll& poll) {
+            return by_rows_ ? measure_row(task, rooms_[thread], poll)
+                            : measure(task / n_slices_, task % n_slices_,
+                                      &states_[task * problem_.n_circuits], rooms_[thread], poll);
+        };
+        if (!run_tasks(n_tasks_, n_threads_, caller_, work)) return false;
         if (!by_rows_) {
             for (int64_t row = 0; row < problem_.n_rows; ++row) {
                 State* states = &states_[row * n_slices_ * problem_.n_circuits];
@@ -90,28 +83,14 @@ class Job {
         std::vector<uint8_t> small;
     };
 
-    static bool keep_going(void* job) { return !static_cast<Job*>(job)->stop_; }
-
-    static bool ask_caller(void* context) {
-        Job& job = *static_cast<Job*>(context);
-        if (!job.stop_ && !job.caller_.keep_going(job.caller_.context)) job.stop_ = true;
-        return !job.stop_;
-    }
-
-    void work(Room& room, const Poll& poll) {
-        for (int64_t task; (task = next_.fetch_add(1)) < n_tasks_;) {
-            if (by_rows_) {
-                for (int64_t i = 0; i < n_slices_; ++i) {
-                    State* states = i == 0 ? room.row.data() : room.slice.data();
-                    if (!measure(task, i, states, room, poll)) return;
-                    if (i > 0) absorb(room.row.data(), states);
-                }
-                write(task, room.row.data());
-            } else {
-                State* states = &states_[task * problem_.n_circuits];
-                if (!measure(task / n_slices_, task % n_slices_, states, room, poll)) return;
-            }
+    bool measure_row(int64_t row, Room& room, const Poll& poll) {
+        for (int64_t i = 0; i < n_slices_; ++i) {
+            State* states = i == 0 ? room.row.data() : room.slice.data();
+            if (!measure(row, i, states, room, poll)) return false;
+            if (i > 0) absorb(room.row.data(), states);
         }
+        write(row, room.row.data());
+        return true;
     }
 
     bool measure(int64_t row, int64_t i, State* states, Room& room, const Poll& poll) {
@@ -143,8 +122,6 @@ class Job {
     bool by_rows_;
     std::vector<State> states_;
     std::vector<Room> rooms_;
-    std::atomic<int64_t> next_{0};
-    std::atomic<bool> stop_{false};
 };
 
 }  // namespace

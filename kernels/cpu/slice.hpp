@@ -196,10 +196,16 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
     return true;
 }
 
+#include "rows.hpp"
 #include "gradient.hpp"
+#include "jensen_shannon.hpp"
 
 void exponential_of(const float* x, float* y, int64_t n) {
     for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential<true>(load(x + i)));
+}
+
+void logarithm_of(const float* x, const float* rest, float* y, int64_t n) {
+    for (int64_t i = 0; i + W <= n; i += W) store(y + i, logarithm(load(x + i), load(rest + i)));
 }
 
 bool supported() { return LEVEL_SUPPORTED; }
@@ -207,6 +213,8 @@ bool supported() { return LEVEL_SUPPORTED; }
 }  // namespace
 
 extern const Level LEVEL_TABLE;
-const Level LEVEL_TABLE = {LEVEL_NAME, supported, slice, gradient, exponential_of};
+const Level LEVEL_TABLE = {LEVEL_NAME,     supported,  slice,
+                           gradient,       js,         js_gradient,
+                           exponential_of, logarithm_of};
 
 }  // namespace fastkl

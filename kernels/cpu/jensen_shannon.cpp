@@ -1,0 +1,102 @@
+// The Jensen-Shannon divergence: the polynomials of a mixture, and how rows spread over threads.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "kl.hpp"
+#include "threads.hpp"
+
+namespace fastkl {
+namespace {
+
+// A thread costs about as long to start as this many tokens' terms.
+constexpr int64_t kPairsPerThread = 1 << 15;
+// Log-ratios up to which the polynomials are used, kNear of functions.hpp.
+constexpr double kNear = 0.5;
+
+// Sets the coefficients of the polynomial that equals f at Chebyshev's points of [-kNear, kNear]: f is
+// analytic within π of 0, so that eight terms are off by 6e-10.
+template <class Function> void interpolate(float (&coefficients)[Mixture::kTerms], Function f) {
+    constexpr int n = Mixture::kTerms;
+    double x[n], divided[n], sum[n] = {};
+    for (int i = 0; i < n; ++i) {
+        x[i] = kNear * std::cos(3.14159265358979324 * (i + 0.5) / n);
+        divided[i] = f(x[i]);
+    }
+    for (int order = 1; order < n; ++order)
+        for (int i = n - 1; i >= order; --i)
+            divided[i] = (divided[i] - divided[i - 1]) / (x[i] - x[i - order]);
+    // Newton's form, multiplied out from the inside.
+    for (int i = n - 1; i >= 0; --i) {
+        for (int k = n - 1; k > 0; --k) sum[k] = sum[k - 1] - x[i] * sum[k];
+        sum[0] = divided[i] - x[i] * sum[0];
+    }
+    std::copy_n(sum, n, coefficients);
+}
+
+int64_t useful_threads(const JsProblem& problem, int n_threads) {
+    const int64_t pairs = problem.n_rows * problem.n_cols;
+    const int64_t useful = std::min(problem.n_rows, 1 + pairs / kPairsPerThread);
+    return std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
+}
+
+std::vector<std::unique_ptr<Scratch>> scratch_for(int64_t n_threads) {
+    std::vector<std::unique_ptr<Scratch>> scratch;
+    for (int64_t i = 0; i < n_threads; ++i) scratch.emplace_back(new Scratch);
+    return scratch;
+}
+
+}  // namespace
+
+Mixture::Mixture(double lighter) {
+    // Its inverse, too, is to be a number in float32.
+    const double l = std::max(lighter, 1e-30), h = 1 - l;
+    heavy = float(h);
+    light = float(l);
+    log_heavy = float(std::log1p(-l));
+    log_light = float(std::log(l));
+    light_over_heavy = float(l / h);
+    heavy_over_light = float(h / l);
+    even = float(std::log(l / h));
+    interpolate(divergence, [l](double d) {
+        const double e = std::exp(-d), y = l * std::expm1(-d);
+        return ((y - (1 + y) * std::log1p(y)) + l * (1 - e - e * d)) / (d * d);
+    });
+    interpolate(share, [l](double d) { return -std::log1p(l * std::expm1(-d)) / d; });
+}
+
+bool run(const Level& level, const JsProblem& problem, float* js, int n_threads,
+         const Poll& keep_going) {
+    if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
+    const int64_t n = useful_threads(problem, n_threads);
+    const auto scratch = scratch_for(n);
+    return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
+        if (!poll.keep_going(poll.context)) return false;
+        js[row] = level.js(problem, row, *scratch[i]);
+        return true;
+    });
+}
+
+bool run(const Level& level, const JsProblem& problem, const JsGradients& gradients, int n_threads,
+         const Poll& keep_going) {
+    if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
+    const int64_t n = useful_threads(problem, n_threads);
+    const auto scratch = scratch_for(n);
+    const bool wanted[2] = {gradients.sides[0].data != nullptr, gradients.sides[1].data != nullptr};
+    std::vector<RowBuffers> buffers;
+    for (int64_t i = 0; i < n; ++i)
+        buffers.emplace_back(problem.n_cols, 2 * (int(wanted[0]) + int(wanted[1])));
+    return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
+        if (!poll.keep_going(poll.context)) return false;
+        const RowBuffers& buffer = buffers[i];
+        const int second = wanted[0] ? 2 : 0;
+        const JsRoom room[2] = {
+            wanted[0] ? JsRoom{buffer[0], buffer[1]} : JsRoom{nullptr, nullptr},
+            wanted[1] ? JsRoom{buffer[second], buffer[second + 1]} : JsRoom{nullptr, nullptr}};
+        level.js_gradient(problem, gradients, row, *scratch[i], room);
+        return true;
+    });
+}
+
+}  // namespace fastkl

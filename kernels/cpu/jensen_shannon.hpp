@@ -1,0 +1,297 @@
+// The Jensen-Shannon divergence of two rows, and its gradients. The algebra is that of
+// fastkl/jensen_shannon.py, with other forms of its terms.
+//
+// Of the mixture M = h H + l L, H is the side of the heavier weight h >= 1/2. A token's log-ratio is
+// D = log H/L, and it adds to the divergence
+//
+//     h H log H/M + l L log L/M = H g(D)        g(D) = -(x log x + l e^-D D)        x = h + l e^-D = M/H
+//
+// which is never negative, and of second order in D. Where |D| < kNear, g(D) / D² is a polynomial, and so is
+// log(H/M) / D, the heavier side's `share`; log L/M is D less. Elsewhere the same is said of the side that
+// has more of the mixture, A of A and B, with weights a and b and D = log A/B. There b e^-D <= a, so that
+// nothing overflows, and log x = log a + y, where y = log(1 + b e^-D / a) is accurate however small.
+//
+// A gradient is its side's mass times log A/M less the mean of that. Where A has next to all of the mixture
+// wherever it has mass, these are all -log a but for y: so y is what is kept of them, and what is counted
+// from.
+
+// Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
+constexpr float kLargestRatio = 128.0f;
+
+// One side's row, summed up.
+struct Side {
+    Mass mass;           // its logits divided by the temperature
+    float max;           // in logits as they are; 0 of a row of nothing but -inf
+    int64_t likeliest;   // where the largest logit stands
+    bool defined;        // some mass, and no NaN or +inf
+};
+
+inline float read_block(const Matrix& matrix, int64_t row, int64_t start, int64_t n, float* to,
+                        bool& undefined) {
+    return with_dtype(matrix.dtype, address(matrix, row, start),
+                      [&](auto logits) { return read_row(logits, n, 1.0f, to, undefined); });
+}
+
+// Calls visit(start, n) for the row's blocks.
+template <class Visit> inline void for_blocks(int64_t n_cols, Visit visit) {
+    const int64_t length = piece_length(n_cols, kBlock);
+    for (int64_t start = 0; start < n_cols; start += length)
+        visit(start, n_cols - start < length ? n_cols - start : length);
+}
+
+inline int64_t padded_to_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
+
+inline Side sum_up(const JsProblem& problem, int i, int64_t row, Scratch& scratch) {
+    constexpr float inf = __builtin_inff();
+    Side side{{-double(inf), 0.0}, -inf, 0, true};
+    for_blocks(problem.n_cols, [&](int64_t start, int64_t n) {
+        bool undefined;
+        const float max = read_block(problem.sides[i], row, start, n, scratch.p, undefined);
+        side.defined &= !undefined;
+        if (max > side.max) {
+            side.max = max;
+            side.likeliest = start + position(scratch.p, padded_to_groups(n), max);
+        }
+        const float base = finite_base(max);
+        const double sum = weigh_row(scratch.p, padded_to_groups(n), base,
+                                     problem.inverse_temperature, scratch.w);
+        const Mass block{double(base) * problem.inverse_temperature, sum};
+        side.mass = shares(side.mass, block).total;
+    });
+    side.max = finite_base(side.max);
+    side.defined &= side.mass.sum > 0;
+    return side;
+}
+
+// Two rows, and what vectors of their logits are computed with.
+class Pair {
+  public:
+    Pair(const JsProblem& problem, const Side& heavy, const Side& light)
+        : defined(heavy.defined && light.defined), mixture_(problem.mixture),
+          scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
+        const double apart = double(heavy.max) - double(light.max);
+        // Differences of such logits are rounded by more than those from the maxima are, or overflow.
+        far_apart_ = __builtin_fabs(apart * scale_) > kFarApart || __builtin_fabs(apart) > 1e38;
+        // In two parts, the first exact as it is subtracted: rounded to one, the difference of log-sum-exps
+        // would be off by more than nearly identical rows differ.
+        shift_ = float(far_apart_ ? 0.0 : apart);
+        const double left = far_apart_ ? 0.0 : apart - shift_;
+        rest_ = float(::log(heavy.mass.sum / light.mass.sum) + left * scale_);
+    }
+
+    // D. 0 for identical rows; the largest where neither side has the token.
+    vf log_ratio(vf heavy, vf light) const {
+        const vf difference =
+            far_apart_ ? (heavy - heavy_max_) - (light - light_max_) : (heavy - light) - shift_;
+        // In this order a NaN is dropped.
+        return min(fma(difference, splat(scale_), splat(-rest_)), splat(kLargestRatio));
+    }
+
+    vf heavy_exponent(vf logit) const { return (logit - heavy_max_) * scale_; }
+    vf light_exponent(vf logit) const { return (logit - light_max_) * scale_; }
+
+    // What is said of tokens that are not near.
+    struct Far {
+        vi heavy;      // the heavier side has more of the mixture: it is A
+        vf ratio;      // D, of A over B
+        vf a, rest;    // M/A = a (1 + rest)
+        vf log_a, y;   // log M/A = log_a + y
+    };
+
+    Far far(vf ratio) const {
+        Far f;
+        f.heavy = ratio >= mixture_.even;
+        f.ratio = min(f.heavy ? ratio : -ratio, splat(kLargestRatio));
+        const auto of_side = [&](float heavy, float light) {
+            return f.heavy ? splat(heavy) : splat(light);
+        };
+        f.a = of_side(mixture_.heavy, mixture_.light);
+        f.log_a = of_side(mixture_.log_heavy, mixture_.log_light);
+        f.rest = of_side(mixture_.light_over_heavy, mixture_.heavy_over_light) *
+                 exponential<true>(-f.ratio);
+        f.y = logarithm(1.0f + f.rest, f.rest);
+        return f;
+    }
+
+    vf far_divergence(const Far& f) const {
+        return -f.a * fma(f.rest, f.ratio, fma(f.rest, f.log_a + f.y, f.log_a + f.y));
+    }
+
+    vf near_divergence(vf ratio) const { return ratio * ratio * series(mixture_.divergence, ratio); }
+
+    // log H/M and log L/M, but for -log a where a side is A and not near.
+    struct Shares {
+        vf of[2];
+        vi less[2];  // where log a was left out
+    };
+
+    Shares shares_of(vf ratio) const {
+        const vf heavy = ratio * series(mixture_.share, ratio);
+        const vf square = ratio * ratio;
+        if (!any_at_least(square, kNear * kNear)) return {{heavy, heavy - ratio}, {vi{}, vi{}}};
+        const Far f = far(ratio);
+        const vi near = square < kNear * kNear;
+        const vf of_b = -(f.log_a + f.y) - f.ratio;
+        return {{near ? heavy : f.heavy ? -f.y : of_b, near ? heavy - ratio : f.heavy ? of_b : -f.y},
+                {~near & f.heavy, ~near & ~f.heavy}};
+    }
+
+    float log_weight(int side) const { return side == 0 ? mixture_.log_heavy : mixture_.log_light; }
+
+    const bool defined;
+
+  private:
+    static vf series(const float (&coefficients)[Mixture::kTerms], vf x) {
+        vf sum = splat(coefficients[Mixture::kTerms - 1]);
+        for (int i = Mixture::kTerms - 2; i >= 0; --i) sum = fma(sum, x, splat(coefficients[i]));
+        return sum;
+    }
+
+    const Mixture& mixture_;
+    const float scale_, heavy_max_, light_max_;
+    bool far_apart_;
+    float shift_, rest_;  // the log-sum-exps are shift · scale + rest apart, or their maxima and rest
+};
+
+// Adds the terms of a group of tokens, not normalized by the sums of masses.
+struct JsTerms {
+    const Pair& pair;
+    float heavy_over, light_over;  // one over the sides' sums
+    Sum sum;
+
+    void add(const float* heavy, const float* light) {
+        vf ratio[U], largest_square = {};
+        for (int u = 0; u < U; ++u) {
+            ratio[u] = pair.log_ratio(load(heavy + u * W), load(light + u * W));
+            largest_square = max(ratio[u] * ratio[u], largest_square);
+        }
+        const bool all_near = !any_at_least(largest_square, kNear * kNear);
+        for (int u = 0; u < U; ++u) {
+            vf exponent = pair.heavy_exponent(load(heavy + u * W));
+            vf over = splat(heavy_over);
+            vf term = pair.near_divergence(ratio[u]);
+            if (!all_near) {
+                const vi near = ratio[u] * ratio[u] < kNear * kNear;
+                const Pair::Far f = pair.far(ratio[u]);
+                const vi of_heavy = near | f.heavy;
+                exponent = of_heavy ? exponent : pair.light_exponent(load(light + u * W));
+                over = of_heavy ? over : splat(light_over);
+                term = near ? term : pair.far_divergence(f);
+            }
+            sum.part[u] = fma(weight_of(exponent) * over, term, sum.part[u]);
+        }
+    }
+};
+
+float js(const JsProblem& problem, int64_t row, Scratch& scratch) {
+    const FlushSubnormals flush;
+    const Side heavy = sum_up(problem, 0, row, scratch), light = sum_up(problem, 1, row, scratch);
+    const Pair pair(problem, heavy, light);
+    if (!pair.defined) return __builtin_nanf("");
+    JsTerms terms{pair, float(1 / heavy.mass.sum), float(1 / light.mass.sum), {}};
+    for_blocks(problem.n_cols, [&](int64_t start, int64_t n) {
+        bool ignored;
+        read_block(problem.sides[0], row, start, n, scratch.p, ignored);
+        read_block(problem.sides[1], row, start, n, scratch.a, ignored);
+        for (int64_t i = 0; i < n; i += kGroup) {
+            terms.add(scratch.p + i, scratch.a + i);
+            if ((i + kGroup) % kChunk == 0) terms.sum.fold();
+        }
+        terms.sum.fold();
+    });
+    return float(terms.sum.value());
+}
+
+// Sets tokens' masses and these times what each is worth, counted from one token of the side, and adds up
+// the latter.
+class JsWorths {
+  public:
+    JsWorths(const Pair& pair, const JsRoom (&room)[2]) : pair_(pair), room_(room) {}
+
+    // Where one token has nearly all mass, the mean is its worth but for the last few digits.
+    void count_from(int i, vf heavy, vf light) {
+        const Pair::Shares shares = pair_.shares_of(pair_.log_ratio(heavy, light));
+        const float there = shares.of[i][0], log_weight = pair_.log_weight(i);
+        less_[i] = shares.less[i][0] ? -there : -log_weight - there;
+        whole_[i] = shares.less[i][0] ? log_weight - there : -there;
+    }
+
+    void add(const float* heavy, const float* light, int64_t at, int u) {
+        const vf h = load(heavy), l = load(light);
+        const Pair::Shares shares = pair_.shares_of(pair_.log_ratio(h, l));
+        for (int i = 0; i < 2; ++i) {
+            if (!room_[i].mass) continue;
+            const vf mass = weight_of(i == 0 ? pair_.heavy_exponent(h) : pair_.light_exponent(l));
+            const vf from = shares.less[i] ? splat(less_[i]) : splat(whole_[i]);
+            const vf worth = mass * (shares.of[i] + from);
+            store(room_[i].mass + at, mass);
+            store(room_[i].worth + at, worth);
+            sum_[i].part[u] += worth;
+        }
+    }
+
+    void fold() {
+        for (Sum& sum : sum_) sum.fold();
+    }
+
+    double sum(int i) const { return sum_[i].value(); }
+
+  private:
+    const Pair& pair_;
+    const JsRoom (&room_)[2];
+    float less_[2], whole_[2];  // what is added where log a was left out, and elsewhere
+    Sum sum_[2];
+};
+
+void js_gradient(const JsProblem& problem, const JsGradients& gradients, int64_t row,
+                 Scratch& scratch, const JsRoom (&room)[2]) {
+    const FlushSubnormals flush;
+    const int64_t n_cols = problem.n_cols, padded = padded_to_groups(n_cols);
+    const auto fill = [&](float value) {
+        for (int i = 0; i < 2; ++i) {
+            if (!room[i].mass) continue;
+            for (int64_t j = 0; j < padded; j += W) store(room[i].worth + j, splat(value));
+            write_row(gradients.sides[i], row, room[i].worth, n_cols);
+        }
+    };
+    const double grad = gradients.grad[row];
+    if (grad == 0) return fill(0.0f);
+    const Side sides[2] = {sum_up(problem, 0, row, scratch), sum_up(problem, 1, row, scratch)};
+    const Pair pair(problem, sides[0], sides[1]);
+    if (!pair.defined || __builtin_isnan(grad)) return fill(__builtin_nanf(""));
+
+    JsWorths worths(pair, room);
+    for (int i = 0; i < 2; ++i) {
+        float logits[2][kGroup];
+        bool ignored;
+        for (int j = 0; j < 2; ++j)
+            read_block(problem.sides[j], row, sides[i].likeliest, 1, logits[j], ignored);
+        worths.count_from(i, load(logits[0]), load(logits[1]));
+    }
+    for_blocks(n_cols, [&](int64_t start, int64_t n) {
+        bool ignored;
+        read_block(problem.sides[0], row, start, n, scratch.p, ignored);
+        read_block(problem.sides[1], row, start, n, scratch.a, ignored);
+        for (int64_t i = 0; i < n; i += kGroup) {
+            for (int u = 0; u < U; ++u)
+                worths.add(scratch.p + i + u * W, scratch.a + i + u * W, start + i + u * W, u);
+            if ((i + kGroup) % kChunk == 0) worths.fold();
+        }
+        worths.fold();
+    });
+
+    const float weights[2] = {problem.mixture.heavy, problem.mixture.light};
+    for (int i = 0; i < 2; ++i) {
+        if (!room[i].mass) continue;
+        const double sum = sides[i].mass.sum;
+        const vf mean = splat(float(worths.sum(i) / sum));
+        const vf scale = splat(float(grad * weights[i] / sum));
+        for (int64_t j = 0; j < padded; j += W) {
+            const vf mass = load(room[i].mass + j);
+            const vf value = fma(-mass, mean, load(room[i].worth + j)) * scale;
+            // A masked token's is 0 however large `grad` is.
+            store(room[i].worth + j, mass == 0.0f ? vf{} : value);
+        }
+        write_row(gradients.sides[i], row, room[i].worth, n_cols);
+    }
+}

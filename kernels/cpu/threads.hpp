@@ -1,0 +1,81 @@
+// How tasks spread over threads, and the memory that a thread has to itself.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "kl.hpp"
+
+namespace fastkl {
+
+// So many rows of float32 of a thread's own, on cache lines' boundaries.
+class RowBuffers {
+  public:
+    RowBuffers(int64_t n_cols, int count) : length_((n_cols + 63) / 64 * 64) {
+        memory_.reset(new float[length_ * count + 16]);
+        const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+        first_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
+    }
+
+    float* operator[](int i) const { return first_ + i * length_; }
+
+  private:
+    int64_t length_;
+    std::unique_ptr<float[]> memory_;
+    float* first_;
+};
+
+// Hands tasks out by a counter. `work(task, thread, poll)` is false where the poll stopped it. The
+// calling thread is thread 0, and the only one that asks `caller`. `work` must not throw: all memory is
+// to be taken before.
+template <class Work> class Tasks {
+  public:
+    Tasks(int64_t n_tasks, const Poll& caller, const Work& work)
+        : n_tasks_(n_tasks), caller_(caller), work_(work) {}
+
+    // False if it was stopped.
+    bool run(int64_t n_threads) {
+        std::vector<std::thread> threads;
+        threads.reserve(n_threads);
+        try {
+            for (int64_t i = 1; i < n_threads; ++i)
+                threads.emplace_back([this, i] { take(i, {keep_going, this}); });
+        } catch (const std::system_error&) {
+            // As many threads as the system gives; the calling one does what is left.
+        }
+        take(0, {ask_caller, this});
+        for (std::thread& thread : threads) thread.join();
+        return !stop_;
+    }
+
+  private:
+    static bool keep_going(void* tasks) { return !static_cast<Tasks*>(tasks)->stop_; }
+
+    static bool ask_caller(void* context) {
+        Tasks& tasks = *static_cast<Tasks*>(context);
+        if (!tasks.stop_ && !tasks.caller_.keep_going(tasks.caller_.context)) tasks.stop_ = true;
+        return !tasks.stop_;
+    }
+
+    void take(int64_t thread, const Poll& poll) {
+        for (int64_t task; (task = next_.fetch_add(1)) < n_tasks_;)
+            if (!work_(task, thread, poll)) return;
+    }
+
+    const int64_t n_tasks_;
+    const Poll& caller_;
+    const Work& work_;
+    std::atomic<int64_t> next_{0};
+    std::atomic<bool> stop_{false};
+};
+
+template <class Work>
+bool run_tasks(int64_t n_tasks, int64_t n_threads, const Poll& caller, const Work& work) {
+    return Tasks<Work>(n_tasks, caller, work).run(n_threads);
+}
+
+}  // namespace fastkl

@@ -1,0 +1,427 @@
+"""The Jensen-Shannon divergence and its gradients, by each backend and at each level of native."""
+
+import functools
+import math
+
+import pytest
+import torch
+from conftest import ABSOLUTE, LEVELS, RELATIVE
+
+import fastkl
+from fastkl import backends, jensen_shannon, operator
+from fastkl.backends import native
+
+NAN, INF = math.nan, math.inf
+NOISES = (1e-5, 1e-3, 0.1, 1, 5)
+# For what is more than is asked of PyTorch's float32.
+natively = pytest.mark.parametrize("implementation", LEVELS, indirect=True)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(generator, n_rows, n_cols, noise, dtype=torch.float32):
+    reference = torch.randn(n_rows, n_cols, generator=generator) * 3
+    circuit = reference + noise * torch.randn(n_rows, n_cols, generator=generator)
+    return circuit.to(dtype), reference.to(dtype)
+
+
+def definition(circuit, reference, beta):
+    """The divergence of rows in float64; its terms cancel, to 1e-16 or so."""
+    p, q = reference.double().softmax(-1), circuit.double().softmax(-1)
+    mixture = beta * p + (1 - beta) * q
+    terms = [torch.where(x > 0, x * (x / mixture).log(), 0.0).sum(-1) for x in (p, q)]
+    return beta * terms[0] + (1 - beta) * terms[1]
+
+
+@pytest.fixture
+def js_rows(implementation):
+    """The divergences of rows."""
+
+    def function(circuit, reference, beta=0.5, temperature=1.0):
+        return fastkl.js_div(
+            circuit,
+            reference,
+            beta=beta,
+            temperature=temperature,
+            reduction="none",
+            backend=implementation,
+        )
+
+    return function
+
+
+@pytest.fixture
+def gradients(implementation):
+    """The gradients (dq, dp) of rows."""
+    functions = {"eager": jensen_shannon, "native": native}[implementation]
+
+    def function(circuit, reference, beta=0.5, temperature=1.0, grad=None):
+        if grad is None:
+            grad = torch.ones(circuit.shape[:1])
+        return functions.js_gradients(grad, circuit, reference, beta, temperature, True, True)
+
+    return function
+
+
+@functools.cache
+def large(noise, beta):
+    """Rows of a large vocabulary; their divergences by definition, and by ours in float64."""
+    circuit, reference = make(torch.Generator().manual_seed(20261123), 3, 50257, noise)
+    exact = definition(circuit, reference, beta)
+    wide = fastkl.js_div(circuit.double(), reference.double(), beta=beta, reduction="none")
+    return circuit, reference, exact, wide
+
+
+@pytest.mark.parametrize("noise", [*NOISES, 40])
+@pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
+def test_against_float64(js_rows, noise, beta):
+    circuit, reference, exact, wide = large(noise, beta)
+    found = js_rows(circuit, reference, beta)
+    assert found.dtype == torch.float32
+    assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
+    # Where the definition in float64 itself is off by as much, ours in float64 says more.
+    assert ((wide - exact).abs() <= 1e-12 * exact + 1e-14).all()
+    assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
+
+
+@pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 8193])
+def test_vocabularies(js_rows, generator, n_cols):
+    """Groups of 16 tokens and blocks of 8192, and what is left of them."""
+    for noise in (1e-3, 0.3, 3):
+        circuit, reference = make(generator, 4, n_cols, noise)
+        wide = jensen_shannon.js_rows(circuit.double(), reference.double(), 0.3, 1.0)
+        found = js_rows(circuit, reference, 0.3)
+        assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
+
+
+def test_laws(js_rows, generator):
+    circuit, reference = make(generator, 3, 5000, 0.5)
+    there, back = js_rows(circuit, reference, 0.3), js_rows(reference, circuit, 0.7)
+    torch.testing.assert_close(there, back, rtol=1e-5, atol=1e-8)
+    disjoint = torch.zeros(2, 5000)
+    disjoint[0, 3] = disjoint[1, 4] = 500.0
+    bound = js_rows(disjoint[:1], disjoint[1:])[0]
+    torch.testing.assert_close(bound, torch.tensor(math.log(2)))
+    cooled = js_rows(circuit, reference, temperature=2)
+    torch.testing.assert_close(
+        cooled.double(), definition(circuit.double() / 2, reference.double() / 2, 0.5)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1, 0.7])
+@pytest.mark.parametrize("beta", [1e-3, 0.5, 0.8])
+def test_identical_rows_are_0(js_rows, gradients, generator, beta, temperature, dtype):
+    """Exactly, and so are their gradients; not where one logit is another."""
+    _, reference = make(generator, 5, 5001, 0, dtype)
+    reference[1] -= 60
+    reference[2, :4000] = -INF
+    assert (js_rows(reference.clone(), reference, beta, temperature) == 0).all()
+    for gradient in gradients(reference.clone(), reference, beta, temperature):
+        assert (gradient == 0).all()
+    circuit = reference.clone()
+    circuit[:, 4500] += 0.125
+    assert (js_rows(circuit, reference, beta, temperature) > 0).all()
+
+
+@pytest.mark.parametrize("beta", [1e-6, 0.2, 0.5, 1 - 1e-6])
+def test_never_negative(js_rows, generator, beta):
+    for scale in (1e-7, 1e-4, 0.1, 1, 10):
+        for n_cols in (2, 33, 1000):
+            circuit, reference = make(generator, 50, n_cols, scale)
+            assert (js_rows(circuit, reference, beta) >= 0).all()
+
+
+@pytest.mark.parametrize("p_v", [NAN, INF, -INF, 0.5])
+@pytest.mark.parametrize("q_v", [NAN, INF, -INF, 0.5])
+def test_odd_tokens(implementation, generator, p_v, q_v):
+    """A token masked on one side costs what it is worth; one NaN or +inf undoes its row alone."""
+    circuit, reference = make(generator, 3, 50, 0.5)
+    reference[1, 5], circuit[1, 5] = p_v, q_v
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    found = fastkl.js_div(*leaves, beta=0.3, reduction="none", backend=implementation)
+    exact = definition(circuit, reference, 0.3)
+    odd = any(math.isnan(v) or v == INF for v in (p_v, q_v))
+    exact[1] = NAN if odd else exact[1]
+    assert exact[[0, 2]].isfinite().all()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-8, equal_nan=True)
+    found.sum().backward()
+    for leaf, value in zip(leaves, (q_v, p_v), strict=True):
+        assert leaf.grad[1].isnan().all() == odd
+        assert leaf.grad[[0, 2]].isfinite().all()
+        if not odd and value == -INF:
+            assert leaf.grad[1, 5] == 0
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5])
+def test_masked_halves(js_rows, gradients, generator, beta):
+    """Many tokens masked on one side or both, whole vectors and blocks of them among these."""
+    circuit, reference = make(generator, 4, 20001, 0.5)
+    circuit[0, :9000], reference[1, 9000:] = -INF, -INF
+    circuit[2, ::2], reference[2, 1::2] = -INF, -INF
+    circuit[3, :12000], reference[3, :9000] = -INF, -INF
+    found = js_rows(circuit, reference, beta).double()
+    torch.testing.assert_close(
+        found, definition(circuit, reference, beta), rtol=RELATIVE, atol=ABSOLUTE
+    )
+    wide = jensen_shannon.js_gradients(
+        torch.ones(4), circuit.double(), reference.double(), beta, 1.0, True, True
+    )
+    for ours, exact in zip(gradients(circuit, reference, beta), wide, strict=True):
+        assert ours.isfinite().all()
+        # Row 2 has nothing in common, and every token of a side is worth the same.
+        assert ((ours - exact).norm(dim=-1) <= 1e-5 * exact.norm(dim=-1) + 1e-9).all()
+
+
+def test_no_mass(js_rows, gradients, generator):
+    circuit, reference = make(generator, 3, 50, 0.5)
+    circuit[0], reference[1] = -INF, -INF
+    assert js_rows(circuit, reference).isnan().tolist() == [True, True, False]
+    for gradient in gradients(circuit, reference):
+        assert gradient.isnan().all(-1).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1, 2.5])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 0.1, 1, 5, 40])
+def test_gradient(implementation, generator, noise, beta, temperature):
+    circuit, reference = make(generator, 3, 5003, noise)
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    grad = torch.tensor([1.0, 0.0, 2.0])
+    fastkl.js_div(
+        *leaves, beta=beta, temperature=temperature, reduction="none", backend=implementation
+    ).backward(grad)
+    wide = [t.double().clone().requires_grad_() for t in (circuit, reference)]
+    definition(*(t / temperature for t in wide), beta).backward(grad.double())
+    for ours, exact in zip(leaves, wide, strict=True):
+        error = (ours.grad - exact.grad).norm(dim=-1)
+        # PyTorch rounds quotients, by 1e-7 of logits of some 5, which differ from the noise.
+        rounded = implementation == "eager" and temperature != 1
+        bound = 1e-5 + (5e-7 / noise if rounded else 0)
+        # So do logits that are 150 apart: the rounding of that changes what one token weighs.
+        bound = 1e-4 if noise == 40 else bound
+        assert (error <= bound * exact.grad.norm(dim=-1)).all()
+        assert (ours.grad[1] == 0).all()
+
+
+@natively
+@pytest.mark.parametrize("beta", [1e-4, 0.25, 0.5, 0.99])
+def test_gradient_of_each_token(gradients, generator, beta):
+    """Small ones too: against float64, beside the rounding of what a side's tokens share."""
+    circuit, reference = make(generator, 3, 3001, 0.7)
+    wide = jensen_shannon.js_gradients(
+        torch.ones(3), circuit.double(), reference.double(), beta, 1.0, True, True
+    )
+    sides = (circuit.double().softmax(-1), reference.double().softmax(-1))
+    for ours, exact, mass in zip(gradients(circuit, reference, beta), wide, sides, strict=True):
+        room = 1e-6 * mass * min(beta, 1 - beta)
+        assert ((ours - exact).abs() <= 1e-5 * exact.abs() + room).all()
+
+
+@natively
+def test_gradient_where_all_worths_are_alike(gradients, generator):
+    """One side has next to all of the mixture where it has mass: digits of log 2 are none of a worth."""
+    circuit, reference = make(generator, 8, 5003, 40)
+    wide = jensen_shannon.js_gradients(
+        torch.ones(8), circuit.double(), reference.double(), 0.5, 1.0, True, True
+    )
+    for ours, exact in zip(gradients(circuit, reference), wide, strict=True):
+        assert ((ours - exact).norm(dim=-1) <= 1e-4 * exact.norm(dim=-1) + 1e-12).all()
+
+
+def test_a_gradient_that_is_no_number(gradients, generator):
+    circuit, reference = make(generator, 4, 700, 0.3)
+    circuit[1, 4] = reference[1, 5] = circuit[3, 3] = -INF
+    grad = torch.tensor([1.0, NAN, 0.0, INF])
+    reference[2, 7] = NAN
+    for gradient in gradients(circuit, reference, grad=grad):
+        assert gradient[1].isnan().all()
+        assert (gradient[2] == 0).all()
+        assert gradient[0].isfinite().all()
+    assert gradients(circuit, reference, grad=grad)[0][3, 3] == 0
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("beta", [0.25, 0.5, 0.75])
+def test_one_gradient_alone(implementation, generator, beta, side):
+    functions = {"eager": jensen_shannon, "native": native}[implementation]
+    rows = make(generator, 3, 5003, 0.3)
+    both = functions.js_gradients(torch.ones(3), *rows, beta, 1.0, True, True)
+    (one,) = functions.js_gradients(torch.ones(3), *rows, beta, 1.0, side == 0, side == 1)
+    assert torch.equal(one, both[side])
+    assert functions.js_gradients(torch.ones(3), *rows, beta, 1.0, False, False) == []
+
+
+def test_rows_do_not_depend_on_the_batch_or_on_threads(js_rows, gradients, generator):
+    circuit, reference = make(generator, 9, 20003, 0.5)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            both = gradients(circuit, reference, 0.3)
+            results.append((js_rows(circuit, reference, 0.3), *both))
+    finally:
+        torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+    alone = circuit[4:5], reference[4:5]
+    for whole, row in zip(results[0], (js_rows(*alone, 0.3), *gradients(*alone, 0.3)), strict=True):
+        assert torch.equal(whole[4:5], row)
+
+
+@pytest.mark.parametrize("p_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
+def test_dtypes_and_strides(js_rows, gradients, generator, q_dtype, p_dtype):
+    """Of rows of wider tensors, at odd addresses: as float32 of them, gradients rounded once."""
+    circuit, reference = make(generator, 5, 701, 0.3)
+    circuit, reference = circuit.to(q_dtype), reference.to(p_dtype)
+    strided = []
+    for rows, width in ((circuit, 1003), (reference, 811)):
+        wide = torch.full((5, width), NAN, dtype=rows.dtype)
+        wide[:, 3:704] = rows
+        strided.append(wide[:, 3:704])
+    single = circuit.float(), reference.float()
+    assert torch.equal(js_rows(*strided, 0.3), js_rows(*single, 0.3))
+    for ours, whole, like in zip(
+        gradients(*strided, 0.3), gradients(*single, 0.3), (circuit, reference), strict=True
+    ):
+        assert ours.dtype == like.dtype
+        assert ours.is_contiguous()
+        assert torch.equal(ours, whole.to(like.dtype))
+    # A row that stands for all of them, and a gradient with stride 0.
+    expanded = single[1][:1].expand(5, -1)
+    one = torch.ones(1).expand(5)
+    assert torch.equal(js_rows(single[0], expanded), js_rows(single[0], expanded.contiguous()))
+    for ours, dense in zip(
+        gradients(single[0], expanded, grad=one),
+        gradients(single[0], expanded.contiguous()),
+        strict=True,
+    ):
+        assert torch.equal(ours, dense)
+
+
+@natively
+def test_logits_near_the_limits_of_float32(js_rows, gradients, generator):
+    """Rows, and tokens of a row, whose differences are beyond float32."""
+    circuit, reference = make(generator, 5, 700, 0.5)
+    huge, half = 3e38, math.log(2) / 2
+    reference[0], circuit[0] = huge, -huge
+    reference[1, 3] = circuit[1, 4] = huge
+    reference[2, 3:], circuit[2, 7:] = -huge, -huge
+    circuit[3] = circuit[3] + 1e4
+    reference[4], circuit[4] = -huge, huge
+    reference[4, :350] = circuit[4, 175:525] = -INF
+    expected = definition(circuit.double(), reference.double(), 0.5)
+    expected[4] = half
+    found = js_rows(circuit, reference)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+    for gradient in gradients(circuit, reference):
+        assert gradient.isfinite().all()
+        assert gradient.double().sum(-1).abs().max() < 1e-6
+
+
+@natively
+def test_weights_and_temperatures_of_any_size(js_rows, gradients, generator):
+    """No NaN where a weight, or the inverse of a temperature, is no number of float32."""
+    circuit, reference = make(generator, 3, 700, 2)
+    circuit[0, 5] = reference[1, 6] = -INF
+    reference[2, 3] = circuit[2, 4] = 300.0
+    for beta in (1e-10, 1 - 1e-10):
+        wide = fastkl.js_div(circuit[2:].double(), reference[2:].double(), beta=beta)
+        torch.testing.assert_close(js_rows(circuit[2:], reference[2:], beta)[0].double(), wide)
+    for beta in (1e-300, 1e-40, 1e-20, 1 - 2**-53):
+        found = js_rows(circuit, reference, beta)
+        assert ((found >= 0) & (found < 1e-12)).all()
+        assert all(gradient.isfinite().all() for gradient in gradients(circuit, reference, beta))
+    for temperature in (1e-300, 1e-39, 1e-3, 1e38, 1e300):
+        found = js_rows(circuit, reference, temperature=temperature)
+        assert ((found >= 0) & (found <= 0.6932)).all()
+    # Flat but for the masked tokens: one of 700 on one side.
+    flat = js_rows(circuit[:1], reference[:1], temperature=1e300).double()
+    masked = definition(torch.where(circuit == -INF, -INF, 0.0)[:1], torch.zeros(1, 700), 0.5)
+    torch.testing.assert_close(flat, masked, rtol=1e-5, atol=1e-8)
+
+
+@natively
+def test_sides_swap(js_rows, gradients, generator):
+    circuit, reference = make(generator, 3, 700, 0.5)
+    there, back = js_rows(circuit, reference, 0.25), js_rows(reference, circuit, 0.75)
+    assert torch.equal(there, back)
+    dq, dp = gradients(circuit, reference, 0.25)
+    swapped_dp, swapped_dq = gradients(reference, circuit, 0.75)
+    assert torch.equal(dq, swapped_dq)
+    assert torch.equal(dp, swapped_dp)
+
+
+def test_the_rule_of_choice(generator, monkeypatch):
+    """As kl_div's: the argument, the environment, the device and the dtype."""
+    if reason := native.missing():
+        pytest.skip(reason)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    rows = make(generator, 3, 700, 0.5)
+    by_name = {name: fastkl.js_div(*rows, backend=name) for name in ("eager", "native")}
+    assert not torch.equal(*by_name.values())
+    assert torch.equal(fastkl.js_div(*rows), by_name["native"])
+    assert torch.equal(fastkl.JSDivLoss(backend="eager")(*rows), by_name["eager"])
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "eager")
+    assert torch.equal(fastkl.js_div(*rows), by_name["eager"])
+    assert torch.equal(fastkl.js_div(*rows, backend="native"), by_name["native"])
+    leaf = rows[0].clone().requires_grad_()
+    fastkl.js_div(leaf, rows[1]).backward()
+    (expected,) = jensen_shannon.js_gradients(torch.full((3,), 1 / 3), *rows, 0.5, 1.0, True, False)
+    assert torch.equal(leaf.grad, expected)
+    with pytest.raises(RuntimeError, match="float64"):
+        fastkl.js_div(rows[0].double(), rows[1], backend="native")
+    with pytest.raises(ValueError, match="mmx"):
+        fastkl.js_div(*rows, backend="mmx")
+    with pytest.raises(ValueError, match="mmx"):
+        fastkl.js_div(rows[0][:0], rows[1][:0], backend="mmx")
+    with pytest.raises(TypeError, match="backend must be the name of one"):
+        fastkl.js_div(*rows, backend=3)
+
+
+def test_triton_has_it_from_pytorch(generator):
+    if reason := fastkl.available_backends()["triton"]:
+        pytest.skip(reason)
+    leaves = [t.requires_grad_() for t in make(generator, 3, 700, 0.5)]
+    found = {}
+    for backend in ("triton", "eager"):
+        divergence = fastkl.js_div(*leaves, backend=backend)
+        found[backend] = (divergence.detach(), *torch.autograd.grad(divergence, leaves))
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_as_an_operator(generator, dtype):
+    """By eager in float64, and in float32 by what the device has."""
+    circuit, reference = make(generator, 3, 20, 0.5, dtype)
+    leaves = [t.requires_grad_() for t in (circuit, reference)]
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda q, p: fastkl.js_div(q, p, beta=0.3), leaves)
+    torch.library.opcheck(operator.js_div, (*leaves, 0.3, 1.0, None))
+    detached = [leaf.detach() for leaf in leaves]
+    torch.library.opcheck(
+        operator.js_div_backward, (torch.ones(3), *detached, 0.3, 1.0, True, True, None)
+    )
+    compiled = torch.compile(fastkl.js_div, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), fastkl.js_div(*leaves))
+    batch = torch.vmap(lambda q: fastkl.js_div(q, reference.detach()))(
+        torch.stack([circuit.detach(), 2 * circuit.detach()])
+    )
+    alone = [fastkl.js_div(t.detach(), reference.detach()) for t in (circuit, 2 * circuit)]
+    assert torch.equal(batch, torch.stack(alone))
+    (first,) = torch.autograd.grad(fastkl.js_div(*leaves), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiates once"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("beta", "error"), [(0, ValueError), (1.0, ValueError), (NAN, ValueError), ("a", TypeError)]
+)
+def test_errors_of_beta(generator, beta, error):
+    circuit, reference = make(generator, 4, 50, 0.5)
+    with pytest.raises(error, match=f"beta must.*{'str' if beta == 'a' else beta}"):
+        fastkl.js_div(circuit, reference, beta=beta)
+    with pytest.raises(error, match="beta must"):
+        fastkl.JSDivLoss(beta=beta)
