@@ -2,6 +2,7 @@
 
 import os
 import resource
+import time
 from itertools import count
 
 import torch
@@ -23,6 +24,12 @@ def after(n_calls, end):
     """A function that ends at its n-th call."""
     calls = count(1)
     return lambda: end() if next(calls) == n_calls else 0.0
+
+
+def slow_first(seconds):
+    """A function that sleeps, every other time as good as not at all."""
+    calls = count()
+    return lambda: time.sleep(1e-3 if next(calls) % 2 else seconds)
 
 
 def boom():

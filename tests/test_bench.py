@@ -210,12 +210,20 @@ def test_the_call_after_a_pause_does_not_count(monkeypatch):
     assert timing.seconds_once_awake(lambda: now.append(now.pop() + next(took))) == 1
 
 
+@pytest.mark.parametrize(("long", "slow"), [(10.0, 0), (1e-6, 1)])
+def test_only_short_functions_are_called_twice_a_turn(monkeypatch, long, slow):
+    monkeypatch.setattr(timing, "_LONG_SECONDS", long)
+    _, times = timing.take_turns({"a": partial(bench_tasks.slow_first, 0.05)}, {}, 0)
+    # Twice a turn: the second call is always one of the same kind, here the short one.
+    assert len({t > 0.04 for t in times["a"]}) == 1 + slow
+
+
 def test_functions_take_turns_in_processes_and_go_on_without_those_that_fail():
     n = timing.FEWEST_ROUNDS
     tasks = {
         "good": partial(bench_tasks.constant, 1.0),
         "unprepared": bench_tasks.unprepared,
-        "raises": partial(bench_tasks.after, 4, bench_tasks.boom),
+        "raises": partial(bench_tasks.after, 5, bench_tasks.boom),
         "dies": partial(bench_tasks.after, 2 * n, bench_tasks.die),
         "wrong": partial(bench_tasks.constant, 2.0),
         "also good": partial(bench_tasks.constant, 0.0),
