@@ -241,6 +241,16 @@ def test_first_tokens_that_mislead(generator, arch, approx_ulp):
     assert (divergence[1, same] == 0).all()
 
 
+@pytest.mark.parametrize("shift", [1000.0, -300.0])
+def test_sides_far_apart(generator, shift):
+    """Logits on a grid, so that every p - q is exact: what is lost is the kernel's own."""
+    circuits, reference = make(generator, 2, 5000, (0.0, 0.01, 0.1, 1.0))
+    reference = (reference * 1024).round() / 1024
+    circuits = [(c * 1024).round() / 1024 + shift for c in circuits]
+    divergence, _ = check(circuits, reference, arch=80)
+    assert (divergence >= 0).all()
+
+
 def test_offsets_beyond_31_bits(generator):
     """Rows more than 2^31 elements apart are addressed in 64 bits, the reference's and a circuit's."""
     n_cols, far = 600, 2**31 + 64
