@@ -241,6 +241,18 @@ def test_first_tokens_that_mislead(generator, arch, approx_ulp):
     assert (divergence[1, same] == 0).all()
 
 
+@pytest.mark.parametrize("masked", ["p", "q", "both"])
+def test_masked_first_tokens_of_logits_far_below_zero(generator, masked):
+    """Counted from nothing, weights of e^-120 are 0: such a slice is summed at the row's bases."""
+    circuits, reference = make(generator, 2, 9000, (0.0, 0.3), scale=1)
+    sides = [reference - 120, *(c - 120 for c in circuits)]
+    n_slices, size = launch.slices(9000, 4)
+    assert n_slices == 3
+    for side in {"p": sides[:1], "q": sides[1:], "both": sides}[masked]:
+        side[1, size : size + 40] = -INF
+    check(sides[1:], sides[0], arch=80)
+
+
 @pytest.mark.parametrize("shift", [1000.0, -300.0])
 def test_sides_far_apart(generator, shift):
     """Logits on a grid, so that every p - q is exact: what is lost is the kernel's own."""
