@@ -11,6 +11,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -45,10 +46,12 @@ class Training:
     dtype: str = "float32"
     noise: float = 0.5
     both: bool = False
+    js: bool = False
 
     def __str__(self) -> str:
         sides = "both gradients" if self.both else "the student's gradient"
-        return f"R={self.n_rows} V={self.n_vocabulary} {self.dtype} noise {self.noise:g}, {sides}"
+        name = "Jensen-Shannon " if self.js else ""
+        return f"{name}R={self.n_rows} V={self.n_vocabulary} {self.dtype} noise {self.noise:g}, {sides}"
 
     def logits(self, device: str, seed: int = SEED) -> tuple[Tensor, Tensor]:
         """Return the student's logits and the teacher's, as leaves."""
@@ -68,14 +71,25 @@ GRID = (
     Training(dtype="bfloat16"),
     Training(n_rows=16),
     Training(n_vocabulary=151936, n_rows=64),
+    Training(js=True),
 )
-QUICK_GRID = (Training(8, 5000), Training(8, 5000, both=True))
+QUICK_GRID = (Training(8, 5000), Training(8, 5000, both=True), Training(8, 5000, js=True))
 
 
 def definition(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean divergence as PyTorch's own functions compute it."""
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def js_definition(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean Jensen-Shannon divergence by PyTorch's own functions."""
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    halves = [
+        F.kl_div(log_m, side, reduction="batchmean", log_target=True) for side in (log_p, log_q)
+    ]
+    return (halves[0] + halves[1]) / 2
 
 
 def liger(student: Tensor, teacher: Tensor) -> Tensor:
@@ -90,21 +104,23 @@ def liger(student: Tensor, teacher: Tensor) -> Tensor:
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def losses(device: str) -> dict[str, Loss]:
+def losses(device: str, js: bool = False) -> dict[str, Loss]:
     """Return the peers that can run here; the first is what the others are compared with."""
-    found: dict[str, Loss] = {"eager torch": definition}
+    textbook = js_definition if js else definition
+    found: dict[str, Loss] = {"eager torch": textbook}
     if sys.platform != "win32":
-        found["torch.compile"] = torch.compile(definition, dynamic=False)
-    if device != "cpu" and importlib.util.find_spec("liger_kernel"):
+        found["torch.compile"] = torch.compile(textbook, dynamic=False)
+    if not js and device != "cpu" and importlib.util.find_spec("liger_kernel"):
         found["Liger-Kernel"] = liger
     for backend, reason in fastkl.available_backends().items():
         if reason is None and (backend == "eager" or (backend == "native") == (device == "cpu")):
-            found[f"fastkl {backend}"] = _fastkl(backend)
+            found[f"fastkl {backend}"] = _fastkl(backend, js)
     return found
 
 
-def _fastkl(backend: str) -> Loss:
-    return lambda student, teacher: fastkl.kl_div(student, teacher, backend=backend)
+def _fastkl(backend: str, js: bool = False) -> Loss:
+    function = fastkl.js_div if js else fastkl.kl_div
+    return lambda student, teacher: function(student, teacher, backend=backend)
 
 
 def step(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], None]:
@@ -120,13 +136,15 @@ def step(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], None]:
     return run
 
 
-def errors(leaves: Sequence[Tensor]) -> float:
+def errors(leaves: Sequence[Tensor], js: bool = False) -> float:
     """Return the largest relative error of the leaves' gradients, norm-wise, against float64."""
     student, teacher = (t.detach().double().log_softmax(-1) for t in leaves)
-    d = teacher - student
-    p = teacher.exp()
-    divergence = (p * d).sum(-1, keepdim=True)
-    exact = (p * torch.expm1(-d), p * (d - divergence))
+    if js:
+        mixture = torch.logaddexp(student, teacher) - math.log(2)
+        exact = tuple(_weighted(side, side - mixture) / 2 for side in (student, teacher))
+    else:
+        d = teacher - student
+        exact = (teacher.exp() * torch.expm1(-d), _weighted(teacher, d))
     found = [
         ((leaf.grad.double() * len(leaf) - gradient).norm() / gradient.norm()).item()
         for leaf, gradient in zip(leaves, exact, strict=True)
@@ -135,15 +153,21 @@ def errors(leaves: Sequence[Tensor]) -> float:
     return max(found)
 
 
+def _weighted(log_mass: Tensor, worth: Tensor) -> Tensor:
+    """Return tokens' masses times what each is worth more than the mean."""
+    mass = log_mass.exp()
+    return mass * (worth - (mass * worth).sum(-1, keepdim=True))
+
+
 def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> dict[str, Any]:
     """Check and time all peers on one case."""
     torch.compiler.reset()
     leaves = case.logits(device, seed)
     steps, entries = {}, {}
-    for name, loss in losses(device).items():
+    for name, loss in losses(device, case.js).items():
         run = step(loss, leaves)
         run()
-        error = errors(leaves)
+        error = errors(leaves, case.js)
         limit = _TOLERANCE if name.startswith("fastkl ") else _TEXTBOOK
         if case.dtype != "float32":
             # The gradient is rounded to it, and what is not ours computes in it.
@@ -186,7 +210,7 @@ def _peak(name: str, case: Training, device: str, seed: int) -> int | None:
 
 def _measure_peak(name: str, case: Training, device: str, seed: int) -> int:
     leaves = case.logits(device, seed)
-    run = step(losses(device)[name], leaves)
+    run = step(losses(device, case.js)[name], leaves)
     run()
     gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
     for leaf in leaves:
@@ -208,6 +232,7 @@ def markdown(document: dict[str, Any]) -> str:
         sizes = (
             f"{case['n_rows']}, {case['n_vocabulary']}, {case['dtype']}, {case['noise']:g}, {sides}"
         )
+        sizes += ", Jensen-Shannon" if case.get("js") else ""
         rows.append([sizes, *(_cell(case["peers"].get(name)) for name in names)])
     first = document["cases"][0]["peers"]
     accuracy = ", ".join(

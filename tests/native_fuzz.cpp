@@ -20,6 +20,12 @@ namespace {
 
 using namespace fastkl;
 
+#if defined(__aarch64__)
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -66,7 +72,7 @@ class Rows {
         if (dtype_ == Dtype::float32) {
             std::memcpy(to, &number, 4);
         } else if (dtype_ == Dtype::float16) {
-            const _Float16 half = static_cast<_Float16>(number);
+            const Half half = static_cast<Half>(number);
             std::memcpy(to, &half, 2);
         } else {
             uint32_t bits;
@@ -83,7 +89,7 @@ class Rows {
         if (dtype_ == Dtype::float32) {
             std::memcpy(&number, from, 4);
         } else if (dtype_ == Dtype::float16) {
-            _Float16 half;
+            Half half;
             std::memcpy(&half, from, 2);
             number = static_cast<float>(half);
         } else {
@@ -194,7 +200,7 @@ class Written {
         if (dtype_ == Dtype::float32) {
             std::memcpy(&number, data_.get() + 4 * i, 4);
         } else if (dtype_ == Dtype::float16) {
-            _Float16 half;
+            Half half;
             std::memcpy(&half, data_.get() + 2 * i, 2);
             number = static_cast<float>(half);
         } else {

@@ -14,26 +14,29 @@ CASE = training.Training(4, 60)
 @pytest.fixture
 def quick(monkeypatch):
     """Without compilation and without processes of their own."""
-    own = {
-        f"fastkl {name}": training._fastkl(name)
-        for name in ("native", "eager")
-        if fastkl.available_backends()[name] is None
-    }
-    monkeypatch.setattr(training, "losses", lambda _: {"eager torch": training.definition, **own})
+    own = [name for name in ("native", "eager") if fastkl.available_backends()[name] is None]
+
+    def losses(_, js=False):
+        textbook = training.js_definition if js else training.definition
+        ours = {f"fastkl {name}": training._fastkl(name, js) for name in own}
+        return {"eager torch": textbook, **ours}
+
+    monkeypatch.setattr(training, "losses", losses)
     monkeypatch.setattr(training, "_peak", lambda *_: 2**20)
-    return own
+    return [f"fastkl {name}" for name in own]
 
 
-def test_gradients_are_checked_against_float64(quick):
+@pytest.mark.parametrize("js", [False, True])
+def test_gradients_are_checked_against_float64(quick, js):
     leaves = training.replace(CASE, both=True).logits("cpu")
-    for loss in training.losses("cpu").values():
+    for loss in training.losses("cpu", js).values():
         training.step(loss, leaves)()
-        assert training.errors(leaves) < 1e-5
+        assert training.errors(leaves, js) < 1e-5
     leaves[0].grad *= 1.01
-    assert training.errors(leaves) == pytest.approx(0.01, rel=0.01)
+    assert training.errors(leaves, js) == pytest.approx(0.01, rel=0.01)
     leaves[0].grad = None
     leaves[1].grad *= 0.9
-    assert training.errors(leaves) == pytest.approx(0.1, rel=0.01)
+    assert training.errors(leaves, js) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):
@@ -41,7 +44,7 @@ def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):
         return 1.001 * fastkl.kl_div(student, teacher)
 
     losses = training.losses("cpu")
-    monkeypatch.setattr(training, "losses", lambda _: {**losses, "fastkl wrong": wrong})
+    monkeypatch.setattr(training, "losses", lambda *_: {**losses, "fastkl wrong": wrong})
     peers = training.run_case(CASE, "cpu", 0.01)["peers"]
     assert "1.0e-03" in peers["fastkl wrong"]["wrong"]
     assert "ms" not in peers["fastkl wrong"]
@@ -56,7 +59,8 @@ def test_the_command(quick, tmp_path, capsys):
     assert table in capsys.readouterr().out
     assert all(name in table for name in ("eager torch", *quick))
     assert document["versions"]["torch"] == torch.__version__
-    assert [case["both"] for case in document["cases"]] == [False, True]
+    assert [case["both"] for case in document["cases"]] == [False, True, False]
+    assert "Jensen-Shannon" in table
 
 
 def test_the_student_and_the_teacher_are_what_the_case_says():
