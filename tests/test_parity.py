@@ -72,6 +72,14 @@ def test_confident_rows(backend, generator):
     assert_matches(divergence, torch.stack([oracle(c, reference) for c in circuits]))
 
 
+@pytest.mark.parametrize("level", [-100.0, 40.0])
+def test_few_likely_tokens_of_logits_far_from_zero(backend, generator, level):
+    """As GPT-2's are: what rounding takes from a pivot or a base there, few terms do not average out."""
+    reference = torch.randn(400, 4, generator=generator) + level
+    circuit = reference + 0.6 * torch.randn(400, 4, generator=generator)
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
 def test_disjoint_peaks(backend):
     """The two distributions live on different tokens: e^(q - p) overflows, the divergence does not."""
     reference = torch.zeros(2, 1500)

@@ -123,10 +123,12 @@ Exponentials sum_exponentials(const Block& block, const T* q, float base, const 
 }
 
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
-// reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c.
+// reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c: what rounding takes
+// from it, 4e-6 where logits are 100, is as much of the circuit's mass, and is given back.
 template <class T, bool MASKED>
 Divergence sum_divergence(const Block& block, const T* q, float base, float c, const char* ahead) {
     constexpr float inf = __builtin_inff();
+    const float lost = block.max > -inf ? float((double(block.max) - c) - base) : 0.0f;
     Sum s, h;
     const auto group = [&](auto masked, int64_t i, const T* from) {
         vf d[U], square[U], largest_square = {};
@@ -144,7 +146,7 @@ Divergence sum_divergence(const Block& block, const T* q, float base, float c, c
             for (int u = 0; u < U; ++u) {
                 const vf x = load(from + u * W);
                 const vf w = load(block.w + i + u * W);
-                vf e = exponential<true>(x - base);
+                vf e = exponential<true>((x - base) - lost);
                 if constexpr (masked) e = x == -inf ? vf{} : e;
                 vi far = square[u] >= kNear * kNear;
                 if constexpr (masked) far |= load(block.p + i + u * W) == -inf;
