@@ -123,6 +123,16 @@ def test_identical_rows_are_0(js_rows, gradients, generator, beta, temperature, 
     assert (js_rows(circuit, reference, beta, temperature) > 0).all()
 
 
+def test_many_terms_of_one_size(js_rows):
+    """Rounding of a sum does not grow with the vocabulary: its parts go to float64 in time."""
+    for a in torch.linspace(0.3, 3, 10).tolist():
+        reference, circuit = torch.zeros(1, 8192), torch.zeros(1, 8192)
+        circuit[:, ::2] = a
+        exact = definition(circuit, reference, 0.5)
+        # Terms of few values round alike: more than a polynomial's own 1.1e-6, and no more than that.
+        torch.testing.assert_close(js_rows(circuit, reference).double(), exact, rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("beta", [1e-6, 0.2, 0.5, 1 - 1e-6])
 def test_never_negative(js_rows, generator, beta):
     for scale in (1e-7, 1e-4, 0.1, 1, 10):
