@@ -52,15 +52,14 @@ def assert_right(found, expected, dtype=torch.float32):
         assert off.max() <= BOUND * exact.norm(dim=-1).max()
 
 
-@pytest.mark.parametrize("approx_ulp", [0, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_parity(generator, arch, dtype, approx_ulp):
-    """All noises, on logits of two sizes; with and without error in ex2, lg2 and div."""
+def test_parity(generator, arch, dtype):
+    """All noises, on logits of two sizes; with errors of 2 ulp in ex2, lg2 and div."""
     for scale in (1, 3):
         circuit, reference = make(generator, NOISES, 2571, dtype, scale)
         grad = torch.rand(len(circuit), generator=generator) + 0.5
-        *found, _ = one(circuit, reference, grad, arch=arch, approx_ulp=approx_ulp)
+        *found, _ = one(circuit, reference, grad, arch=arch, approx_ulp=2)
         assert_right(found, oracle_gradients(circuit, reference, grad), dtype)
 
 

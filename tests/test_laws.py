@@ -40,10 +40,10 @@ def test_any_row(backend, pair):
     if expected.isnan().any():
         assert divergence.isnan().all()
         return
-    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite. Sides that
-    # lie 1e4 apart differ by multiples of 1e-3, and by half of one from what is rounded to it.
+    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite. Where the
+    # sides lie 1e4 apart, Triton's p - q are multiples of 1e-3, and off by up to half of one.
     apart = (reference.double() - circuit.double())[reference.double().softmax(-1) > 0].abs().max()
-    rounding = apart.item() * 2**-24 if 1e3 < apart < 1e5 else 0.0
+    rounding = apart.item() * 2**-24 if backend == "triton" and 1e3 < apart < 1e5 else 0.0
     torch.testing.assert_close(
         divergence.double(), expected.float().double(), rtol=RELATIVE, atol=ABSOLUTE + rounding
     )
