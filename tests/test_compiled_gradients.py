@@ -79,6 +79,29 @@ def test_confident_rows(generator, rest):
     assert_right(found, oracle_gradients(circuit, reference))
 
 
+@pytest.mark.parametrize("n_cols", [700, 3000])
+def test_large_divergences(generator, n_cols):
+    """Of 10 nats: a circuit's mass, as what is left of larger sums, would be 2e-6 off."""
+    circuit, reference = make(generator, (5.0,), n_cols, n_rows=12)
+    *found, _ = one(circuit, reference, arch=80)
+    assert_right(found, oracle_gradients(circuit, reference))
+
+
+def test_circuits_share_what_the_reference_is_counted_from(generator):
+    """One circuit's row is summed again at its maxima; another's, and one of NaNs, is not."""
+    reference = torch.randn(3, 700, generator=generator)
+    circuits = [reference + 0.1 * torch.randn(3, 700, generator=generator) for _ in range(2)]
+    circuits[0][1, :40] = -200.0
+    circuits[0][2, 5] = NAN
+    dqs, _, _ = emulate_gradients(
+        torch.ones(2, 3), circuits, reference, [True, True], False, arch=80
+    )
+    for k, row in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        exact, _ = oracle_gradients(circuits[k][row : row + 1], reference[row : row + 1])
+        assert error(dqs[k][row : row + 1], exact) <= BOUND
+    assert dqs[0][2].isnan().all()
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_identical_rows_have_no_gradient(generator, arch):
     for dtype in DTYPES:
