@@ -123,10 +123,10 @@ struct Poll {
 struct Level {
     const char* name;
     bool (*supported)();
-    // Sets states[k] to the state of circuit k over columns [begin, end) of a row; small[k] is room
+    // Sets states[k] to the state of circuit k over columns [begin, end) of a row; notes[k] is room
     // for a note from block to block. False if it was stopped.
     bool (*slice)(const Problem&, int64_t row, int64_t begin, int64_t end, State* states,
-                  uint8_t* small, Scratch&, const Poll&);
+                  uint8_t* notes, Scratch&, const Poll&);
     // Writes the gradients of one row. False if it was stopped.
     bool (*gradient)(const GradientProblem&, int64_t row, const GradientRoom&, const Poll&);
     // Returns the Jensen-Shannon divergence of one row.

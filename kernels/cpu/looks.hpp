@@ -14,7 +14,7 @@ struct Sum {
     vf part[U] = {};
     vd total[U] = {};
 
-    void fold() {
+    INLINE void fold() {
         for (int u = 0; u < U; ++u) {
             total[u] += __builtin_convertvector(part[u], vd);
             part[u] = vf{};
@@ -43,8 +43,8 @@ struct Block {
 };
 
 struct Exponentials {
-    double y;  // Σ e^(q - base)
-    double s;  // Σ w d, with d = (p - m_p) - (q - base)
+    double y;        // Σ e^(q - base)
+    double s;        // Σ w d, with d = (p - m_p) - (q - base)
     bool undefined;  // a NaN or +inf in q (MASKED only)
     bool infinite;   // q = -inf where p is finite (MASKED only)
 };
@@ -52,29 +52,58 @@ struct Exponentials {
 struct Divergence {
     double s;  // Σ w d, with d = p - q - c
     double h;  // Σ w φ(d)
+    int64_t n_far;
 };
 
-// Calls body(offset, pointer to q) for groups of kGroup tokens, `bare` for whole ones and `padded`
-// for the rest, which is copied and padded by -inf; fold() after each chunk.
-template <class T, class Bare, class Padded, class Fold>
-inline __attribute__((always_inline)) void for_groups(const T* q, int64_t n, const char* ahead,
-                                                      Bare bare, Padded padded, Fold fold) {
+// A circuit's logits, and where in memory the ones lie that are looked at after them.
+template <class T> struct Circuit {
+    const T* q;
+    const char* ahead;
+};
+
+template <int I> struct Index {
+    constexpr operator int() const { return I; }
+};
+
+// Calls body(Index<0>), ..., body(Index<N - 1>), each at a place of its own in the code, so that an
+// array that they index can be kept in registers.
+template <int N, class Body> INLINE void unrolled(Body body) {
+    if constexpr (N > 0) {
+        unrolled<N - 1>(body);
+        body(Index<N - 1>{});
+    }
+}
+
+// Calls body(offset) for whole groups of kGroup tokens, and fold() after each chunk. Returns where
+// they end.
+template <class Body, class Fold> INLINE int64_t for_whole_groups(int64_t n, Body body, Fold fold) {
     const int64_t whole = n - n % kGroup;
     for (int64_t i = 0; i < whole;) {
         const int64_t end = i + kChunk < whole ? i + kChunk : whole;
-        for (; i < end; i += kGroup) {
-            // The next circuit's block is elsewhere in memory: no prefetcher guesses that. To the
-            // second level only: to the first it was slower by a tenth.
-            __builtin_prefetch(ahead + i * int64_t(sizeof(T)), 0, 2);
-            bare(i, q + i);
-        }
+        for (; i < end; i += kGroup) body(i);
         fold();
     }
-    if (whole < n) {
-        T rest[kGroup];
+    return whole;
+}
+
+// The tokens from `begin` on, fewer than a group, padded by -inf to one.
+template <class T> struct Rest {
+    T logits[kGroup];
+
+    Rest(const T* q, int64_t begin, int64_t n) {
         for (int64_t j = 0; j < kGroup; ++j)
-            rest[j] = whole + j < n ? q[whole + j] : minus_infinity<T>();
-        padded(whole, rest);
+            logits[j] = begin + j < n ? q[begin + j] : minus_infinity<T>();
+    }
+};
+
+// Calls body(offset, pointer to q) for groups of kGroup tokens, the last one padded, and fold() after
+// each chunk.
+template <class T, class Body, class Fold>
+INLINE void for_groups(const T* q, int64_t n, Body body, Fold fold) {
+    const int64_t whole = for_whole_groups(n, [&](int64_t i) { body(i, q + i); }, fold);
+    if (whole < n) {
+        const Rest<T> rest(q, whole, n);
+        body(whole, rest.logits);
         fold();
     }
 }
@@ -85,26 +114,32 @@ template <class T> float maximum(const T* q, int64_t n) {
         // In this order a NaN is dropped.
         for (int u = 0; u < U; ++u) high = max(load(from + u * W), high);
     };
-    for_groups(q, n, reinterpret_cast<const char*>(q), group, group, [] {});
+    for_groups(q, n, group, [] {});
     return largest(high);
 }
 
 // Look 1: the circuit's exponentials, and the first moment of d. One exponential a token.
-template <class T, bool MASKED>
-Exponentials sum_exponentials(const Block& block, const T* q, float base, const char* ahead) {
-    constexpr float inf = __builtin_inff();
+struct ExponentialSums {
+    const float *p, *a, *w;
+    float base;
     Sum y, s;
-    vi undefined = {}, infinite = {};
-    const auto group = [&](auto masked, int64_t i, const T* from) {
+    vi undefined, infinite;
+
+    ExponentialSums() = default;
+    ExponentialSums(const Block& block, float base)
+        : p(block.p), a(block.a), w(block.w), base(base), y{}, s{}, undefined{}, infinite{} {}
+
+    template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
+        constexpr float inf = __builtin_inff();
         for (int u = 0; u < U; ++u) {
             vf x = load(from + u * W) - base;
             // A finite logit keeps a finite x, as it keeps a finite a.
-            if constexpr (masked) x = max(x, splat(-__FLT_MAX__));
-            vf e = exponential<masked>(x);
-            vf d = load(block.a + i + u * W) - x;
-            if constexpr (masked) {
+            if constexpr (MASKED) x = max(x, splat(-__FLT_MAX__));
+            vf e = exponential<MASKED>(x);
+            vf d = load(a + i + u * W) - x;
+            if constexpr (MASKED) {
                 const vf logit = load(from + u * W);
-                const vi no_p = load(block.p + i + u * W) == -inf;
+                const vi no_p = load(p + i + u * W) == -inf;
                 const vi no_q = logit == -inf;
                 undefined |= ~(logit < inf);
                 infinite |= no_q & ~no_p;
@@ -112,62 +147,104 @@ Exponentials sum_exponentials(const Block& block, const T* q, float base, const 
                 d = no_p ? vf{} : d;
             }
             y.part[u] += e;
-            s.part[u] = fma(load(block.w + i + u * W), d, s.part[u]);
+            s.part[u] = fma(load(w + i + u * W), d, s.part[u]);
         }
-    };
-    for_groups(
-        q, block.n, ahead, [&](int64_t i, const T* from) { group(Flag<MASKED>{}, i, from); },
-        [&](int64_t i, const T* from) { group(Flag<true>{}, i, from); },
-        [&] { y.fold(), s.fold(); });
-    return {y.value(), s.value(), any(undefined), any(infinite)};
-}
+    }
+
+    INLINE void fold() { y.fold(), s.fold(); }
+
+    Exponentials value() const {
+        return {y.value(), s.value(), any(undefined), any(infinite)};
+    }
+};
 
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
 // reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c: what rounding takes
-// from it, 4e-6 where logits are 100, is as much of the circuit's mass, and is given back.
-template <class T, bool MASKED>
-Divergence sum_divergence(const Block& block, const T* q, float base, float c, const char* ahead) {
-    constexpr float inf = __builtin_inff();
-    const float lost = block.max > -inf ? float((double(block.max) - c) - base) : 0.0f;
+// from it, 4e-6 where logits are 100, is as much of the circuit's mass, and is given back. Where
+// OFTEN_FAR, no branch asks whether a group has such tokens: where many do, it is guessed wrongly.
+template <bool OFTEN_FAR> struct DivergenceSums {
+    const float *p, *w;
+    float c, base, lost;
     Sum s, h;
-    const auto group = [&](auto masked, int64_t i, const T* from) {
+    vi n_far;
+
+    DivergenceSums() = default;
+    DivergenceSums(const Block& block, float c)
+        : p(block.p), w(block.w), c(c), base(block.max - c), lost(0), s{}, h{}, n_far{} {
+        if (block.max > -__builtin_inff()) lost = float((double(block.max) - c) - base);
+    }
+
+    template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
+        constexpr float inf = __builtin_inff();
         vf d[U], square[U], largest_square = {};
         for (int u = 0; u < U; ++u) {
-            const vf p = load(block.p + i + u * W);
+            const vf logit = load(p + i + u * W);
             // Exact for logits alike, unlike the difference of a and q - base.
-            d[u] = (p - load(from + u * W)) - c;
-            if constexpr (masked) d[u] = p == -inf ? vf{} : d[u];
+            d[u] = (logit - load(from + u * W)) - c;
+            if constexpr (MASKED) d[u] = logit == -inf ? vf{} : d[u];
             square[u] = d[u] * d[u];
             vf extent = square[u];
-            if constexpr (masked) extent = p == -inf ? splat(kNear * kNear) : extent;
+            if constexpr (MASKED) extent = logit == -inf ? splat(kNear * kNear) : extent;
             largest_square = u == 0 ? extent : max(extent, largest_square);
         }
-        if (__builtin_expect(any_at_least(largest_square, kNear * kNear), 0)) {
+        if (OFTEN_FAR || __builtin_expect(any_at_least(largest_square, kNear * kNear), 0)) {
             for (int u = 0; u < U; ++u) {
                 const vf x = load(from + u * W);
-                const vf w = load(block.w + i + u * W);
+                const vf weight = load(w + i + u * W);
                 vf e = exponential<true>((x - base) - lost);
-                if constexpr (masked) e = x == -inf ? vf{} : e;
+                if constexpr (MASKED) e = x == -inf ? vf{} : e;
                 vi far = square[u] >= kNear * kNear;
-                if constexpr (masked) far |= load(block.p + i + u * W) == -inf;
-                const vf t = w * d[u];
-                const vf near = w * (square[u] * phi_over_square(d[u]));
+                if constexpr (MASKED) far |= load(p + i + u * W) == -inf;
+                n_far -= far;
+                const vf t = weight * d[u];
+                const vf near = weight * (square[u] * phi_over_square(d[u]));
                 s.part[u] += t;
-                h.part[u] += far ? e + (t - w) : near;
+                h.part[u] += far ? e + (t - weight) : near;
             }
         } else {
             for (int u = 0; u < U; ++u) {
-                const vf w = load(block.w + i + u * W);
-                s.part[u] = fma(w, d[u], s.part[u]);
-                h.part[u] = fma(w, square[u] * phi_over_square(d[u]), h.part[u]);
+                const vf weight = load(w + i + u * W);
+                s.part[u] = fma(weight, d[u], s.part[u]);
+                h.part[u] = fma(weight, square[u] * phi_over_square(d[u]), h.part[u]);
             }
         }
-    };
-    for_groups(
-        q, block.n, ahead, [&](int64_t i, const T* from) { group(Flag<MASKED>{}, i, from); },
-        [&](int64_t i, const T* from) { group(Flag<true>{}, i, from); },
-        [&] { s.fold(), h.fold(); });
-    return {s.value(), h.value()};
+    }
+
+    INLINE void fold() { s.fold(), h.fold(); }
+
+    Divergence value() const {
+        int64_t far = 0;
+        for (int i = 0; i < W; ++i) far += n_far[i];
+        return {s.value(), h.value(), far};
+    }
+};
+
+template <class T, class Sums> void add_rest(Sums& sums, int64_t begin, const T* q, int64_t n) {
+    const Rest<T> rest(q, begin, n);
+    sums.template add<true>(begin, rest.logits);
+    sums.fold();
+}
+
+// Adds to the sums of G circuits of a block, which share what is read of the reference. A circuit's
+// sums do not depend on the others.
+template <bool MASKED, int G, class T, class Sums>
+void look(const Block& block, const Circuit<T>* circuits, Sums* results) {
+    // Nobody else knows where these are: they stay in registers.
+    Sums sums[G];
+    unrolled<G>([&](auto g) INLINE_LAMBDA { sums[g] = results[g]; });
+    const int64_t whole = for_whole_groups(
+        block.n,
+        [&](int64_t i) INLINE_LAMBDA {
+            unrolled<G>([&](auto g) INLINE_LAMBDA {
+                // Elsewhere in memory: no prefetcher guesses that.
+                __builtin_prefetch(circuits[g].ahead + i * int64_t(sizeof(T)), 0, 3);
+                sums[g].template add<MASKED>(i, circuits[g].q + i);
+            });
+        },
+        [&]() INLINE_LAMBDA { unrolled<G>([&](auto g) INLINE_LAMBDA { sums[g].fold(); }); });
+    unrolled<G>([&](auto g) INLINE_LAMBDA { results[g] = sums[g]; });
+    for (int g = 0; g < G; ++g)
+        if (whole < block.n) add_rest(results[g], whole, circuits[g].q, block.n);
 }
 
 // Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to.
@@ -183,7 +260,7 @@ template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch)
             store(scratch.p + i + u * W, x);
         }
     };
-    for_groups(p, n, reinterpret_cast<const char*>(p), copy, copy, [] {});
+    for_groups(p, n, copy, [] {});
 
     Block block{scratch.p, scratch.a, scratch.w, n, largest(high), 0.0, 0.0, false};
     const float base = block.max == -inf ? 0.0f : block.max;
@@ -204,7 +281,7 @@ template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch)
         }
     };
     bool first = true;
-    for_groups(scratch.p, n, reinterpret_cast<const char*>(p), weigh, weigh, [&] {
+    for_groups(scratch.p, n, weigh, [&] {
         z.fold();
         if (first) block.first = z.value();
         first = false;

@@ -16,7 +16,7 @@ float read_row(const T* from, int64_t n, float inverse_temperature, float* to, b
             store(to + i + u * W, x);
         }
     };
-    for_groups(from, n, reinterpret_cast<const char*>(from), copy, copy, [] {});
+    for_groups(from, n, copy, [] {});
     undefined = any(odd);
     return largest(high);
 }

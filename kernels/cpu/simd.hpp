@@ -2,6 +2,10 @@
 // levels differ. Included in a namespace of the level's own, so that the linker can not put one
 // level's code in place of another's; for the same reason nothing here comes from the C++ library.
 
+// A call that is not inlined would keep sums in memory.
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE inline INLINE_LAMBDA
+
 #if defined(__AVX512F__)
 constexpr int W = 16;
 #elif defined(__AVX2__)

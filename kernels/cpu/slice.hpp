@@ -4,6 +4,7 @@
 // and LEVEL_SUPPORTED. Everything but the level's table has internal linkage.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -41,111 +42,174 @@ inline double phi(double x) {
 
 inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0; }
 
-// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; `small` says whether the
-// last block's divergence was, and so which look is likely to be enough.
+// Circuits of a block that are looked at together, as far as the level has registers for their sums:
+// of the reference's numbers, which come from the second level cache, each needs the fewer.
+constexpr int kTogether = W == 16 ? 4 : W == 8 ? 2 : 1;
+
+enum class Look { divergence, far_divergence, exponentials, alone };
+
+// Notes of a circuit from block to block: whether the last one's divergence was small, and whether many
+// of its tokens were far.
+constexpr uint8_t kSmall = 1, kOftenFar = 2;
+// From one far token in so many on, a branch costs more than it saves.
+constexpr int64_t kFarTokens = 128;
+
+// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; with the note of the last
+// block it decides which look is likely to be enough.
 template <class T> class CircuitBlock {
   public:
-    CircuitBlock(const Block& block, const T* q, const char* ahead)
-        : block_(block), q_(q), ahead_(ahead), masked_(block.masked) {}
+    CircuitBlock() = default;
+    CircuitBlock(const Block& block, const Circuit<T>& circuit, double guess, uint8_t& note)
+        : block_(&block), circuit_(circuit), guess_(guess), note_(&note), masked_(block.masked) {}
 
-    State state(double guess, uint8_t& small) {
-        const Mass p{block_.max, block_.sum};
-        if (__builtin_isnan(block_.sum)) return {p, p, 0.0};
-        bool guessed = __builtin_isfinite(guess);
+    // Which look is asked first.
+    Look first_look() {
+        if (__builtin_isnan(block_->sum)) return Look::alone;
+        bool guessed = __builtin_isfinite(guess_);
         if (!guessed) {
-            guess = finite_or_zero(sample(block_.p) - sample(q_));
-            guessed = block_.n >= 4 * kChunk && from_first_chunk(guess, small);
+            guess_ = finite_or_zero(sample(block_->p) - sample(circuit_.q));
+            guessed = block_->n >= 4 * kChunk && guess_from_first_chunk();
         }
-        if (guessed && small && !masked_ && __builtin_fabs(guess) < kFarApart) {
-            State result;
-            if (from_divergence(float(guess), result)) {
-                small = result.kl < kAccurateBelow;
-                return result;
-            }
-        }
+        if (masked_) return Look::alone;
+        if (!guessed || !(*note_ & kSmall) || __builtin_fabs(guess_) >= kFarApart)
+            return Look::exponentials;
+        return *note_ & kOftenFar ? Look::far_divergence : Look::divergence;
+    }
 
-        float base = block_.max - float(guess);
-        Exponentials sums = exponentials(base);
+    // The look at so many circuits, of which this is the first, and their states.
+    template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
+        if (first == Look::divergence) {
+            look_together<G>(blocks, states, [](const CircuitBlock& block) {
+                return DivergenceSums<false>(*block.block_, float(block.guess_));
+            });
+        } else if (first == Look::far_divergence) {
+            look_together<G>(blocks, states, [](const CircuitBlock& block) {
+                return DivergenceSums<true>(*block.block_, float(block.guess_));
+            });
+        } else {
+            look_together<G>(blocks, states, [](const CircuitBlock& block) {
+                return ExponentialSums(*block.block_, block.base());
+            });
+        }
+    }
+
+    State state() {
+        if (__builtin_isnan(block_->sum)) {
+            const Mass p{block_->max, block_->sum};
+            return {p, p, 0.0};
+        }
+        return state(base(), exponentials(base()));
+    }
+
+  private:
+    template <int G, class Begin>
+    static void look_together(CircuitBlock* blocks, State* states, Begin begin) {
+        Circuit<T> circuits[G];
+        decltype(begin(*blocks)) sums[G];
+        for (int g = 0; g < G; ++g) {
+            circuits[g] = blocks[g].circuit_;
+            sums[g] = begin(blocks[g]);
+        }
+        look<false, G>(*blocks->block_, circuits, sums);
+        for (int g = 0; g < G; ++g) states[g] = blocks[g].state(sums[g]);
+    }
+
+    // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
+    template <bool OFTEN_FAR> State state(const DivergenceSums<OFTEN_FAR>& look) {
+        const float c = look.c;
+        const Divergence sums = look.value();
+        if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
+        const double ratio = 1 + (sums.h - sums.s) / block_->sum;
+        if (!(ratio > 0.4 && ratio < 2.5)) return state();
+        const double x = -::log1p((sums.h - sums.s) / block_->sum);
+        const double accurate = sums.h / block_->sum;
+        const double change = phi(x);
+        // Half of it may cancel; more, and the block is looked at again, from a better pivot.
+        const double kl = change > accurate / 2 ? at_pivot(c + x) : accurate - change;
+        *note_ = (kl < kAccurateBelow ? kSmall : 0) |
+                 (sums.n_far * kFarTokens >= block_->n ? kOftenFar : 0);
+        return {{block_->max, block_->sum},
+                {block_->max, block_->sum * ratio * ::exp(-double(c))},
+                kl};
+    }
+
+    State state(const ExponentialSums& look) { return state(look.base, look.value()); }
+
+    float base() const { return block_->max - float(guess_); }
+
+    State state(float base, Exponentials sums) {
+        const Mass p{block_->max, block_->sum};
         if (!masked_ && !(__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) {
             masked_ = true;
             sums = exponentials(base);
         }
         if (!(sums.y >= kLeastSum && sums.y <= kLargestSum)) {
-            base = float(finite_or_zero(maximum(q_, block_.n)));
+            base = float(finite_or_zero(maximum(circuit_.q, block_->n)));
             sums = exponentials(base);
         }
         const Mass q{base, sums.undefined ? __builtin_nan("") : sums.y};
-        if (sums.undefined || block_.sum == 0) return {p, q, 0.0};
+        if (sums.undefined || block_->sum == 0) return {p, q, 0.0};
         if (sums.infinite || !__builtin_isfinite(sums.s)) return {p, q, double(__builtin_inff())};
 
         // 0 for identical rows, whose sums are taken alike.
-        const double x = ::log(block_.sum / sums.y);
-        const double plain = sums.s / block_.sum - x;
-        small = !(plain >= kAccurateBelow);
+        const double x = ::log(block_->sum / sums.y);
+        const double plain = sums.s / block_->sum - x;
+        *note_ = plain >= kAccurateBelow ? 0 : kSmall | kOftenFar;
         // A base far from the circuit's log-sum-exp costs digits.
         if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
             return {p, q, plain};
         }
-        return {p, q, at_pivot((double(block_.max) - base) + x)};
+        return {p, q, at_pivot((double(block_->max) - base) + x)};
     }
 
-  private:
     template <class L> float sample(const L* row) const {
-        return maximum(row, block_.n < kSample ? block_.n : kSample);
+        return maximum(row, block_->n < kSample ? block_->n : kSample);
     }
 
     // A better guess, and whether the divergence is small, by look 1 at a part of the block.
-    bool from_first_chunk(double& guess, uint8_t& small) const {
-        Block chunk = block_;
+    bool guess_from_first_chunk() {
+        Block chunk = *block_;
         chunk.n = kChunk;
-        const float base = block_.max - float(guess);
-        const Exponentials sums = sum_exponentials<T, false>(chunk, q_, base, ahead_);
-        const double x = ::log(block_.first / sums.y);
+        ExponentialSums of_chunk(chunk, base());
+        look<false, 1>(chunk, &circuit_, &of_chunk);
+        const Exponentials sums = of_chunk.value();
+        const double x = ::log(block_->first / sums.y);
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
-        guess = (double(block_.max) - base) + x;
-        small = sums.s / block_.first - x < kAccurateBelow;
+        const double plain = sums.s / block_->first - x;
+        *note_ = (plain < kAccurateBelow ? kSmall : 0) |
+                 (plain >= kAccurateBelow / 8 ? kOftenFar : 0);
+        guess_ = (double(block_->max) - base()) + x;
         return true;
+    }
+
+    template <class Sums> void look_alone(Sums& sums) const {
+        if (masked_) {
+            look<true, 1>(*block_, &circuit_, &sums);
+        } else {
+            look<false, 1>(*block_, &circuit_, &sums);
+        }
     }
 
     Exponentials exponentials(float base) const {
-        return masked_ ? sum_exponentials<T, true>(block_, q_, base, ahead_)
-                       : sum_exponentials<T, false>(block_, q_, base, ahead_);
-    }
-
-    Divergence divergence(float c) const {
-        const float base = block_.max - c;
-        return masked_ ? sum_divergence<T, true>(block_, q_, base, c, ahead_)
-                       : sum_divergence<T, false>(block_, q_, base, c, ahead_);
-    }
-
-    // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
-    bool from_divergence(float c, State& result) const {
-        const Divergence sums = divergence(c);
-        if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return false;
-        const double ratio = 1 + (sums.h - sums.s) / block_.sum;
-        if (!(ratio > 0.4 && ratio < 2.5)) return false;
-        const double x = -::log1p((sums.h - sums.s) / block_.sum);
-        const double accurate = sums.h / block_.sum;
-        const double change = phi(x);
-        // Half of it may cancel; more, and the block is looked at again, from a better pivot.
-        result = {{block_.max, block_.sum},
-                  {block_.max, block_.sum * ratio * ::exp(-double(c))},
-                  change > accurate / 2 ? at_pivot(c + x) : accurate - change};
-        return true;
+        ExponentialSums sums(*block_, base);
+        look_alone(sums);
+        return sums.value();
     }
 
     // The divergence at a pivot that is exact but for its rounding to float32, which is taken out
     // where it shows.
     double at_pivot(double pivot) const {
-        const float c = float(pivot);
-        const double accurate = divergence(c).h / block_.sum;
-        const double change = phi(pivot - c);
+        DivergenceSums<true> sums(*block_, float(pivot));
+        look_alone(sums);
+        const double accurate = sums.value().h / block_->sum;
+        const double change = phi(pivot - sums.c);
         return change > accurate / 2 ? accurate : accurate - change;
     }
 
-    const Block& block_;
-    const T* q_;
-    const char* ahead_;
+    const Block* block_;
+    Circuit<T> circuit_;
+    double guess_;
+    uint8_t* note_;
     bool masked_;
 };
 
@@ -162,13 +226,51 @@ template <class Function> auto with_dtype(Dtype dtype, const char* row, Function
     }
 }
 
+// Looks at as many of n circuits as G or a half of it, or a half of that, allow; returns how many.
+template <int G, class T>
+int64_t look_together(Look first, int64_t n, CircuitBlock<T>* blocks, State* states) {
+    if constexpr (G > 1)
+        if (n < G) return look_together<G / 2>(first, n, blocks, states);
+    CircuitBlock<T>::template look_together<G>(first, blocks, states);
+    return G;
+}
+
+// The states of a block for circuit k and those after it that are looked at together with it. `so_far`
+// are all circuits' states of the blocks before. Returns how many these are.
+template <class T>
+int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block, int64_t k,
+                  const State* so_far, uint8_t* notes, State* states) {
+    CircuitBlock<T> blocks[kTogether];
+    Look first = Look::alone;
+    int64_t n = 0;
+    for (; n < kTogether && k + n < problem.n_circuits; ++n) {
+        const Matrix& circuit = problem.circuits[k + n];
+        if (circuit.dtype != problem.circuits[k].dtype) break;
+        const T* q = reinterpret_cast<const T*>(address(circuit, row, start));
+        // Where the circuit that is looked at as long after this one lies, perhaps in the next block.
+        const int64_t after = k + n + kTogether;
+        const char* ahead = address(problem.circuits[after % problem.n_circuits], row,
+                                    after < problem.n_circuits ? start : start + block.n);
+        const double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
+        blocks[n] = CircuitBlock<T>(block, {q, ahead}, guess, notes[k + n]);
+        const Look look = blocks[n].first_look();
+        if (n == 0) first = look;
+        if (first == Look::alone || look != first) break;
+    }
+    if (first == Look::alone) {
+        states[0] = blocks[0].state();
+        return 1;
+    }
+    return look_together<kTogether>(first, n, blocks, states);
+}
+
 bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
-           uint8_t* small, Scratch& scratch, const Poll& poll) {
+           uint8_t* notes, Scratch& scratch, const Poll& poll) {
     const FlushSubnormals flush;
     const Mass nothing{-double(__builtin_inff()), 0.0};
     for (int64_t k = 0; k < problem.n_circuits; ++k) {
         states[k] = {nothing, nothing, 0.0};
-        small[k] = 0;
+        notes[k] = 0;
     }
     Mass reference = nothing;
     const int64_t length = piece_length(end - begin, kBlock);
@@ -179,17 +281,15 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
             with_dtype(problem.reference.dtype, address(problem.reference, row, start),
                        [&](auto p) { return read_reference(p, n, scratch); });
         const Shares share = shares(reference, {block.max, block.sum});
-        for (int64_t k = 0; k < problem.n_circuits; ++k) {
-            const Matrix& circuit = problem.circuits[k];
-            const char* q = address(circuit, row, start);
-            const char* ahead = k + 1 < problem.n_circuits
-                                    ? address(problem.circuits[k + 1], row, start)
-                                    : q + n * (circuit.dtype == Dtype::float32 ? 4 : 2);
-            const double guess = log_ratio(states[k].p, states[k].q);
-            const State state = with_dtype(circuit.dtype, q, [&](auto logits) {
-                return CircuitBlock(block, logits, ahead).state(guess, small[k]);
-            });
-            states[k] = merge(share, states[k], state);
+        for (int64_t k = 0; k < problem.n_circuits;) {
+            State of_block[kTogether];
+            const int64_t count =
+                with_dtype(problem.circuits[k].dtype, nullptr, [&](auto logits) {
+                    using T = std::remove_const_t<std::remove_pointer_t<decltype(logits)>>;
+                    return look_from<T>(problem, row, start, block, k, states, notes, of_block);
+                });
+            for (int64_t i = 0; i < count; ++i, ++k)
+                states[k] = merge(share, states[k], of_block[i]);
         }
         reference = share.total;
     }
