@@ -160,7 +160,8 @@ Expected expect(const std::vector<double>& p, const std::vector<double>& q) {
         } else {
             kl += std::exp(q[i] - lse_q) + weight * (d - 1);
         }
-        span = std::fmax(span, std::fabs(p[i] - q[i]));
+        // Sides less than 4 apart are not brought together first.
+        span = std::fmax(span, std::fabs(d) + 4);
     }
     // Differences as large as `span` are rounded by up to 6e-8 of it, which moves the divergence by that
     // times Σ |Q - P| <= sqrt(2 KL) (Pinsker); the rest is the tolerance of all backends.
@@ -225,6 +226,9 @@ class Written {
     std::unique_ptr<char[]> data_;
 };
 
+// Masses below float32's normal numbers, times a gradient of a loss, count as 0.
+constexpr double kUnderflow = 1e-33;
+
 // What one circuit's row adds to the gradients, and how far off that may be.
 struct ExpectedGradient {
     std::vector<double> dq, dp, dq_tolerance, dp_tolerance;
@@ -257,25 +261,27 @@ ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector
         const double weight = std::exp(log_p(i));
         // A difference beyond float32's largest: what it is multiplied into may be infinite or NaN.
         if (std::fabs(p[i] - q[i]) + std::fabs(max_p - max_q) > 1e38) overflow = kInf;
-        if (weight > 1e-30) span = std::fmax(span, std::fabs(p[i] - q[i]));
+        // Sides less than 4 apart are not brought together first.
+        if (weight > 1e-30) span = std::fmax(span, std::fabs(log_p(i) - log_q(i)) + 4);
         scatter += weight * std::fabs(log_p(i) - log_q(i));
     }
     for (size_t i = 0; i < n; ++i) {
         const double in_p = std::exp(log_p(i)), in_q = std::exp(log_q(i));
-        // Differences are rounded by 6e-8 of their size, and sums of them by a few times that.
-        const double rounded = 3e-7 * span;
+        // Differences are rounded by 6e-8 of their size, and sums of them by a few times that; unlikely
+        // tokens that are moved, by as much of how far they are from the likeliest.
+        const double rounded = 3e-7 * span + 2e-7 * std::fmin(max_p - p[i], 100);
         const double d = log_p(i) - log_q(i);
         if (q[i] != -kInf) {
             result.dq[i] = grad * (p[i] == -kInf ? in_q : std::fabs(d) < 1 ? in_p * std::expm1(-d)
                                                                            : in_q - in_p);
             result.dq_tolerance[i] =
                 std::fabs(grad) * (in_p + in_q) * (rounded + 3e-6 * std::fmin(scatter, 1)) +
-                1e-5 * std::fabs(result.dq[i]);
+                1e-5 * std::fabs(result.dq[i]) + kUnderflow;
             if (p[i] != -kInf) {
                 result.dp[i] = kl == kInf ? kNan : grad * in_p * (d - kl);
                 result.dp_tolerance[i] =
                     std::fabs(grad) * in_p * (rounded + 1e-5 * (std::fabs(d) + scatter + kl)) +
-                    overflow;
+                    overflow + kUnderflow;
             }
         }
     }
@@ -534,15 +540,18 @@ void try_seed(uint64_t seed) {
         if (!random.chance(special)) return usual;
         return random.among({-kInf, -kInf, -kInf, kNan, kInf, 3e38, -3e38, 1e4, -1e4, 1e-42});
     };
+    // Off any grid: p - q is not exact.
+    const auto level = [&] { return random.normal() * random.among({20.0, 20.0, 1e3, 1e5}); };
+    const double center = random.chance(0.3) ? level() : 0.0;
     for (int64_t r = 0; r < n_rows; ++r) {
         const int64_t masked = random.chance(0.1) ? random.below(n_cols + 1) : 0;
         for (int64_t i = 0; i < n_cols; ++i)
-            reference.set(r, i, i < masked ? -kInf : odd(random.normal() * scale));
+            reference.set(r, i, i < masked ? -kInf : odd(center + random.normal() * scale));
     }
     for (Rows& circuit : circuits) {
         const bool same = random.chance(0.1);
         const double noise = same ? 0.0 : std::pow(10, random.uniform(-6, 1));
-        const double shift = random.chance(0.3) ? random.normal() * 20 : 0.0;
+        const double shift = random.chance(0.3) ? level() : random.chance(0.3) ? -center : 0.0;
         for (int64_t r = 0; r < n_rows; ++r)
             for (int64_t i = 0; i < n_cols; ++i) {
                 const double p = reference.get(r, i);

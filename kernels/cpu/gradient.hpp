@@ -4,20 +4,21 @@
 // Writes or adds up one circuit's gradients of a row: `dq` may be null, and so may `total`. `scale` is
 // the loss's gradient over z_p, NaN in a row without a divergence.
 inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, int64_t likeliest,
-                                double z_p, double z_q, double apart, double scale, float* dq,
-                                float* total) {
+                                double m_p, double z_p, double m_q, double z_q, double scale,
+                                float* dq, float* total) {
     constexpr float inf = __builtin_inff();
-    const double pivot = apart + ::log(z_p / z_q);
+    const double apart = m_p - m_q, pivot = apart + ::log(z_p / z_q);
     // Beyond this p - q may overflow, no token is near, and c - apart would be off by more than 1.
     constexpr double kFar = 1e38;
     const bool far_apart = __builtin_fabs(pivot) > kFar;
     const double least = pivot < 0 ? -kFar : kFar;
-    const float c = __builtin_isnan(pivot) ? 0.0f : float(far_apart ? least : pivot);
-    const float ratio = float(far_apart ? z_p / z_q : ::exp(double(c) - apart));
+    const Pivot c(m_p, __builtin_isnan(pivot) ? 0.0 : far_apart ? least : pivot);
+    const float ratio = float(far_apart ? z_p / z_q : ::exp(c.value() - apart));
     // What is masked on one side has gradient 0 in a row that is not NaN.
     const float nothing = __builtin_isnan(scale) ? __builtin_nanf("") : 0.0f;
     // Where one token has nearly all mass, d - KL is 0 but for a last few digits of d: so d from there.
-    const float there = (room.p[likeliest] - room.q[likeliest]) - c;
+    const float there =
+        ((room.p[likeliest] - c.of_p) - (room.q[likeliest] + c.of_q)) - c.rest;
     Sum sum_t, sum_d;
     vi infinite = {};
     for (int64_t i = 0; i < padded; i += kGroup) {
@@ -25,7 +26,7 @@ inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, int64_
             const int64_t j = i + u * W;
             const vf p = load(room.p + j), q = load(room.q + j), w = load(room.w + j);
             // Exact for logits alike. NaN where both are masked: neither near nor of any weight.
-            const vf d = (p - q) - c;
+            const vf d = ((p - c.of_p) - (q + c.of_q)) - c.rest;
             const vf square = d * d;
             const vf near = w * fma(square, phi_over_square(d), -d);
             const vf far = fma(load(room.e + j), splat(ratio), -w);
@@ -94,7 +95,7 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
         const double z_q = weigh_row(room.q, padded, m_q, 1.0f, room.e);
         const bool defined = z_p > 0 && z_q > 0 && !undefined_p && !undefined_q;
         const double scale = defined ? grad / z_p : __builtin_nan("");
-        gradient_of_circuit(room, padded, likeliest, z_p, z_q, double(m_p) - double(m_q), scale,
+        gradient_of_circuit(room, padded, likeliest, m_p, z_p, m_q, z_q, scale,
                             wanted ? room.e : nullptr, total);
         if (wanted) write_row(problem.dqs[k], row, room.e, n);
     }

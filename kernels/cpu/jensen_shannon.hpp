@@ -15,6 +15,8 @@
 // wherever it has mass, these are all -log a but for y: so y is what is kept of them, and what is counted
 // from.
 
+// From here on each side's logits are counted from its maximum before they are subtracted.
+constexpr double kFarApart = 32.0;
 // Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
 constexpr float kLargestRatio = 128.0f;
 

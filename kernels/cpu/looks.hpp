@@ -158,20 +158,48 @@ struct ExponentialSums {
     }
 };
 
+// A pivot of p - q in parts: p - q - c = (p - of_p) - (q + of_q) - rest. Two sides far apart are brought
+// together before they are subtracted, or the difference is rounded at the size of the pivot. That of
+// the larger logits is moved, and by an integer, which for all but unlikely tokens is exact.
+struct Pivot {
+    float of_p, of_q, rest;
+
+    Pivot() = default;
+    Pivot(double max_p, double pivot) {
+        // Below it p - q is as good, and exact for logits alike.
+        constexpr double kApart = 4.0;
+        // Beyond it float32 has no integers, and no digits to lose.
+        constexpr double kIntegers = 0x1p24;
+        const double size = __builtin_fabs(pivot);
+        const bool moves = size >= kApart && size < kIntegers;
+        const float moved = moves ? float(__builtin_rint(pivot)) : 0.0f;
+        const bool p_moves = __builtin_fabs(max_p) > __builtin_fabs(max_p - pivot);
+        of_p = p_moves ? moved : 0.0f;
+        of_q = p_moves ? 0.0f : moved;
+        rest = float(pivot - moved);
+    }
+
+    double value() const { return double(of_p) + of_q + rest; }
+};
+
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
 // reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c: what rounding takes
 // from it, 4e-6 where logits are 100, is as much of the circuit's mass, and is given back. Where
 // OFTEN_FAR, no branch asks whether a group has such tokens: where many do, it is guessed wrongly.
 template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
-    float c, base, lost;
+    Pivot c;
+    float base, lost;  // the base is one for q + c.of_q
     Sum s, h;
     vi n_far;
 
     DivergenceSums() = default;
-    DivergenceSums(const Block& block, float c)
-        : p(block.p), w(block.w), c(c), base(block.max - c), lost(0), s{}, h{}, n_far{} {
-        if (block.max > -__builtin_inff()) lost = float((double(block.max) - c) - base);
+    DivergenceSums(const Block& block, double pivot)
+        : p(block.p), w(block.w), c(block.max, pivot), base(0), lost(0), s{}, h{}, n_far{} {
+        if (block.max == -__builtin_inff()) return;
+        const double exact = double(block.max) - c.of_p - c.rest;
+        base = float(exact);
+        lost = float(exact - base);
     }
 
     template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
@@ -180,7 +208,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
         for (int u = 0; u < U; ++u) {
             const vf logit = load(p + i + u * W);
             // Exact for logits alike, unlike the difference of a and q - base.
-            d[u] = (logit - load(from + u * W)) - c;
+            d[u] = ((logit - c.of_p) - (load(from + u * W) + c.of_q)) - c.rest;
             if constexpr (MASKED) d[u] = logit == -inf ? vf{} : d[u];
             square[u] = d[u] * d[u];
             vf extent = square[u];
@@ -189,7 +217,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
         }
         if (OFTEN_FAR || __builtin_expect(any_at_least(largest_square, kNear * kNear), 0)) {
             for (int u = 0; u < U; ++u) {
-                const vf x = load(from + u * W);
+                const vf x = load(from + u * W) + c.of_q;
                 const vf weight = load(w + i + u * W);
                 vf e = exponential<true>((x - base) - lost);
                 if constexpr (MASKED) e = x == -inf ? vf{} : e;

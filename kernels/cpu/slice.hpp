@@ -30,9 +30,6 @@ constexpr double kAccurateBelow = 0.1;
 // Sums of exponentials outside this range were taken at a base too far from the maximum.
 constexpr double kLeastSum = 1e-12;
 constexpr double kLargestSum = 1e30;
-// Rows this far apart are asked for the circuit's mass by its exponentials: p - q has lost too many of
-// q's digits.
-constexpr double kFarApart = 32.0;
 // How many tokens are asked for a first guess of lse_p - lse_q.
 constexpr int64_t kSample = 256;
 
@@ -71,8 +68,7 @@ template <class T> class CircuitBlock {
             guessed = block_->n >= 4 * kChunk && guess_from_first_chunk();
         }
         if (masked_) return Look::alone;
-        if (!guessed || !(*note_ & kSmall) || __builtin_fabs(guess_) >= kFarApart)
-            return Look::exponentials;
+        if (!guessed || !(*note_ & kSmall)) return Look::exponentials;
         return *note_ & kOftenFar ? Look::far_divergence : Look::divergence;
     }
 
@@ -80,11 +76,11 @@ template <class T> class CircuitBlock {
     template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
         if (first == Look::divergence) {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
-                return DivergenceSums<false>(*block.block_, float(block.guess_));
+                return DivergenceSums<false>(*block.block_, block.guess_);
             });
         } else if (first == Look::far_divergence) {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
-                return DivergenceSums<true>(*block.block_, float(block.guess_));
+                return DivergenceSums<true>(*block.block_, block.guess_);
             });
         } else {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
@@ -116,7 +112,6 @@ template <class T> class CircuitBlock {
 
     // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
     template <bool OFTEN_FAR> State state(const DivergenceSums<OFTEN_FAR>& look) {
-        const float c = look.c;
         const Divergence sums = look.value();
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
         const double ratio = 1 + (sums.h - sums.s) / block_->sum;
@@ -125,11 +120,12 @@ template <class T> class CircuitBlock {
         const double accurate = sums.h / block_->sum;
         const double change = phi(x);
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
-        const double kl = change > accurate / 2 ? at_pivot(c + x) : accurate - change;
+        const double kl = change > accurate / 2 ? at_pivot(look.c.value() + x, accurate - change)
+                                                : accurate - change;
         *note_ = (kl < kAccurateBelow ? kSmall : 0) |
                  (sums.n_far * kFarTokens >= block_->n ? kOftenFar : 0);
         return {{block_->max, block_->sum},
-                {block_->max, block_->sum * ratio * ::exp(-double(c))},
+                {block_->max - look.c.value(), block_->sum * ratio},
                 kl};
     }
 
@@ -139,13 +135,10 @@ template <class T> class CircuitBlock {
 
     State state(float base, Exponentials sums) {
         const Mass p{block_->max, block_->sum};
-        if (!masked_ && !(__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) {
-            masked_ = true;
-            sums = exponentials(base);
-        }
+        sums = finite_or_masked(base, sums);
         if (!(sums.y >= kLeastSum && sums.y <= kLargestSum)) {
             base = float(finite_or_zero(maximum(circuit_.q, block_->n)));
-            sums = exponentials(base);
+            sums = finite_or_masked(base, exponentials(base));
         }
         const Mass q{base, sums.undefined ? __builtin_nan("") : sums.y};
         if (sums.undefined || block_->sum == 0) return {p, q, 0.0};
@@ -159,7 +152,7 @@ template <class T> class CircuitBlock {
         if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
             return {p, q, plain};
         }
-        return {p, q, at_pivot((double(block_->max) - base) + x)};
+        return {p, q, at_pivot((double(block_->max) - base) + x, plain)};
     }
 
     template <class L> float sample(const L* row) const {
@@ -196,13 +189,21 @@ template <class T> class CircuitBlock {
         return sums.value();
     }
 
+    // These sums, or, where they are not finite, those of a look that takes any logits.
+    Exponentials finite_or_masked(float base, const Exponentials& sums) {
+        if (masked_ || (__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) return sums;
+        masked_ = true;
+        return exponentials(base);
+    }
+
     // The divergence at a pivot that is exact but for its rounding to float32, which is taken out
-    // where it shows.
-    double at_pivot(double pivot) const {
-        DivergenceSums<true> sums(*block_, float(pivot));
+    // where it shows. Where p - q - c of a token without mass overflows, what is known already.
+    double at_pivot(double pivot, double known) const {
+        DivergenceSums<true> sums(*block_, pivot);
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
-        const double change = phi(pivot - sums.c);
+        if (!__builtin_isfinite(accurate)) return known > 0 ? known : 0;
+        const double change = phi(pivot - sums.c.value());
         return change > accurate / 2 ? accurate : accurate - change;
     }
 

@@ -71,8 +71,10 @@ State merge(const Shares& reference, const State& first, const State& second) {
         const State& full = first.p.sum == 0 ? second : first;
         const State& rest = first.p.sum == 0 ? first : second;
         merged.kl = full.kl;
-        if (full.p.sum != 0 && rest.q.sum != 0)
-            merged.kl += std::log1p(std::exp(log_ratio(rest.q, full.q)));
+        if (full.p.sum != 0 && rest.q.sum != 0) {
+            const double more = log_ratio(rest.q, full.q);
+            merged.kl += std::fmax(more, 0.0) + std::log1p(std::exp(-std::fabs(more)));
+        }
     } else {
         const bool swap = reference.second > reference.first;
         const State& rare = swap ? first : second;
