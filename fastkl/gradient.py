@@ -12,8 +12,8 @@ lse_p - lse_q, and what the pivot is off by, x, follows from Σ Q = 1::
     d' = p - q - c        t = e^(p - m_p) expm1(-d')        x = lse_p - lse_q - c = -log1p(Σ t / z_p)
 
 whose error is as small, relative to the sum of |t|, as that of any sum. The reference's gradient needs
-no x: in d - KL = d' - Σ P d' it cancels. What is left is the rounding of p - q, none where p and q are
-within a factor of two of each other.
+no x: in d - KL = d' - Σ P d' it cancels. What is left is the rounding of p - q: none where p and q are
+within a factor of two of each other, and sides far apart are brought together first.
 
 References
 ----------
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl.rows import Rows, blocks, compute_dtype, masked, pivot, read, row_sums
+from fastkl.rows import Rows, blocks, compute_dtype, differences, masked, pivot, read, row_sums
 
 # |d| from which Q - P is the difference: the larger is more than twice the smaller then.
 NEAR = 1.0
@@ -101,8 +101,7 @@ def gradients(
 def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor | None) -> None:
     """Set dq to a block of the circuit's gradient, and add to the reference's what it has of it."""
     dtype = ref.weights.dtype
-    c = pivot(cir, ref)
-    d = torch.sub(ref.logits, cir.logits).sub_(c)
+    d, c = differences(cir.logits, ref.logits, ref.m, pivot(cir, ref))
     masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
 
     # A NaN in a sum fails the comparison: then the whole row is NaN.
@@ -128,7 +127,7 @@ def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor 
         near = d.abs() < NEAR
         t = d.neg_().expm1_().mul_(ref.weights)
         # The same difference in the scale of e^(q - m_q), which can not overflow.
-        ratio = torch.exp((cir.m - ref.m) + c.double()).to(dtype)
+        ratio = torch.exp((cir.m - ref.m) + c).to(dtype)
         far = cir.weights.mul_(ratio).sub_(ref.weights)
         t = torch.where(near, t, far, out=t)
         x = -torch.log1p(row_sums(t) / ref.z)

@@ -28,7 +28,7 @@ References
 import torch
 from torch import Tensor
 
-from fastkl.rows import Rows, blocks, compute_dtype, pivot, read, row_sums
+from fastkl.rows import Rows, blocks, compute_dtype, differences, pivot, read, row_sums
 
 # |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
 _NEAR = 0.25
@@ -110,7 +110,7 @@ def js_gradients(
 
 def _log_ratio(cir: Rows, ref: Rows) -> Tensor:
     """Return d = log P/Q; 0 where neither has the token."""
-    d = torch.sub(ref.logits, cir.logits).sub_(pivot(cir, ref))
+    d, _ = differences(cir.logits, ref.logits, ref.m, pivot(cir, ref))
     return d.masked_fill_((ref.logits == -torch.inf) & (cir.logits == -torch.inf), 0.0)
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 17
 # On other devices a block fills the chip many times over, and a launch costs next to nothing.
 _DEVICE_BLOCK_ELEMENTS = 1 << 23
+# Sides less than this apart are subtracted as they are, which is exact for logits alike.
+_APART = 4.0
+# Beyond it float32 has no integers, and no digits to lose.
+_INTEGERS = 2.0**24
 
 
 class Rows(NamedTuple):
@@ -76,9 +80,37 @@ def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
 
 
 def pivot(cir: Rows, ref: Rows) -> Tensor:
-    """Return lse_p - lse_q (R, 1), rounded as it is subtracted, to the logits' own precision."""
+    """Return lse_p - lse_q (R, 1) in float64, 0 where there is none."""
     c = (ref.m - cir.m) + torch.log(ref.z / cir.z)
-    return torch.where(c.isfinite(), c, 0.0).to(ref.weights.dtype)
+    return torch.where(c.isfinite(), c, 0.0)
+
+
+def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p - q - c (R, V), and c as it was subtracted.
+
+    Two sides far apart are brought together before they are subtracted: else the difference would be
+    rounded at the size of c. That of the larger logits is moved, and by an integer, which for all but
+    unlikely tokens is exact.
+
+    Parameters
+    ----------
+    q, p : Tensor (R, V)
+        Logits.
+    m_p : Tensor (R, 1)
+        The largest of p.
+    c : Tensor (R, 1)
+        A pivot in float64.
+    """
+    apart = (c.abs() >= _APART) & (c.abs() < _INTEGERS)
+    moved = torch.where(apart, c.round(), 0.0)
+    rest = (c - moved).to(p.dtype)
+    # Asking another device than the CPU would wait for it.
+    if p.device.type == "cpu" and not apart.any():
+        d = torch.sub(p, q)
+    else:
+        of_p = torch.where(m_p.abs() > (m_p - c).abs(), moved, 0.0)
+        d = torch.sub(p, of_p.to(p.dtype)).sub_(q + (moved - of_p).to(p.dtype))
+    return d.sub_(rest), moved + rest.double()
 
 
 def masked(logits: Tensor) -> Tensor | None:

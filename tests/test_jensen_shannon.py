@@ -213,6 +213,17 @@ def test_gradient(implementation, generator, noise, beta, temperature):
         assert (ours.grad[1] == 0).all()
 
 
+@pytest.mark.parametrize("shift", [30.0, -100.0, 1e4])
+@pytest.mark.parametrize("side", [0, 1])
+def test_sides_an_offset_apart(implementation, generator, side, shift):
+    """Differences rounded at the offset would show at once."""
+    rows = list(make(generator, 24, 700, 0.1))
+    rows[side] = rows[side] + shift
+    found = fastkl.js_div(*rows, reduction="none", backend=implementation)
+    expected = definition(*(t.double() for t in rows), 0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+
+
 @natively
 @pytest.mark.parametrize("beta", [1e-4, 0.25, 0.5, 0.99])
 def test_gradient_of_each_token(gradients, generator, beta):

@@ -196,6 +196,16 @@ def test_logits_near_the_limits_of_float32(generator):
         torch.testing.assert_close(divergence.double(), exact(p, q), rtol=1e-5, atol=1e-8)
 
 
+@needs_native
+@pytest.mark.parametrize("n_cols", [322, 5003])
+def test_a_huge_logit_in_the_last_tokens(generator, n_cols):
+    """The padded ones: their exponential is clamped there, and the sum large but finite."""
+    reference = torch.randn(1, n_cols, generator=generator)
+    circuit = reference.clone()
+    circuit[0, -1] = 1e34
+    assert native.kl_rows([circuit], reference)[0].tolist() == pytest.approx([1e34])
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -89,6 +89,15 @@ def test_disjoint_peaks(backend):
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
+def test_circuit_mass_where_the_reference_has_none(backend, generator):
+    """A masked prefix longer than any slice holds a logit of 10,000, which overflows as e^10000."""
+    reference = torch.randn(1, 40000 if backend == "native" else 9000, generator=generator)
+    circuit = reference + 0.1 * torch.randn(reference.shape, generator=generator)
+    reference[:, : reference.shape[1] - 500] = -torch.inf
+    circuit[0, 5] = 1e4
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
 def test_mixed_dtypes(backend, generator):
     """A half-precision circuit against a float32 reference: neither is rounded to the other's."""
     reference = torch.randn(3, 700, generator=generator)

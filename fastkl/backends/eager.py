@@ -20,7 +20,7 @@ from fastkl.backends.eager_formulas import (
     on_cpu,
     row_sums,
 )
-from fastkl.rows import compute_dtype, cool
+from fastkl.rows import compute_dtype, cool, differences
 from fastkl.state import RowState
 
 NAME = "eager"
@@ -147,9 +147,8 @@ def _state(cir: _Circuit, ref: Reference) -> RowState:
     """Return the state of each row, its pivot the slice's own difference of log-sum-exps."""
     m_p, m_q, z_p, z_q = ref.m_p[:, 0].double(), cir.m_q[:, 0].double(), ref.z_p, cir.z_q
     c = (m_p - m_q) + torch.log(z_p / z_q)
-    # The pivot is the number as it is subtracted, in the logits' own precision.
-    c = torch.where(c.isfinite(), c, 0.0).to(ref.w.dtype)
-    d = torch.sub(ref.p, cir.q).sub_(c[:, None])
+    c = torch.where(c.isfinite(), c, 0.0)[:, None]
+    d, c = differences(cir.q, ref.p, m_p[:, None], c)
     # NaN and infinities, a masked token's among them, are not below anything.
     largest = max(map(abs, map(float, torch.aminmax(d)))) if on_cpu(d) else torch.inf
     infinite = torch.zeros_like(m_p, dtype=torch.bool)
@@ -171,7 +170,7 @@ def _state(cir: _Circuit, ref: Reference) -> RowState:
     # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
     accurate = h + g * (z_p / z_q)
     s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)
-    return RowState(m_p, z_p, m_q, z_q, s, h, g, c.double())
+    return RowState(m_p, z_p, m_q, z_q, s, h, g, c[:, 0])
 
 
 def _near_terms(t: Tensor, d: Tensor) -> Tensor:

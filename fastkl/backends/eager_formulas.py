@@ -39,7 +39,7 @@ _SERIES = torch.tensor(
 _N_SERIES = 3
 # Where each column begins.
 _FIRST_POWER = (4, 2, 0)
-# A pivot this large is taken off before the difference is rounded at its size, to 1e-6.
+# A pivot this large is taken off the larger side before the difference is rounded at its size, to 1e-6.
 _LARGE_PIVOT = 16.0
 # Divergences from which float32 is good enough for e^x - 1: it is off by 1e-7 at the worst.
 _PLAIN_FROM = 0.02
@@ -55,7 +55,6 @@ class Reference(NamedTuple):
     m_p: Tensor  # max p (R, 1)
     z_p: Tensor  # Σ w (R,), float64
     likeliest: Tensor  # argmax p (R, 1)
-    large_pivot: Tensor  # the size of a pivot that is taken off first (R, 1)
     absent: Tensor | None  # p = -inf (R, V); None if known to be so nowhere
 
     @classmethod
@@ -63,17 +62,14 @@ class Reference(NamedTuple):
         """Return the block of logits p, its weights written to w."""
         m_p, likeliest = p.max(-1, keepdim=True)
         exponentials(p, m_p, out=w)
-        large_pivot = m_p.abs().mul_(2).clamp_(min=_LARGE_PIVOT)
         absent = None if on_cpu(p) and p.amin() > -torch.inf else p == -torch.inf
-        return cls(p, w, m_p, row_sums(w).double(), likeliest, large_pivot, absent)
+        return cls(p, w, m_p, row_sums(w).double(), likeliest, absent)
 
     def pick(self, rows: Tensor) -> "Reference":
         """Return a copy of some rows."""
-        p, w, m_p, z_p, likeliest, large_pivot, absent = self
+        p, w, m_p, z_p, likeliest, absent = self
         some_absent = None if absent is None else absent[rows]
-        return Reference(
-            p[rows], w[rows], m_p[rows], z_p[rows], likeliest[rows], large_pivot[rows], some_absent
-        )
+        return Reference(p[rows], w[rows], m_p[rows], z_p[rows], likeliest[rows], some_absent)
 
 
 def on_cpu(t: Tensor) -> bool:
@@ -126,11 +122,14 @@ def row_sums(x: Tensor) -> Tensor:
 
 def _set_rises(q: Tensor, ref: Reference, x: Tensor) -> Tensor:
     """Set x; return each row's formula: a series' number, then exponentials, then none."""
-    c = ref.m_p - q.gather(-1, ref.likeliest)
-    first = c.abs() > ref.large_pivot
-    if first.any():
-        first = c.where(first, 0.0)
-        torch.add(q, first, out=x).sub_(ref.p).add_(c - first)
+    there = q.gather(-1, ref.likeliest)
+    c = ref.m_p - there
+    apart = c.abs() > _LARGE_PIVOT
+    if apart.any():
+        of_p = c.where(apart & (ref.m_p.abs() > there.abs()), 0.0)
+        of_q = c.where(apart, 0.0) - of_p
+        rest = (ref.m_p - of_p) - (there + of_q)
+        torch.add(q, of_q, out=x).sub_(ref.p - of_p).add_(rest)
     else:
         torch.sub(q, ref.p, out=x).add_(c)
     # A NaN comes out as the last. A fall without end is summed as such by exponentials.
