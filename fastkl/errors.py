@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 DIRECTIONS = ("forward", "reverse")
+_INSTEAD = "use those, or write the divergence with torch.log_softmax"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -115,6 +118,35 @@ def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> Non
             f"{name} and reference must be on the same device, got {circuit.device} and "
             f"{reference.device}"
         )
+
+
+def check_transforms(logits: Sequence[Tensor]) -> None:
+    """Refuse derivatives that the operators have no rules for; PyTorch would take some of them as 0.
+
+    Tensors that `torch.vmap` batches pass: the operators' rules for it look at what is in the batch.
+    """
+    if torch.compiler.is_compiling():
+        # A compiler sees no tangents of what its function is called with.
+        if forward_ad._current_level >= 0:
+            raise _no_forward_mode()
+        return
+    for t in logits:
+        if _functorch.is_batchedtensor(t):
+            continue
+        if forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
+            raise _no_forward_mode()
+        if t.requires_grad and torch.is_grad_enabled() and _functorch.is_gradtrackingtensor(t):
+            raise RuntimeError(
+                "fastkl's gradients are for .backward() and torch.autograd.grad, not for torch.func "
+                f"(grad, vjp, jacrev, hessian): {_INSTEAD}"
+            )
+
+
+def _no_forward_mode() -> RuntimeError:
+    return RuntimeError(
+        "fastkl's gradients are for .backward() and torch.autograd.grad, not for forward mode "
+        f"(torch.func.jvp, jacfwd, torch.autograd.forward_ad): {_INSTEAD}"
+    )
 
 
 def check_backend(backend: object) -> None:

@@ -102,7 +102,8 @@ def kl_div(
     -----
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
     nearly identical rows as the divergence itself. Nothing but the logits and a few numbers a row are
-    kept for it. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
+    kept for it. The derivatives are those of `.backward()` and `torch.autograd.grad`: forward mode and
+    those of `torch.func` (grad, vjp, jvp, jacrev, jacfwd, hessian) are refused. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
     which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The operator
     `torch.ops.fastkl.kl_div` behind it can be compiled, exported and batched by `torch.vmap`.
 
@@ -113,7 +114,7 @@ def kl_div(
     ValueError
         Shapes, vocabularies or devices differ; the reduction is unknown.
     RuntimeError
-        The backend asked for can not run here.
+        The backend asked for can not run here; or a derivative is asked for that there is none of.
 
     References
     ----------
@@ -148,7 +149,7 @@ def kl_div(
 
 @overload
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -162,7 +163,7 @@ def kl_div_many(
 ) -> Tensor: ...
 @overload
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -175,7 +176,7 @@ def kl_div_many(
     backend: str | None = None,
 ) -> tuple[Tensor, KLStatistics]: ...
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -213,6 +214,10 @@ def kl_div_many(
     TypeError, ValueError, RuntimeError
         As :func:`kl_div`; messages name the circuit by its index.
 
+    Notes
+    -----
+    Differentiable in all circuits and the reference, as :func:`kl_div` is.
+
     Examples
     --------
     >>> import torch, fastkl
@@ -220,10 +225,11 @@ def kl_div_many(
     >>> fastkl.kl_div_many([reference, reference + 3, -reference], reference)
     tensor([0.0000, 0.0000, 0.4621])
     """
-    circuits = list(circuits)
-    names = [f"circuits[{k}]" for k in range(len(circuits))]
+    errors.check_circuits(circuits)
+    listed = list(circuits)
+    names = [f"circuits[{k}]" for k in range(len(listed))]
     return _kl_div(
-        circuits,
+        listed,
         names,
         reference,
         reduction,
@@ -280,7 +286,7 @@ def js_div(
     -----
     The native backend has a kernel of it for CPU tensors; elsewhere PyTorch computes it in blocks of
     rows. Either way there is nothing of the logits' size beside them. Differentiable once in both
-    arguments.
+    arguments, in the ways :func:`kl_div` is.
 
     References
     ----------
@@ -367,6 +373,7 @@ def _checked(
     for circuit, name in zip(circuits, names, strict=True):
         errors.check_logits(circuit, name)
         errors.check_vocab_size(vocab_size, circuit, name)
+    errors.check_transforms((*circuits, reference))
     if vocab_size is not None:
         reference = reference[..., :vocab_size]
         circuits = [circuit[..., :vocab_size] for circuit in circuits]
