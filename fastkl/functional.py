@@ -102,10 +102,11 @@ def kl_div(
     -----
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
     nearly identical rows as the divergence itself. Nothing but the logits and a few numbers a row are
-    kept for it. The derivatives are those of `.backward()` and `torch.autograd.grad`: forward mode and
-    those of `torch.func` (grad, vjp, jvp, jacrev, jacfwd, hessian) are refused. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
-    which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The operator
-    `torch.ops.fastkl.kl_div` behind it can be compiled, exported and batched by `torch.vmap`.
+    kept for it. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
+    which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The derivatives are those
+    of `.backward()` and `torch.autograd.grad`: forward mode, and those of `torch.func` (grad, vjp, jvp,
+    jacrev, jacfwd, hessian), are refused. The operator `torch.ops.fastkl.kl_div` behind it can be
+    compiled, exported and batched by `torch.vmap`.
 
     Raises
     ------
@@ -368,13 +369,15 @@ def _checked(
     weights: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Return the logits of the tokens that count, of inputs that belong to one another."""
+    errors.check_vocab_size(vocab_size)
     errors.check_logits(reference, "reference")
-    errors.check_vocab_size(vocab_size, reference, "reference")
+    errors.check_vocab_fits(vocab_size, reference, "reference")
     for circuit, name in zip(circuits, names, strict=True):
         errors.check_logits(circuit, name)
-        errors.check_vocab_size(vocab_size, circuit, name)
+        errors.check_vocab_fits(vocab_size, circuit, name)
     errors.check_transforms((*circuits, reference))
     if vocab_size is not None:
+        vocab_size = int(vocab_size)
         reference = reference[..., :vocab_size]
         circuits = [circuit[..., :vocab_size] for circuit in circuits]
     for circuit, name in zip(circuits, names, strict=True):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,15 @@ def test_the_environment_reaches_the_call(monkeypatch):
     text = "FASTKL_BACKEND must be one of triton, native, eager; got 'nonsense'"
     with pytest.raises(ValueError, match=text):
         fastkl.kl_div(ROWS, ROWS)
+
+
+def test_an_extension_that_was_not_built_says_where(monkeypatch):
+    """A clone's folder hides the package that pip installed, extension and all."""
+    monkeypatch.setattr(native, "_extension", lambda: None)
+    folder = Path(fastkl.__file__).parent
+    text = f"fastkl._native was not built in {folder} .* a clone imports the clone"
+    with pytest.raises(RuntimeError, match=text):
+        fastkl.kl_div(ROWS, ROWS, backend="native")
 
 
 def test_unknown_name():

@@ -41,6 +41,7 @@ LAYERS = {
     "demo_model": 9,
     "demo": 10,
     "cli": 11,
+    "__main__": 12,
 }
 
 
