@@ -79,7 +79,7 @@ def kl_div(
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
         What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. They
-        may have a gradient of their own.
+        may have a gradient of their own, and be negative, as the result is then.
     vocab_size : int, optional
         The tokens that count are the first so many; padding beyond them is not read, and the circuit
         may be padded otherwise than the reference.
@@ -94,9 +94,9 @@ def kl_div(
     -------
     Tensor
         A scalar, or (...) for "none"; float64 if an input is float64, else float32. It is never
-        negative, and exactly 0 for identical rows. A row with a NaN or +inf, or with only -inf, is
-        NaN; a circuit logit of -inf where the reference's is finite makes the row +inf; a token that
-        is -inf in the reference counts 0.
+        negative (unless a weight is), and exactly 0 for identical rows. A row with a NaN or +inf, or
+        with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
+        +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
 
     Notes
     -----
