@@ -1,5 +1,6 @@
 """Which backend is taken, and what is said of one that can not run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_an_extension_that_was_not_built_says_where(monkeypatch):
     text = f"fastkl._native was not built in {folder} .* a clone imports the clone"
     with pytest.raises(RuntimeError, match=text):
         fastkl.kl_div(ROWS, ROWS, backend="native")
+
+
+def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
+    """In a clone, they lie in a folder that an installation alone maps."""
+    found = {"triton": True, "fastkl._triton": None}
+    monkeypatch.setattr(triton.importlib.util, "find_spec", found.get)
+    text = f"kernels fastkl._triton are not in {Path(fastkl.__file__).parent} .* a clone imports"
+    assert re.search(text, fastkl.available_backends()["triton"])
 
 
 def test_unknown_name():
