@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bench.report import table
+from bench.report import paragraph, table
 from bench.worker import KEEP_FREED_MEMORY
 
 _READ = "one read"
@@ -77,7 +77,7 @@ def _caption(document: dict[str, Any]) -> str:
         f"{_settings(document)}Memory beyond the inputs: {memory}. "
         "Errors: the largest of any circuit's KL against float64.",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(paragraph, lines))
 
 
 def _settings(document: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     rule = [":--", *("--:" for _ in heading[1:])]
     escaped = [[cell.replace("|", r"\|") for cell in line] for line in (heading, rule, *body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def paragraph(text: str) -> str:
+    """Return a text in lines of the README's length, broken at spaces alone."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def render(name: str, results: Path = RESULTS) -> str:

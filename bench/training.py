@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import fastkl
 from bench import facts, memory
 from bench.cases import SEED
-from bench.report import RESULTS, table
+from bench.report import RESULTS, paragraph, table
 from bench.timing import interleave, keep_freed_memory, ratio, seconds_of, summarize
 
 # Relative errors of the gradient, norm-wise over all rows: what the package promises, and what the
@@ -253,7 +253,7 @@ def markdown(document: dict[str, Any]) -> str:
         f"gradients, in a process of its own. First row, times as fast as {next(iter(first))}: "
         f"{faster}. Second row, relative error of the gradient: {accuracy}.",
     ]
-    return table(rows) + "\n\n" + "\n".join(caption)
+    return table(rows) + "\n\n" + "\n".join(map(paragraph, caption))
 
 
 def _cell(entry: dict[str, Any] | None) -> str:

@@ -2,14 +2,17 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 import fastkl
-from fastkl import demo
+from fastkl import backends, demo
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,8 +55,11 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser(
         "backends",
-        help="list the backends and what is missing to run them",
-        description="List the backends, and what is missing to run them on this machine.",
+        help="list the backends, what is missing to run them, and which are chosen",
+        description=(
+            "List the backends, what is missing to run them on this machine, and which of them "
+            "measures float32 logits here, where a call names none."
+        ),
     )
 
     demo = commands.add_parser(
@@ -93,7 +99,20 @@ def _backends() -> int:
     width = max(map(len, found))
     for name, missing in found.items():
         print(f"{name:{width}}  {missing or 'can run here'}")
+    print(f"\nCPU tensors: {_chosen('cpu')}")
+    if torch.cuda.is_available():
+        print(f"CUDA tensors: {_chosen('cuda')}")
     return 0
+
+
+def _chosen(device: str) -> str:
+    """Say which backend takes logits of a device, or why the one that is asked for does not."""
+    try:
+        chosen = backends.choose(None, torch.device(device), torch.float32).NAME
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    variable = backends.ENVIRONMENT_VARIABLE
+    return f"{chosen} ({variable})" if os.environ.get(variable) else chosen
 
 
 def _demo(seed: int, backend: str | None, out: Path) -> int:

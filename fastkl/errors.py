@@ -5,13 +5,17 @@ Checks run before any work and look at types, shapes, dtypes and devices, never 
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 DIRECTIONS = ("forward", "reverse")
+_INSTEAD = "use those, or write the divergence with torch.log_softmax"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -29,30 +33,36 @@ def check_direction(direction: str) -> None:
 
 def check_temperature(temperature: object) -> None:
     """Refuse what logits can not be divided by."""
-    if not isinstance(temperature, (int, float)):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
+    if not 0 < float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 def check_beta(beta: object) -> None:
     """Refuse a weight that leaves no mixture."""
-    if not isinstance(beta, (int, float)):
+    if isinstance(beta, bool) or not isinstance(beta, Real):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0 < beta < 1:
+    if not 0 < float(beta) < 1:
         raise ValueError(
             f"beta must lie between 0 and 1, got {beta}: at 0 and 1 the Jensen-Shannon divergence is "
             f"0; divided by beta or 1 - beta it tends to kl_div's two directions"
         )
 
 
-def check_vocab_size(vocab_size: object, logits: Tensor, name: str) -> None:
-    """Refuse more tokens than there are logits for."""
+def check_vocab_size(vocab_size: object) -> None:
+    """Refuse what can not be a number of tokens."""
     if vocab_size is None:
         return
-    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
         raise TypeError(f"vocab_size must be an integer, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= logits.shape[-1]:
+    if int(vocab_size) < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+
+
+def check_vocab_fits(vocab_size: int | None, logits: Tensor, name: str) -> None:
+    """Refuse more tokens than there are logits for."""
+    if vocab_size is not None and vocab_size > logits.shape[-1]:
         raise ValueError(
             f"vocab_size must lie between 1 and the {logits.shape[-1]} tokens of {name} with shape "
             f"{tuple(logits.shape)}, got {vocab_size}"
@@ -97,24 +107,81 @@ def check_logits(logits: object, name: str) -> None:
         )
 
 
-def check_pair(circuit: Tensor, reference: Tensor, name: str = "circuit") -> None:
-    """Refuse logits that do not belong to one another; both are already known to be logits."""
+def check_circuits(circuits: object) -> None:
+    """Refuse what does not list circuits."""
+    if isinstance(circuits, Tensor):
+        if circuits.dim() == 0:
+            raise ValueError(
+                "circuits must be a sequence of Tensors, or stacked (K, ..., V); got ()"
+            )
+    elif isinstance(circuits, (Mapping, str)) or not _is_iterable(circuits):
+        raise TypeError(
+            f"circuits must be a sequence of Tensors, or one Tensor of them stacked (K, ..., V); "
+            f"got {type(circuits).__name__}"
+        )
+
+
+def _is_iterable(value: object) -> bool:
+    return hasattr(value, "__iter__") or hasattr(value, "__getitem__")
+
+
+def check_pair(
+    circuit: Tensor, reference: Tensor, name: str = "circuit", *, sliced: bool = False
+) -> None:
+    """Refuse logits that do not belong to one another; both are already known to be logits.
+
+    If the reference is `sliced`, it is what model.out_slice picks, and the messages say so.
+    """
+    source = (
+        "; the reference is what model.out_slice picks from the model's output" if sliced else ""
+    )
     if circuit.shape[-1] != reference.shape[-1]:
         raise ValueError(
             f"{name} and reference must have the same vocabulary, got {circuit.shape[-1]} tokens "
             f"in shape {tuple(circuit.shape)} and {reference.shape[-1]} in "
-            f"{tuple(reference.shape)}; if one is padded, say how many tokens they share: vocab_size="
+            f"{tuple(reference.shape)}; if one is padded, "
+            + ("leave the padding out" if sliced else "say how many tokens they share: vocab_size=")
+            + source
         )
     if circuit.shape != reference.shape:
         raise ValueError(
             f"{name} and reference must have the same shape, got {tuple(circuit.shape)} and "
-            f"{tuple(reference.shape)}"
+            f"{tuple(reference.shape)}{source}"
         )
     if circuit.device != reference.device:
         raise ValueError(
             f"{name} and reference must be on the same device, got {circuit.device} and "
             f"{reference.device}"
         )
+
+
+def check_transforms(logits: Sequence[Tensor]) -> None:
+    """Refuse derivatives that the operators have no rules for; PyTorch would take some of them as 0.
+
+    Tensors that `torch.vmap` batches pass: the operators' rules for it look at what is in the batch.
+    """
+    if torch.compiler.is_compiling():
+        # A compiler sees no tangents of what its function is called with.
+        if forward_ad._current_level >= 0:
+            raise _no_forward_mode()
+        return
+    for t in logits:
+        if _functorch.is_batchedtensor(t):
+            continue
+        if forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
+            raise _no_forward_mode()
+        if t.requires_grad and torch.is_grad_enabled() and _functorch.is_gradtrackingtensor(t):
+            raise RuntimeError(
+                "fastkl's gradients are for .backward() and torch.autograd.grad, not for torch.func "
+                f"(grad, vjp, jacrev, hessian): {_INSTEAD}"
+            )
+
+
+def _no_forward_mode() -> RuntimeError:
+    return RuntimeError(
+        "fastkl's gradients are for .backward() and torch.autograd.grad, not for forward mode "
+        f"(torch.func.jvp, jacfwd, torch.autograd.forward_ad): {_INSTEAD}"
+    )
 
 
 def check_backend(backend: object) -> None:
@@ -132,6 +199,28 @@ def check_model(model: object) -> None:
             f"model must have an out_slice, the index that picks the logits from its output "
             f"(for example (slice(None), -1)); {type(model).__name__} has none"
         )
+
+
+def check_dataloader(dataloader: object) -> None:
+    """Refuse what can not be iterated."""
+    if not _is_iterable(dataloader):
+        raise TypeError(
+            f"dataloader must be an iterable of batches, got {type(dataloader).__name__}"
+        )
+
+
+def unusable_output(output: object, error: Exception) -> TypeError | ValueError:
+    """Build the error of a model's output from which model.out_slice could not pick logits."""
+    if isinstance(output, Tensor):
+        return ValueError(
+            f"model.out_slice does not index the model's output of shape {tuple(output.shape)}: "
+            f"{error}"
+        )
+    logits = "; it has .logits: wrap the model to return those" if hasattr(output, "logits") else ""
+    return TypeError(
+        "model must return logits, a torch.Tensor that model.out_slice indexes, "
+        f"got {type(output).__name__}{logits}"
+    )
 
 
 def check_circuit_outs(circuit_outs: object) -> None:
@@ -163,17 +252,21 @@ def missing_batch_key(edge_count: object, key: Hashable, outputs: Mapping[Any, A
     """Build the error of a batch for which a circuit has no output."""
     return KeyError(
         f"circuit_outs[{edge_count!r}] has no output for batch key {key!r} "
-        f"(it has {len(outputs)} other keys). The dataloader must give the same batches as when the "
-        f"circuits were run: the usual cause is a loader with shuffle=True"
+        f"(it has {_count(len(outputs), 'other key')}). The dataloader must give the same batches "
+        f"as when the circuits were run: the usual cause is a loader with shuffle=True"
     )
 
 
 def no_rows(n_batches: int) -> ValueError:
     """Build the error of a loader with nothing to average over."""
     return ValueError(
-        f"the dataloader gave {n_batches} batches and no rows: there is no KL divergence to average "
-        f"(an iterator that was already used up gives none)"
+        f"the dataloader gave {_count(n_batches, 'batch', 'batches')} and no rows: there is no KL "
+        f"divergence to average (an iterator that was already used up gives none)"
     )
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def unknown_backend(name: object, names: Sequence[str], source: str) -> ValueError:

@@ -79,7 +79,7 @@ def kl_div(
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
         What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. They
-        may have a gradient of their own.
+        may have a gradient of their own, and be negative, as the result is then.
     vocab_size : int, optional
         The tokens that count are the first so many; padding beyond them is not read, and the circuit
         may be padded otherwise than the reference.
@@ -94,17 +94,19 @@ def kl_div(
     -------
     Tensor
         A scalar, or (...) for "none"; float64 if an input is float64, else float32. It is never
-        negative, and exactly 0 for identical rows. A row with a NaN or +inf, or with only -inf, is
-        NaN; a circuit logit of -inf where the reference's is finite makes the row +inf; a token that
-        is -inf in the reference counts 0.
+        negative (unless a weight is), and exactly 0 for identical rows. A row with a NaN or +inf, or
+        with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
+        +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
 
     Notes
     -----
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
     nearly identical rows as the divergence itself. Nothing but the logits and a few numbers a row are
     kept for it. A logit of -inf has gradient 0, but for a circuit's where the reference alone is -inf,
-    which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The operator
-    `torch.ops.fastkl.kl_div` behind it can be compiled, exported and batched by `torch.vmap`.
+    which has Q; a row that is NaN has NaN; one whose own gradient is 0 has 0. The derivatives are those
+    of `.backward()` and `torch.autograd.grad`: forward mode, and those of `torch.func` (grad, vjp, jvp,
+    jacrev, jacfwd, hessian), are refused. The operator `torch.ops.fastkl.kl_div` behind it can be
+    compiled, exported and batched by `torch.vmap`.
 
     Raises
     ------
@@ -113,7 +115,7 @@ def kl_div(
     ValueError
         Shapes, vocabularies or devices differ; the reduction is unknown.
     RuntimeError
-        The backend asked for can not run here.
+        The backend asked for can not run here; or a derivative is asked for that there is none of.
 
     References
     ----------
@@ -148,7 +150,7 @@ def kl_div(
 
 @overload
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -162,7 +164,7 @@ def kl_div_many(
 ) -> Tensor: ...
 @overload
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -175,7 +177,7 @@ def kl_div_many(
     backend: str | None = None,
 ) -> tuple[Tensor, KLStatistics]: ...
 def kl_div_many(
-    circuits: Sequence[Tensor],
+    circuits: Sequence[Tensor] | Tensor,
     reference: Tensor,
     *,
     reduction: str = "mean",
@@ -213,6 +215,10 @@ def kl_div_many(
     TypeError, ValueError, RuntimeError
         As :func:`kl_div`; messages name the circuit by its index.
 
+    Notes
+    -----
+    Differentiable in all circuits and the reference, as :func:`kl_div` is.
+
     Examples
     --------
     >>> import torch, fastkl
@@ -220,10 +226,11 @@ def kl_div_many(
     >>> fastkl.kl_div_many([reference, reference + 3, -reference], reference)
     tensor([0.0000, 0.0000, 0.4621])
     """
-    circuits = list(circuits)
-    names = [f"circuits[{k}]" for k in range(len(circuits))]
+    errors.check_circuits(circuits)
+    listed = list(circuits)
+    names = [f"circuits[{k}]" for k in range(len(listed))]
     return _kl_div(
-        circuits,
+        listed,
         names,
         reference,
         reduction,
@@ -280,7 +287,7 @@ def js_div(
     -----
     The native backend has a kernel of it for CPU tensors; elsewhere PyTorch computes it in blocks of
     rows. Either way there is nothing of the logits' size beside them. Differentiable once in both
-    arguments.
+    arguments, in the ways :func:`kl_div` is.
 
     References
     ----------
@@ -362,12 +369,15 @@ def _checked(
     weights: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """Return the logits of the tokens that count, of inputs that belong to one another."""
+    errors.check_vocab_size(vocab_size)
     errors.check_logits(reference, "reference")
-    errors.check_vocab_size(vocab_size, reference, "reference")
+    errors.check_vocab_fits(vocab_size, reference, "reference")
     for circuit, name in zip(circuits, names, strict=True):
         errors.check_logits(circuit, name)
-        errors.check_vocab_size(vocab_size, circuit, name)
+        errors.check_vocab_fits(vocab_size, circuit, name)
+    errors.check_transforms((*circuits, reference))
     if vocab_size is not None:
+        vocab_size = int(vocab_size)
         reference = reference[..., :vocab_size]
         circuits = [circuit[..., :vocab_size] for circuit in circuits]
     for circuit, name in zip(circuits, names, strict=True):

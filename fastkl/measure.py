@@ -115,6 +115,7 @@ def measure_kl_div(
     if not circuit_outs:
         return []
     errors.check_model(model)
+    errors.check_dataloader(dataloader)
     errors.check_backend(backend)
     backends.requested(backend)
 
@@ -127,11 +128,11 @@ def measure_kl_div(
             n_batches += 1
             errors.check_batch(batch, inputs)
             circuits = _outputs_for(batch.key, circuit_outs)
-            reference = model(getattr(batch, inputs))[model.out_slice]
+            reference = _logits(model, getattr(batch, inputs))
             errors.check_logits(reference, "the model's output")
             for edge_count, circuit in zip(circuit_outs, circuits, strict=True):
                 name = f"circuit_outs[{edge_count!r}][{batch.key!r}]"
-                errors.check_pair(circuit, reference, name)
+                errors.check_pair(circuit, reference, name, sliced=True)
             rows = functional.kl_rows(circuits, reference, backend=backend)
             sums = rows.sum(dim=1, dtype=torch.float64)
             totals = sums if totals is None else totals.add_(sums.to(totals.device))
@@ -141,6 +142,15 @@ def measure_kl_div(
     if totals is None or n_rows == 0:
         raise errors.no_rows(n_batches)
     return list(zip(circuit_outs, (totals / n_rows).tolist(), strict=True))
+
+
+def _logits(model: Model, prompts: Any) -> Any:
+    """Run the model; return what its out_slice picks, which may be no logits yet."""
+    output = model(prompts)
+    try:
+        return output[model.out_slice]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise errors.unusable_output(output, error) from error
 
 
 def _outputs_for(

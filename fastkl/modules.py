@@ -3,14 +3,26 @@
 import torch
 from torch import Tensor
 
-from fastkl import errors
+from fastkl import backends, errors
 from fastkl.functional import js_div, kl_div
+
+
+def _check(reduction: str, temperature: float, vocab_size: int | None, backend: str | None) -> None:
+    """Check what needs no logits to be checked, nor a machine that the backend runs on."""
+    errors.check_reduction(reduction)
+    errors.check_temperature(temperature)
+    errors.check_vocab_size(vocab_size)
+    errors.check_backend(backend)
+    if backend is not None:
+        backends.named(backend)
 
 
 class KLDivLoss(torch.nn.Module):
     """KL divergence from logits, as :func:`fastkl.kl_div`, in nats.
 
-    Unlike :class:`torch.nn.KLDivLoss` it takes logits on both sides, and "mean" divides by rows.
+    No drop-in for :class:`torch.nn.KLDivLoss`, though called alike: `target` is logits or
+    log-probabilities (which are logits, too), never probabilities, which are torch's default; and "mean"
+    is a mean over rows, which torch calls "batchmean" of logits (R, V), not over all elements.
 
     Parameters
     ----------
@@ -24,7 +36,8 @@ class KLDivLoss(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        An argument is not one of these, on construction.
+        An argument is not one of these, on construction. Whether `vocab_size` fits the logits, and
+        whether the backend can run on them, is seen when the loss is called.
 
     Examples
     --------
@@ -44,10 +57,8 @@ class KLDivLoss(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        errors.check_reduction(reduction)
         errors.check_direction(direction)
-        errors.check_temperature(temperature)
-        errors.check_backend(backend)
+        _check(reduction, temperature, vocab_size, backend)
         self.reduction = reduction
         self.direction = direction
         self.temperature = temperature
@@ -97,7 +108,8 @@ class JSDivLoss(torch.nn.Module):
     Raises
     ------
     TypeError, ValueError
-        An argument is not one of these, on construction.
+        An argument is not one of these, on construction. Whether `vocab_size` fits the logits, and
+        whether the backend can run on them, is seen when the loss is called.
 
     Examples
     --------
@@ -117,9 +129,7 @@ class JSDivLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         errors.check_beta(beta)
-        errors.check_reduction(reduction)
-        errors.check_temperature(temperature)
-        errors.check_backend(backend)
+        _check(reduction, temperature, vocab_size, backend)
         self.beta = beta
         self.reduction = reduction
         self.temperature = temperature

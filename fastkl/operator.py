@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkl import backends
+from fastkl import backends, errors
 from fastkl.rows import compute_dtype
 
 
@@ -199,6 +199,7 @@ def _(
     backend: str | None,
     keep: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    errors.check_transforms((*circuits, reference))
     dims, reference_dim, *_ = in_dims
     rows = [_fold(t, dim, info.batch_size) for t, dim in zip(circuits, dims, strict=True)]
     folded = _fold(reference, reference_dim, info.batch_size)
@@ -300,6 +301,7 @@ def _(
     temperature: float,
     backend: str | None,
 ) -> tuple[Tensor, int]:
+    errors.check_transforms((circuit, reference))
     sides = zip((circuit, reference), in_dims[:2], strict=True)
     rows = [_fold(t, dim, info.batch_size) for t, dim in sides]
     return js_div(*rows, beta, temperature, backend).reshape(info.batch_size, -1), 0

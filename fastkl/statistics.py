@@ -10,18 +10,31 @@ from fastkl.rows import blocks, compute_dtype, read, row_sums
 
 
 class KLStatistics(NamedTuple):
-    """By-products of KL divergences, in nats; every field has the shape of the rows."""
+    """By-products of KL divergences: a number a row, in nats, and whether the likeliest tokens agree.
+
+    Every field has the shape of the divergences with reduction "none": (...) from
+    :func:`fastkl.kl_div`, (K, ...) from :func:`fastkl.kl_div_many`. P is the softmax of the reference's
+    logits p, Q that of the circuit's logits q, both divided by the temperature first.
+
+    Attributes
+    ----------
+    reference_logsumexp : Tensor
+        log Σ e^p: float64 if an input is float64, else float32, as the next three are.
+    circuit_logsumexp : Tensor
+        log Σ e^q.
+    reference_entropy : Tensor
+        H(P) = -Σ P log P, in nats.
+    cross_entropy : Tensor
+        -Σ P log Q = H(P) + KL(P ‖ Q), in nats.
+    top1_agreement : Tensor, bool
+        Whether the likeliest tokens are the same (the first of equals); False where a row is NaN.
+    """
 
     reference_logsumexp: Tensor
-    """log Σ e^p of the reference's logits, divided by the temperature."""
     circuit_logsumexp: Tensor
-    """log Σ e^q of the circuit's."""
     reference_entropy: Tensor
-    """H(P) = -Σ P log P."""
     cross_entropy: Tensor
-    """-Σ P log Q = H(P) + KL(P ‖ Q)."""
     top1_agreement: Tensor
-    """Whether the likeliest tokens are the same (the first of equals); False where a row is NaN."""
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Which backend is taken, and what is said of one that can not run."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +56,23 @@ def test_the_environment_reaches_the_call(monkeypatch):
     text = "FASTKL_BACKEND must be one of triton, native, eager; got 'nonsense'"
     with pytest.raises(ValueError, match=text):
         fastkl.kl_div(ROWS, ROWS)
+
+
+def test_an_extension_that_was_not_built_says_where(monkeypatch):
+    """A clone's folder hides the package that pip installed, extension and all."""
+    monkeypatch.setattr(native, "_extension", lambda: None)
+    folder = Path(fastkl.__file__).parent
+    text = f"fastkl._native was not built in {folder} .* a clone imports the clone"
+    with pytest.raises(RuntimeError, match=text):
+        fastkl.kl_div(ROWS, ROWS, backend="native")
+
+
+def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
+    """In a clone, they lie in a folder that an installation alone maps."""
+    found = {"triton": True, "fastkl._triton": None}
+    monkeypatch.setattr(triton.importlib.util, "find_spec", found.get)
+    text = f"kernels fastkl._triton are not in {Path(fastkl.__file__).parent} .* a clone imports"
+    assert re.search(text, fastkl.available_backends()["triton"])
 
 
 def test_unknown_name():

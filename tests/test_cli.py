@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and returns; what it refuses before it trains."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import fastkl
 from fastkl import cli, demo
+from fastkl.backends import native, triton
 from fastkl.demo_model import NotLearnedError, Shape, Task
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -54,12 +56,55 @@ def test_backends_lists_what_can_run_and_what_is_missing(capsys, monkeypatch):
     found = {"quick": None, "slow": "no card"}
     monkeypatch.setattr(fastkl, "available_backends", lambda: found)
     assert cli.main(["backends"]) == 0
-    assert capsys.readouterr().out == "quick  can run here\nslow   no card\n"
+    assert capsys.readouterr().out.startswith("quick  can run here\nslow   no card\n\n")
+
+
+def chosen(capsys):
+    """Run the command; return what it says of each device."""
+    assert cli.main(["backends"]) == 0
+    _, lines = capsys.readouterr().out.split("\n\n")
+    return dict(line.split(": ", 1) for line in lines.splitlines())
+
+
+def test_backends_says_which_is_chosen(capsys, monkeypatch):
+    monkeypatch.delenv("FASTKL_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "missing", lambda *_: None)
+    assert chosen(capsys) == {"CPU tensors": "native"}
+    monkeypatch.setattr(native, "missing", lambda *_: "not built")
+    assert chosen(capsys) == {"CPU tensors": "eager"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "missing", lambda *_: None)
+    assert chosen(capsys) == {"CPU tensors": "eager", "CUDA tensors": "triton"}
+
+
+def test_backends_honors_the_environment(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("FASTKL_BACKEND", "eager")
+    assert chosen(capsys) == {"CPU tensors": "eager (FASTKL_BACKEND)"}
+    monkeypatch.setattr(triton, "missing", lambda *_: "no card")
+    monkeypatch.setenv("FASTKL_BACKEND", "triton")
+    refusal = "FASTKL_BACKEND asks for triton, which can not run here: no card"
+    assert chosen(capsys) == {"CPU tensors": refusal}
+    monkeypatch.setenv("FASTKL_BACKEND", "abacus")
+    assert "FASTKL_BACKEND must be one of" in chosen(capsys)["CPU tensors"]
+
+
+def test_the_package_runs_as_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkl", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(fastkl.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"fastkl {fastkl.__version__}\n"
 
 
 def test_backends_lists_the_real_ones(capsys):
     assert cli.main(["backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in lines] == list(fastkl.available_backends())
     assert re.search(r"^eager +can run here$", "\n".join(lines), re.MULTILINE)
 

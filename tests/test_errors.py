@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import fastkl
+from fastkl.backends import triton
 
 F32 = torch.zeros(2, 5)
 
@@ -37,6 +39,21 @@ def test_kl_div(case):
         fastkl.kl_div(circuit, reference)
 
 
+CIRCUITS = {
+    "nothing": (None, TypeError, "circuits must be a sequence of Tensors, .* got NoneType"),
+    "a mapping": ({"a": F32}, TypeError, "circuits must be a sequence of Tensors, .* got dict"),
+    "a name": ("ab", TypeError, "circuits must be a sequence of Tensors, .* got str"),
+    "a scalar": (F32[0, 0], ValueError, r"circuits must be .* stacked \(K, \.\.\., V\); got \(\)"),
+}
+
+
+@pytest.mark.parametrize("case", CIRCUITS)
+def test_circuits_that_are_no_sequence(case):
+    circuits, error, text = CIRCUITS[case]
+    with pytest.raises(error, match=text):
+        fastkl.kl_div_many(circuits, F32)
+
+
 def test_kl_div_many_names_the_circuit():
     with pytest.raises(ValueError, match=r"circuits\[1\] and reference must have the same shape"):
         fastkl.kl_div_many([F32, F32[:1]], F32)
@@ -48,10 +65,66 @@ def test_reduction(function):
         function(F32, F32, reduction="average")
 
 
+NUMBERS = {
+    "a boolean temperature": (fastkl.kl_div, {"temperature": True}, "temperature .* got bool"),
+    "NumPy's boolean": (fastkl.kl_div, {"temperature": np.bool_(True)}, "temperature .* got bool"),
+    "a tensor": (fastkl.kl_div, {"temperature": F32[0, 0]}, "temperature .* number, got Tensor"),
+    "a boolean beta": (fastkl.js_div, {"beta": True}, "beta must be a number, got bool"),
+    "a boolean size": (fastkl.kl_div, {"vocab_size": True}, "vocab_size .* integer, got bool"),
+    "a broken size": (fastkl.kl_div, {"vocab_size": np.float32(2)}, "integer, got float32"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_what_is_no_number(case):
+    function, keywords, text = NUMBERS[case]
+    with pytest.raises(TypeError, match=text):
+        function(F32, F32, **keywords)
+
+
+LOSSES = {
+    "vocab_size no integer": (
+        {"vocab_size": "a"},
+        TypeError,
+        "vocab_size must be an integer, got str",
+    ),
+    "vocab_size negative": (
+        {"vocab_size": -1},
+        ValueError,
+        "vocab_size must be at least 1, got -1",
+    ),
+    "unknown backend": ({"backend": "nope"}, ValueError, "backend must be one of .*got 'nope'"),
+    "backend no name": ({"backend": 3}, TypeError, "backend must be the name of one, or None"),
+    "temperature": (
+        {"temperature": 0},
+        ValueError,
+        "temperature must be positive and finite, got 0",
+    ),
+    "reduction": ({"reduction": "average"}, ValueError, "reduction must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+@pytest.mark.parametrize("module", [fastkl.KLDivLoss, fastkl.JSDivLoss])
+def test_modules_refuse_on_construction(module, case):
+    keywords, error, text = LOSSES[case]
+    with pytest.raises(error, match=text):
+        module(**keywords)
+
+
+def test_modules_can_be_made_where_their_backend_can_not_run(monkeypatch):
+    """Configured on one machine, and used on another."""
+    monkeypatch.setattr(triton, "missing", lambda *_: "no card")
+    loss = fastkl.KLDivLoss(backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend asks for triton, .* no card"):
+        loss(F32, F32)
+
+
 class Model:
     out_slice = (slice(None), -1)
 
-    def __init__(self, output=None):
+    def __init__(self, output=None, out_slice=out_slice):
+        self.out_slice = out_slice
         self.output = output if output is not None else torch.zeros(2, 3, 5)
         self.calls = 0
 
@@ -139,7 +212,7 @@ MEASURE = {
         [batch()],
         {30: {7: torch.zeros(2, 151936)}},
         ValueError,
-        "151936 tokens in shape .* and 152064",
+        r"151936 tokens in shape .* and 152064 .* padded, leave .* what model.out_slice picks",
         1,
     ),
     "device": (
@@ -158,13 +231,55 @@ MEASURE = {
         "the model's output must hold logits",
         1,
     ),
+    "an output that holds the logits": (
+        Model(SimpleNamespace(logits=F32)),
+        [batch()],
+        OUTS,
+        TypeError,
+        "model must return logits, .* got SimpleNamespace; it has .logits: wrap the model",
+        1,
+    ),
+    "an output of another kind": (
+        Model((F32,)),
+        [batch()],
+        OUTS,
+        TypeError,
+        "model must return logits, .* got tuple$",
+        1,
+    ),
+    "out_slice of too many": (
+        Model(F32, (slice(None), -1, 0)),
+        [batch()],
+        OUTS,
+        ValueError,
+        r"model.out_slice does not index the model's output of shape \(2, 5\): too many",
+        1,
+    ),
+    "out_slice out of range": (
+        Model(F32, 2),
+        [batch()],
+        OUTS,
+        ValueError,
+        r"model.out_slice does not index .* shape \(2, 5\): index 2 is out of bounds",
+        1,
+    ),
+    "out_slice of too few": (
+        Model(out_slice=slice(None)),
+        [batch()],
+        OUTS,
+        ValueError,
+        r"\(2, 5\) and \(2, 3, 5\); the reference is what model.out_slice picks",
+        1,
+    ),
+    "no loader": (Model(), None, OUTS, TypeError, "dataloader must be an iterable .* NoneType", 0),
+    "one other key": (Model(), [batch(8)], OUTS, KeyError, r"\(it has 1 other key\)", 0),
     "empty loader": (Model(), [], OUTS, ValueError, "gave 0 batches and no rows", 0),
     "batches without rows": (
         Model(torch.zeros(0, 3, 5)),
         [batch()],
         {30: {7: F32[:0]}},
         ValueError,
-        "gave 1 batches and no rows",
+        "gave 1 batch and no rows",
         1,
     ),
 }

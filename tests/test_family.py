@@ -1,7 +1,10 @@
 """Directions, temperatures, masks, paddings, statistics, and the modules."""
 
 import math
+import typing
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_matches, oracle, oracle_gradients
@@ -291,9 +294,25 @@ def test_errors(generator, arguments, error, message):
             fastkl.js_div(circuit, reference, **arguments)
 
 
-def test_errors_of_modules():
-    for module in (fastkl.KLDivLoss, fastkl.JSDivLoss):
-        with pytest.raises(ValueError, match="reduction must be one of"):
-            module(reduction="average")
-        with pytest.raises(TypeError, match="backend must be the name of one, or None; got int"):
-            module(backend=3)
+def test_numbers_of_numpy(generator):
+    circuit, reference = torch.randn(2, 4, 50, generator=generator)
+    for two in (np.float32(2), np.float64(2), np.int64(2)):
+        found = fastkl.kl_div(circuit, reference, temperature=two)
+        assert torch.equal(found, fastkl.kl_div(circuit, reference, temperature=2))
+    for forty in (np.int64(40), np.uint8(40)):
+        found = fastkl.KLDivLoss(vocab_size=forty)(circuit, reference)
+        assert torch.equal(found, fastkl.kl_div(circuit, reference, vocab_size=40))
+    found = fastkl.js_div(circuit, reference, beta=np.float32(0.25))
+    assert torch.equal(found, fastkl.js_div(circuit, reference, beta=0.25))
+
+
+def test_the_fields_of_statistics_are_documented():
+    """In the class's docstring: a NamedTuple has no other place that `help` shows."""
+    attributes = fastkl.KLStatistics.__doc__.split("Attributes\n")[1]
+    for field in fastkl.KLStatistics._fields:
+        assert f" {field} : Tensor" in attributes
+
+
+def test_stacked_circuits_are_annotated():
+    hints = typing.get_type_hints(fastkl.kl_div_many)
+    assert set(typing.get_args(hints["circuits"])) == {torch.Tensor, Sequence[torch.Tensor]}

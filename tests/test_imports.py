@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ LAYERS = {
     "demo_model": 9,
     "demo": 10,
     "cli": 11,
+    "__main__": 12,
 }
 
 
@@ -133,6 +135,21 @@ def test_examples_in_docstrings(name):
     assert result.failed == 0
     if name != "auto_circuit":
         assert result.attempted > 0
+
+
+def test_the_readmes_first_example_runs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert {"kl_div", "kl_div_many", "js_div", "measure_kl_div"} <= set(
+        re.findall(r"fastkl\.(\w+)\(", example)
+    )
+
+
+def test_the_readmes_lines_are_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 125 and not line.startswith("|")] == []
 
 
 def test_public_names():

@@ -193,6 +193,82 @@ def test_a_second_derivative_is_refused(pair):
         first.sum().backward()
 
 
+def _dual(f, t):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)))
+
+
+DIVERGENCES = {
+    "kl_div": fastkl.kl_div,
+    "kl_div_many": lambda c, r: fastkl.kl_div_many([c, r], r).sum(),
+    "js_div": fastkl.js_div,
+    "KLDivLoss": fastkl.KLDivLoss(direction="reverse"),
+    "JSDivLoss": fastkl.JSDivLoss(),
+}
+FORWARD_MODE = {
+    "jvp": lambda f, t: torch.func.jvp(f, (t,), (t,)),
+    "jacfwd": lambda f, t: torch.func.jacfwd(f)(t),
+    "forward_ad": _dual,
+    "jvp of vmap": lambda f, t: torch.func.jvp(
+        torch.vmap(f), (t.expand(2, *t.shape),), (t.expand(2, *t.shape),)
+    ),
+}
+REVERSE_MODE = {
+    "grad": lambda f, t: torch.func.grad(f)(t),
+    "vjp": torch.func.vjp,
+    "jacrev": lambda f, t: torch.func.jacrev(f)(t),
+    "hessian": lambda f, t: torch.func.hessian(f)(t),
+    "grad of vmap": lambda f, t: torch.func.grad(lambda t: torch.vmap(f)(t).sum())(t[None]),
+}
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["circuit", "reference"])
+@pytest.mark.parametrize("transform", [*FORWARD_MODE, *REVERSE_MODE])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_other_derivatives_are_refused(pair, name, transform, side, monkeypatch):
+    """Before any work: forward mode would be silently 0, for want of a rule."""
+    monkeypatch.setattr(operator, "_choose", lambda *_: pytest.fail("something was measured"))
+
+    def divergence(t):
+        inputs = [*pair]
+        inputs[side] = t
+        return DIVERGENCES[name](*inputs)
+
+    mode = "forward mode" if transform in FORWARD_MODE else "torch.func"
+    with pytest.raises(RuntimeError, match=rf"fastkl's gradients are for .* not for {mode} \("):
+        (FORWARD_MODE | REVERSE_MODE)[transform](divergence, pair[side])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_forward_mode_is_refused_where_it_is_compiled(pair, name):
+    """Compiled within forward mode, and before it."""
+
+    def divergence(t):
+        return DIVERGENCES[name](t, pair[1])
+
+    torch._dynamo.reset()
+    jvp = torch.compile(lambda t: torch.func.jvp(divergence, (t,), (t,)), backend="eager")
+    with pytest.raises(RuntimeError, match="not for forward mode"):
+        jvp(pair[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(divergence, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(pair[0]), divergence(pair[0]))
+    with pytest.raises(RuntimeError, match="not for forward mode"):
+        _dual(compiled, pair[0])
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_constants_within_other_derivatives(pair, name):
+    """Where the divergence has no derivative to take, torch.func passes."""
+    x, expected = pair[0][0, 0, 0], DIVERGENCES[name](*pair)
+    for scaled in (
+        lambda x: x * DIVERGENCES[name](*pair),
+        lambda x: x * DIVERGENCES[name](pair[0] + 0 * x.detach(), pair[1]),
+    ):
+        assert torch.equal(torch.func.grad(scaled)(x), expected)
+        assert torch.equal(torch.func.jvp(scaled, (x,), (torch.ones(()),))[1], expected)
+
+
 def test_compile(pair):
     """In one graph, forward and backward, and for other sizes without another compilation."""
     compilations = 0

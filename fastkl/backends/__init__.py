@@ -91,6 +91,19 @@ def available_backends() -> dict[str, str | None]:
     return {name: backend.missing() for name, backend in _BY_NAME.items()}
 
 
+def named(name: str, source: str = "backend") -> Backend:
+    """Return the backend of a name that `source` gave.
+
+    Raises
+    ------
+    ValueError
+        There is none.
+    """
+    if backend := _BY_NAME.get(name):
+        return backend
+    raise errors.unknown_backend(name, tuple(_BY_NAME), source)
+
+
 def requested(name: str | None) -> Backend | None:
     """Return the backend that the argument or the environment names; None if neither does.
 
@@ -106,9 +119,7 @@ def requested(name: str | None) -> Backend | None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if name is None:
         return None
-    backend = _BY_NAME.get(name)
-    if backend is None:
-        raise errors.unknown_backend(name, tuple(_BY_NAME), source)
+    backend = named(name, source)
     if reason := backend.missing():
         raise errors.unusable_backend(name, reason, source)
     return backend

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -42,7 +43,10 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     """
     extension = _extension()
     if extension is None:
-        return "the extension fastkl._native was not built (installing fastkl needs a C++ compiler)"
+        return (
+            f"the extension fastkl._native was not built in {Path(__file__).parents[1]} (that takes a "
+            "C++ compiler; Python run in a clone imports the clone, not what pip installed elsewhere)"
+        )
     if device is None:
         return _level_problem(extension)
     if device.type != "cpu":

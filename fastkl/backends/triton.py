@@ -6,6 +6,7 @@ On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and t
 import importlib.util
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ js_gradients = jensen_shannon.js_gradients
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'fastkl[triton]')"
+    if problem := _not_installed():
+        return problem
     import fastkl._triton as _triton
 
     if device is None:
@@ -43,6 +44,17 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     if dtype is not None and dtype not in _DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         return f"the kernels take {known} (eager takes float64 too), got {dtype}"
+    return None
+
+
+def _not_installed() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install 'fastkl[triton]')"
+    if importlib.util.find_spec("fastkl._triton") is None:
+        return (
+            f"the kernels fastkl._triton are not in {Path(__file__).parents[1]} (Python run in a clone "
+            "imports the clone, not what pip installed elsewhere)"
+        )
     return None
 
 
