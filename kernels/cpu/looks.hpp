@@ -296,6 +296,8 @@ template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch)
     Sum z;
     vi masked = {};
     const auto weigh = [&](int64_t i, const float*) {
+        // The next block of the row: the circuits' come by their own looks.
+        __builtin_prefetch(p + n + i, 0, 3);
         for (int u = 0; u < U; ++u) {
             const vf p = load(scratch.p + i + u * W);
             const vi none = p == -inf;
