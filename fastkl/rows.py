@@ -52,22 +52,22 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
 
 
 def measure_cooled(
-    kl_rows: Callable[[Sequence[Tensor], Tensor], Tensor],
+    measure: Callable[[Sequence[Tensor], Tensor], Tensor],
     circuits: Sequence[Tensor],
     reference: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Return the divergences (K, R) of cooled logits, for kernels that can not divide.
+    """Return what `measure` does of rows (K, R, ...), of cooled logits, for kernels that can not divide.
 
     Only a block of rows of one circuit is copied at a time.
     """
     dtype = compute_dtype(reference, *circuits)
-    result = torch.empty((len(circuits), reference.shape[0]), dtype=dtype, device=reference.device)
+    results: list[list[Tensor]] = [[] for _ in circuits]
     for rows in blocks(reference):
         ref = cool(reference[rows], dtype, temperature)
-        for k, circuit in enumerate(circuits):
-            result[k, rows] = kl_rows([cool(circuit[rows], dtype, temperature)], ref)[0]
-    return result
+        for circuit, result in zip(circuits, results, strict=True):
+            result.append(measure([cool(circuit[rows], dtype, temperature)], ref)[0])
+    return torch.stack([torch.cat(result) for result in results])
 
 
 def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:

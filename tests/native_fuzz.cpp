@@ -303,14 +303,18 @@ void try_gradients(uint64_t seed, Random& random, const Rows& reference,
         again.push_back(outputs.back().data ? repeated.back().matrix() : Matrix{});
     }
     const Written dp(reference, n_rows, n_cols), repeated_dp(reference, n_rows, n_cols);
-    GradientProblem problem{grad.data(),  inputs.data(),  outputs.data(), n_circuits,
-                            reference.matrix(), dp.matrix(), n_rows, n_cols, 1.0f};
+    std::vector<State> states(n_circuits * n_rows);
+    GradientProblem problem{grad.data(), states.data(),      inputs.data(), outputs.data(),
+                            n_circuits,  reference.matrix(), dp.matrix(),   n_rows,
+                            n_cols,      1.0};
     GradientProblem second = problem;
     second.dqs = again.data();
     second.dp = repeated_dp.matrix();
     const auto same = [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); };
     for (const Level* const* level = levels(); *level; ++level) {
         const std::string name = (*level)->name;
+        const Problem forward{inputs.data(), n_circuits, reference.matrix(), n_rows, n_cols};
+        run(**level, forward, {nullptr, states.data()}, 1, {always, nullptr});
         if (!run(**level, problem, 1, {always, nullptr}) ||
             !run(**level, second, 2 + int(random.below(4)), {always, nullptr}))
             fail(seed, name + " says that a gradient was stopped");

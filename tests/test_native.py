@@ -342,9 +342,14 @@ def test_peak_memory():
 @needs_native
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-@pytest.mark.parametrize(("register", "step"), [("ymm", 2), ("zmm", 1)])
-def test_inner_loops_are_vectors(register, step):
-    """Exponentials are inlined in vector registers: 8 FMA a vector with the sum, no call, no spill."""
+@pytest.mark.parametrize(
+    ("register", "circuits", "step"), [("ymm", 1, 2), ("zmm", 1, 1), ("zmm", 4, 4)]
+)
+def test_inner_loops_are_vectors(register, circuits, step):
+    """Exponentials are inlined in vector registers: 8 FMA a vector with the sum, no call, no spill.
+
+    Of one circuit and of as many as share a look.
+    """
     command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
@@ -352,19 +357,20 @@ def test_inner_loops_are_vectors(register, step):
     for i, line in enumerate(lines):
         jump = re.match(r" *[0-9a-f]+:\tj\w+ +([0-9a-f]+)", line)
         start = where.get(jump[1], i) if jump else i
-        if i - 80 < start < i:
+        if i - 120 < start < i:
             loops.append("\n".join(lines[start : i + 1]))
-    # A circuit's exponentials: 2^n by a shift into the exponent or by an instruction of its own, and
-    # the prefetch of the next block.
+    # Circuits' exponentials: 2^n by a shift into the exponent or by an instruction of its own, and
+    # the prefetch of what is next, of each circuit.
     power = {"ymm": r"vpslld +\$0x17,", "zmm": "vscalefps "}[register]
     exponential = [
         loop
         for loop in loops
-        if "prefetch" in loop and len(re.findall(rf"{power}.*%{register}", loop)) == step
+        if loop.count("prefetch") == circuits
+        and len(re.findall(rf"{power}.*%{register}", loop)) == step
+        and len(re.findall(rf"vfn?madd\w+ps .*%{register}", loop)) == 8 * step
     ]
     assert exponential
     shortest = min(exponential, key=len)
-    assert len(re.findall(rf"vfn?madd\w+ps .*%{register}", shortest)) == 8 * step
     assert "call" not in shortest
     assert not re.search(rf"vmov\w+ +%{register}\d+,.*\(", shortest)
     assert shortest.count("\n") < 26 * step + 8

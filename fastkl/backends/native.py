@@ -18,7 +18,8 @@ from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
 NAME = "native"
-N_KEPT = 0
+# The five float64 of a row's state, as float32.
+N_KEPT = 10
 LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
 _Matrix = tuple[int, int, int]
 _NOTHING: _Matrix = (0, 0, 0)
@@ -89,9 +90,11 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kl_rows` does; nothing is kept for `gradients`."""
-    divergence = kl_rows(circuits, reference, temperature)
-    return divergence, divergence.new_empty((N_KEPT, *divergence.shape))
+    """Return what `kl_rows` does, and the rows' states, their bits as float32 (N_KEPT, K, R)."""
+    states = _cooled_states(circuits, reference, temperature)
+    _, z_p, _, z_q, divergence = states.unbind(-1)
+    divergence = torch.where((z_p > 0) & (z_q > 0), divergence, torch.nan)
+    return divergence.float(), states.view(torch.float32).movedim(-1, 0).contiguous()
 
 
 @torch.no_grad()
@@ -101,9 +104,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
     m_q is not the circuit's maximum, but a number near it.
     """
-    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64, device="cpu")
-    _measure(circuits, reference, states=states)
-    m_p, z_p, m_q, z_q, divergence = states.unbind(-1)
+    m_p, z_p, m_q, z_q, divergence = _states(circuits, reference).unbind(-1)
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
     return RowState(
         m_p=m_p,
@@ -131,9 +132,13 @@ def gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
 
-    Each logit is read once. Beside the gradients, every thread takes 28 bytes a token.
+    Each logit is read once. Beside the gradients, every thread takes 8 bytes a token, and 16 if the
+    reference's gradient is wanted.
     """
-    del kept
+    if kept is None:
+        states = _cooled_states(circuits, reference, temperature)
+    else:
+        states = kept.movedim(0, -1).contiguous().view(torch.float64)
     extension = _extension()
     if extension is None:
         raise RuntimeError(missing())
@@ -149,13 +154,14 @@ def gradients(
     extension.gradients(
         _level(extension),
         scaled.data_ptr(),
+        states.data_ptr(),
         [_matrix(circuit) for circuit in circuits],
         _matrix(reference),
         [_NOTHING if dq is None else _matrix(dq) for dq in dqs],
         _NOTHING if dp is None else _matrix(dp),
         n_rows,
         n_cols,
-        1 / temperature,
+        temperature,
         torch.get_num_threads(),
     )
     return dqs, dp
@@ -193,6 +199,19 @@ def js_gradients(
     scaled = (grad.double() / temperature).contiguous()
     _js(circuit, reference, beta, temperature, grad=scaled, dq=dq, dp=dp)
     return [gradient for gradient in (dq, dp) if gradient is not None]
+
+
+def _states(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+    """Return the states (K, R, 5) of rows in float64: max and sum of p, of q, and the divergence."""
+    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64, device="cpu")
+    _measure(circuits, reference, states=states)
+    return states
+
+
+def _cooled_states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
+    if temperature == 1 or not circuits or not reference.shape[0]:
+        return _states(circuits, reference)
+    return measure_cooled(_states, circuits, reference, temperature)
 
 
 def _js(

@@ -10,7 +10,6 @@ namespace {
 
 // A thread costs about as long to start as this many logits' gradients.
 constexpr int64_t kPairsPerThread = 1 << 15;
-constexpr int kBuffers = 7;
 
 }  // namespace
 
@@ -21,12 +20,14 @@ bool run(const Level& level, const GradientProblem& problem, int n_threads,
     const int64_t useful = std::min(problem.n_rows, 1 + pairs / kPairsPerThread);
     const int64_t n = std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
     // All that is allocated is allocated here, where running out of memory can be reported.
+    const bool both = problem.dp.data != nullptr;
     std::vector<RowBuffers> buffers;
-    for (int64_t i = 0; i < n; ++i) buffers.emplace_back(problem.n_cols, kBuffers);
+    for (int64_t i = 0; i < n; ++i) buffers.emplace_back(problem.n_cols, both ? 4 : 2);
     return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
         const RowBuffers& room = buffers[i];
+        float* const none = nullptr;
         return level.gradient(
-            problem, row, {room[0], room[1], room[2], room[3], room[4], room[5], room[6]}, poll);
+            problem, row, {room[0], room[1], both ? room[2] : none, both ? room[3] : none}, poll);
     });
 }
 

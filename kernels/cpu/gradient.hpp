@@ -1,64 +1,136 @@
 // The gradients of a row's divergences. The algebra is that of fastkl/gradient.py, whose names these are:
-// t = e^(p - m_p) expm1(-d'), summed at a rounded pivot c, and x, what c is off by.
+// t = e^(p - m_p) expm1(-d'), summed at the pivot that the row's state knows, and x, what it is off by.
 
-// Writes or adds up one circuit's gradients of a row: `dq` may be null, and so may `total`. `scale` is
-// the loss's gradient over z_p, NaN in a row without a divergence.
-inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, int64_t likeliest,
-                                double m_p, double z_p, double m_q, double z_q, double scale,
-                                float* dq, float* total) {
+// What a row's logits are counted from, as its state says. They are divided by the temperature only as
+// differences: m_p, m_q and the pivot's first parts are between logits as they come.
+struct Center {
+    Center(const State& state, double temperature)
+        : inverse(inverse_of(temperature)), m_p(float(state.p.max * temperature)),
+          m_q(float(state.q.max * temperature)),
+          more_p(float(m_p / temperature - state.p.max)),
+          more_q(float((m_q / temperature - state.q.max) + ::log(state.p.sum / state.q.sum))),
+          c(0, 0), rest(0), kl(0), near(0), often_far(true) {
+        const double pivot = log_ratio(state.p, state.q);
+        // Beyond it no token of any mass is near, though p - q - pivot may be rounded to 0.
+        if (__builtin_fabs(pivot * temperature) < Pivot::kIntegers) {
+            c = Pivot(state.p.max * temperature, pivot * temperature);
+            rest = float(pivot - (double(c.of_p) + c.of_q) / temperature);
+            kl = float(state.kl);
+            near = kNear * kNear;
+            often_far = !(state.kl < kOftenFarFrom);
+        }
+        if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
+    }
+
+    // From about there on, a branch for far tokens costs more than it saves.
+    static constexpr double kOftenFarFrom = 0.01;
+
+    // A number of float32 that is not rounded to 0 or inf, by which -inf stays what it is.
+    static float inverse_of(double temperature) {
+        const double inverse = 1 / temperature;
+        return float(inverse < __FLT_MIN__ ? __FLT_MIN__
+                     : inverse > __FLT_MAX__ ? __FLT_MAX__
+                                             : inverse);
+    }
+
+    float inverse;
+    float m_p, m_q;
+    float more_p, more_q;  // e^((q - m_q) inverse + more_q) are in the scale of the reference's weights
+    Pivot c;
+    float rest;
+    float kl;    // the mean of d, near enough; NaN where it is infinite
+    float near;  // of d² from which on a token is far
+    bool often_far;
+};
+
+// Tokens from here on that are on their way from memory.
+constexpr int64_t kAhead = 128 * kGroup;
+
+struct Moments {
+    Sum t, d;
+};
+
+// Sets w = e^(p - m_p), t, and, where the reference's gradient is wanted, first = w (d - kl). A token that the
+// circuit masks has 0 in all of them, and one that the reference does in `first`.
+template <class P, class Q>
+Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& center,
+                          const GradientRoom& room) {
     constexpr float inf = __builtin_inff();
-    const double apart = m_p - m_q, pivot = apart + ::log(z_p / z_q);
-    // Beyond this p - q may overflow, no token is near, and c - apart would be off by more than 1.
-    constexpr double kFar = 1e38;
-    const bool far_apart = __builtin_fabs(pivot) > kFar;
-    const double least = pivot < 0 ? -kFar : kFar;
-    const Pivot c(m_p, __builtin_isnan(pivot) ? 0.0 : far_apart ? least : pivot);
-    const float ratio = float(far_apart ? z_p / z_q : ::exp(c.value() - apart));
-    // What is masked on one side has gradient 0 in a row that is not NaN.
-    const float nothing = __builtin_isnan(scale) ? __builtin_nanf("") : 0.0f;
-    // Where one token has nearly all mass, d - KL is 0 but for a last few digits of d: so d from there.
-    const float there =
-        ((room.p[likeliest] - c.of_p) - (room.q[likeliest] + c.of_q)) - c.rest;
-    Sum sum_t, sum_d;
-    vi infinite = {};
-    for (int64_t i = 0; i < padded; i += kGroup) {
+    // Nobody else knows where these are: they stay in registers.
+    const Center of = center;
+    float *const w_to = room.w, *const t_to = room.t, *const first_to = room.first;
+    Moments sums;
+    const auto group = [&](int64_t i, const P* from_p, const Q* from_q) INLINE_LAMBDA {
+        vf d[U], w[U], t[U], largest_square = {};
         for (int u = 0; u < U; ++u) {
-            const int64_t j = i + u * W;
-            const vf p = load(room.p + j), q = load(room.q + j), w = load(room.w + j);
+            const vf logit_p = load(from_p + u * W), logit_q = load(from_q + u * W);
             // Exact for logits alike. NaN where both are masked: neither near nor of any weight.
-            const vf d = ((p - c.of_p) - (q + c.of_q)) - c.rest;
-            const vf square = d * d;
-            const vf near = w * fma(square, phi_over_square(d), -d);
-            const vf far = fma(load(room.e + j), splat(ratio), -w);
-            const vf t = square < kNear * kNear ? near : far;
-            const vf first = w == 0.0f ? vf{} : w * (d - there);
-            infinite |= (q == -inf) & (p != -inf);
-            sum_t.part[u] += t;
-            sum_d.part[u] += first;
-            store(room.t + j, t);
-            store(room.d + j, first);
+            const vf apart = (logit_p - of.c.of_p) - (logit_q + of.c.of_q);
+            d[u] = fma(apart, splat(of.inverse), splat(-of.rest));
+            w[u] = weight_of(fma(logit_p - of.m_p, splat(of.inverse), splat(of.more_p)));
+            const vf square = d[u] * d[u];
+            t[u] = w[u] * fma(square, phi_over_square(d[u]), -d[u]);
+            // In this order a NaN is far.
+            largest_square = max(largest_square, square < of.near ? vf{} : splat(1.0f));
         }
-        if ((i + kGroup) % kChunk == 0) sum_t.fold(), sum_d.fold();
+        const bool far = of.often_far || any_at_least(largest_square, 1.0f);
+        for (int u = 0; u < U; ++u) {
+            vf first = w[u] * (d[u] - of.kl);
+            if (far) {
+                const vf logit_p = load(from_p + u * W), logit_q = load(from_q + u * W);
+                const vf e =
+                    weight_of(fma(logit_q - of.m_q, splat(of.inverse), splat(of.more_q)));
+                t[u] = d[u] * d[u] < of.near ? t[u] : e - w[u];
+                sums.t.part[u] += t[u];
+                const vi no_q = logit_q == -inf;
+                t[u] = no_q ? vf{} : t[u];
+                // Of no mass there is nothing to weigh: not 0 · inf.
+                first = w[u] == 0.0f ? splat(of.kl * 0.0f) : first;
+                first = no_q | (logit_p == -inf) ? vf{} : first;
+                w[u] = no_q ? vf{} : w[u];
+            } else {
+                sums.t.part[u] += t[u];
+            }
+            store(w_to + i + u * W, w[u]);
+            store(t_to + i + u * W, t[u]);
+            if (first_to) {
+                sums.d.part[u] += first;
+                store(first_to + i + u * W, first);
+            }
+        }
+    };
+    const int64_t whole = for_whole_groups(
+        n,
+        [&](int64_t i) INLINE_LAMBDA {
+            __builtin_prefetch(p + i + kAhead, 0, 3);
+            __builtin_prefetch(q + i + kAhead, 0, 3);
+            group(i, p + i, q + i);
+        },
+        [&]() INLINE_LAMBDA { sums.t.fold(), sums.d.fold(); });
+    if (whole < n) {
+        const Rest<P> rest_p(p, whole, n);
+        const Rest<Q> rest_q(q, whole, n);
+        group(whole, rest_p.logits, rest_q.logits);
+        sums.t.fold(), sums.d.fold();
     }
-    sum_t.fold(), sum_d.fold();
+    return sums;
+}
 
+// Writes or adds up one circuit's gradients of a row: `dq` may be null, and so may room.total. `scale` is
+// the loss's gradient over z_p.
+inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const Moments& sums,
+                                double z_p, double scale, float* dq) {
     if (dq) {
-        const double x = -::log1p(sum_t.value() / z_p);
+        const double x = -::log1p(sums.t.value() / z_p);
         const float of_t = float(scale * ::exp(x)), of_w = float(scale * ::expm1(x));
-        for (int64_t j = 0; j < padded; j += W) {
-            const vf value = fma(load(room.t + j), splat(of_t), load(room.w + j) * of_w);
-            store(dq + j, load(room.q + j) == -inf ? splat(nothing) : value);
-        }
+        for (int64_t j = 0; j < padded; j += W)
+            store(dq + j, fma(load(room.t + j), splat(of_t), load(room.w + j) * of_w));
     }
-    if (total) {
-        double mean = sum_d.value() / z_p;
-        if (any(infinite) || !__builtin_isfinite(mean)) mean = __builtin_nan("");
-        const float of_d = float(scale), of_w = float(-scale * mean);
+    if (room.total) {
+        const float of_d = float(scale), of_w = float(-scale * finite_or_zero(sums.d.value() / z_p));
         for (int64_t j = 0; j < padded; j += W) {
-            const vf w = load(room.w + j);
-            const vf value = fma(load(room.d + j), splat(of_d), w * of_w);
-            const vi masked = (load(room.p + j) == -inf) | (load(room.q + j) == -inf);
-            store(total + j, load(total + j) + (masked ? splat(nothing) : value));
+            const vf value = fma(load(room.first + j), splat(of_d), load(room.w + j) * of_w);
+            store(room.total + j, load(room.total + j) + value);
         }
     }
 }
@@ -67,38 +139,35 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
               const Poll& poll) {
     const FlushSubnormals flush;
     const int64_t n = problem.n_cols, padded = (n + kGroup - 1) / kGroup * kGroup;
-    const auto read = [&](const Matrix& matrix, float* to, bool& undefined) {
-        return with_dtype(matrix.dtype, address(matrix, row, 0), [&](auto logits) {
-            return read_row(logits, n, problem.inverse_temperature, to, undefined);
-        });
+    const auto fill = [&](float* to, float value) {
+        for (int64_t j = 0; j < padded; j += W) store(to + j, splat(value));
     };
-    bool undefined_p;
-    const float m_p = finite_base(read(problem.reference, room.p, undefined_p));
-    const double z_p = weigh_row(room.p, padded, m_p, 1.0f, room.w);
-    float* const total = problem.dp.data ? room.total : nullptr;
-    const int64_t likeliest = total ? position(room.p, padded, m_p) : 0;
-    if (total) __builtin_memset(total, 0, padded * int64_t(sizeof *total));
-
+    if (room.total) fill(room.total, 0.0f);
     for (int64_t k = 0; k < problem.n_circuits; ++k) {
         if (!poll.keep_going(poll.context)) return false;
         const bool wanted = problem.dqs[k].data != nullptr;
-        if (!wanted && !total) continue;
+        if (!wanted && !room.total) continue;
         const double grad = problem.grad[k * problem.n_rows + row];
+        const State& state = problem.states[k * problem.n_rows + row];
         if (grad == 0) {
-            if (!wanted) continue;
-            __builtin_memset(room.t, 0, padded * int64_t(sizeof *room.t));
-            write_row(problem.dqs[k], row, room.t, n);
-            continue;
+            fill(room.t, 0.0f);
+        } else if (!(state.p.sum > 0 && state.q.sum > 0)) {
+            fill(room.t, __builtin_nanf(""));
+            if (room.total) fill(room.total, __builtin_nanf(""));
+        } else {
+            const Center center(state, problem.temperature);
+            const Moments sums = with_dtype(
+                problem.reference.dtype, address(problem.reference, row, 0), [&](auto p) {
+                    const Matrix& circuit = problem.circuits[k];
+                    return with_dtype(circuit.dtype, address(circuit, row, 0), [&](auto q) {
+                        return weigh_differences(p, q, n, center, room);
+                    });
+                });
+            gradient_of_circuit(room, padded, sums, state.p.sum, grad / state.p.sum,
+                                wanted ? room.t : nullptr);
         }
-        bool undefined_q;
-        const float m_q = finite_base(read(problem.circuits[k], room.q, undefined_q));
-        const double z_q = weigh_row(room.q, padded, m_q, 1.0f, room.e);
-        const bool defined = z_p > 0 && z_q > 0 && !undefined_p && !undefined_q;
-        const double scale = defined ? grad / z_p : __builtin_nan("");
-        gradient_of_circuit(room, padded, likeliest, m_p, z_p, m_q, z_q, scale,
-                            wanted ? room.e : nullptr, total);
-        if (wanted) write_row(problem.dqs[k], row, room.e, n);
+        if (wanted) write_row(problem.dqs[k], row, room.t, n);
     }
-    if (total) write_row(problem.dp, row, total, n);
+    if (room.total) write_row(problem.dp, row, room.total, n);
     return true;
 }

@@ -49,7 +49,8 @@ struct State {
 
 // What the gradients of Σ grad · KL are asked of. A matrix without data is not wanted.
 struct GradientProblem {
-    const double* grad;  // (K, R), the temperature's inverse in it
+    const double* grad;   // (K, R), the temperature's inverse in it
+    const State* states;  // (K, R), of logits divided by the temperature
     const Matrix* circuits;
     const Matrix* dqs;
     int64_t n_circuits;
@@ -57,15 +58,15 @@ struct GradientProblem {
     Matrix dp;
     int64_t n_rows;
     int64_t n_cols;
-    float inverse_temperature;
+    double temperature;
 };
 
-// A thread's buffers for a gradient, a row each: 28 bytes a token, to stay in the second level cache.
+// A thread's buffers for a gradient, a row each: 8 bytes a token, 16 with the reference's, to stay in the
+// second level cache. The last two are null where the reference's gradient is not wanted.
 struct GradientRoom {
-    float *p, *w;      // the reference's logits, and their exponentials
-    float *q, *e;      // a circuit's; e is then written over by its gradient
-    float *d, *t;      // P d and P expm1(-d), not normalized
-    float *total;      // the reference's gradient so far
+    float *w, *t;   // e^(p - m_p), and t, then the circuit's gradient
+    float *first;   // w (d - kl)
+    float *total;   // the reference's gradient so far
 };
 
 // A mixture of two distributions by its weights, the heavier first, and what follows from them:

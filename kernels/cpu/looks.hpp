@@ -162,14 +162,15 @@ struct ExponentialSums {
 // together before they are subtracted, or the difference is rounded at the size of the pivot. That of
 // the larger logits is moved, and by an integer, which for all but unlikely tokens is exact.
 struct Pivot {
+    // Beyond it float32 has no integers, and no digits to lose.
+    static constexpr double kIntegers = 0x1p24;
+
     float of_p, of_q, rest;
 
     Pivot() = default;
     Pivot(double max_p, double pivot) {
         // Below it p - q is as good, and exact for logits alike.
         constexpr double kApart = 4.0;
-        // Beyond it float32 has no integers, and no digits to lose.
-        constexpr double kIntegers = 0x1p24;
         const double size = __builtin_fabs(pivot);
         const bool moves = size >= kApart && size < kIntegers;
         const float moved = moves ? float(__builtin_rint(pivot)) : 0.0f;

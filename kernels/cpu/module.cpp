@@ -145,12 +145,12 @@ PyObject* measure(PyObject*, PyObject* args) {
 PyObject* gradients(PyObject*, PyObject* args) {
     const char* level_name;
     PyObject *circuits, *dqs, *reference, *dp;
-    Py_ssize_t n_rows, n_cols, grad;
+    Py_ssize_t n_rows, n_cols, grad, states;
     int n_threads;
     fastkl::GradientProblem problem;
-    if (!PyArg_ParseTuple(args, "snO!OO!Onnfi", &level_name, &grad, &PyList_Type, &circuits,
-                          &reference, &PyList_Type, &dqs, &dp, &n_rows, &n_cols,
-                          &problem.inverse_temperature, &n_threads) ||
+    if (!PyArg_ParseTuple(args, "snnO!OO!Onndi", &level_name, &grad, &states, &PyList_Type,
+                          &circuits, &reference, &PyList_Type, &dqs, &dp, &n_rows, &n_cols,
+                          &problem.temperature, &n_threads) ||
         !read_matrix(reference, &problem.reference) || !read_matrix(dp, &problem.dp)) {
         return nullptr;
     }
@@ -164,6 +164,7 @@ PyObject* gradients(PyObject*, PyObject* args) {
         return nullptr;
     }
     problem.grad = reinterpret_cast<const double*>(grad);
+    problem.states = reinterpret_cast<const fastkl::State*>(states);
     problem.circuits = inputs.data();
     problem.dqs = outputs.data();
     problem.n_circuits = static_cast<int64_t>(inputs.size());
@@ -241,11 +242,11 @@ PyMethodDef methods[] = {
      "float32, 1 for bfloat16, 2 for float16. `kl` is the address of float32 (K, R) or 0, `states`\n"
      "that of float64 (K, R, 5) or 0: max and sum of p, of q, and the divergence (see kl.hpp)."},
     {"gradients", gradients, METH_VARARGS,
-     "gradients(level, grad, circuits, reference, dqs, dp, n_rows, n_cols, inverse_temperature, "
+     "gradients(level, grad, states, circuits, reference, dqs, dp, n_rows, n_cols, temperature, "
      "n_threads)\n--\n\n"
      "Write the gradients of the sum of grad * KL.\n\n"
-     "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; the others\n"
-     "are as for measure(), and an address of 0 in `dqs` or `dp` leaves that gradient out."},
+     "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; `states` that\n"
+     "of what measure() wrote for logits divided by the temperature. The others are as for it, and an address of 0 in `dqs` or `dp` leaves that gradient out."},
     {"js", js, METH_VARARGS,
      "js(level, circuit, reference, beta, inverse_temperature, n_rows, n_cols, js, grad, dq, dp, "
      "n_threads)\n--\n\n"

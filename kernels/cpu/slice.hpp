@@ -68,7 +68,9 @@ template <class T> class CircuitBlock {
             guessed = block_->n >= 4 * kChunk && guess_from_first_chunk();
         }
         if (masked_) return Look::alone;
-        if (!guessed || !(*note_ & kSmall)) return Look::exponentials;
+        // What p - q is rounded by there is of the size of d.
+        const bool too_far = __builtin_fabs(guess_) >= Pivot::kIntegers;
+        if (!guessed || too_far || !(*note_ & kSmall)) return Look::exponentials;
         return *note_ & kOftenFar ? Look::far_divergence : Look::divergence;
     }
 
