@@ -170,6 +170,25 @@ def test_bits_do_not_depend_on_threads(generator, n_circuits, n_rows, n_cols):
     assert torch.equal(alone, results[0][-1:, -1:])
 
 
+@each_level
+def test_bits_do_not_depend_on_who_shares_a_look(monkeypatch, generator, level):
+    """Circuits are looked at in groups of those that need the same look; this one is in all of them."""
+    monkeypatch.setenv(native.LEVEL_VARIABLE, level)
+    reference = torch.randn(2, 20011, generator=generator) * 3
+    noises = (0.2, 0.2, 0.25, 0.2, 0.3, 1e-3, 1e-3, 3.0, 0.0, 1e-3, 3.0, 3.0, 4.0, 3.0, 3.0, 0.2)
+    circuits = [
+        reference + noise * torch.randn(reference.shape, generator=generator) for noise in noises
+    ]
+    circuits[4] = circuits[4].bfloat16()
+    together = native.kl_rows(circuits, reference)
+    for n in (1, 2, 3):
+        for k in range(len(circuits) - n + 1):
+            some = native.kl_rows(circuits[k : k + n], reference)
+            assert torch.equal(some, together[k : k + n])
+    order = torch.randperm(len(circuits), generator=generator).tolist()
+    assert torch.equal(native.kl_rows([circuits[k] for k in order], reference), together[order])
+
+
 @needs_native
 def test_logits_near_the_limits_of_float32(generator):
     """The lowest finite logit as a mask, in one row or both, over whole slices of the vocabulary."""
