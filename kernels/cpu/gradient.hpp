@@ -50,6 +50,17 @@ struct Moments {
     Sum t, d;
 };
 
+// d of the reference's likeliest token: where sides lie so far apart that it is rounded at the size of the
+// divergence, the one number from which that token, at least, is at no distance.
+template <class P, class Q>
+float likeliest_ratio(const P* p, const Q* q, int64_t n, const Center& center) {
+    const auto logit = [](const auto* row, int64_t i) { return load(Rest(row, i, i + 1).logits)[0]; };
+    int64_t likeliest = 0;
+    for (int64_t i = 1; i < n; ++i)
+        if (logit(p, i) > logit(p, likeliest)) likeliest = i;
+    return (logit(p, likeliest) - logit(q, likeliest)) * center.inverse - center.rest;
+}
+
 // Sets w = e^(p - m_p), t, and, where the reference's gradient is wanted, first = w (d - kl). A token that the
 // circuit masks has 0 in all of them, and one that the reference does in `first`.
 template <class P, class Q>
@@ -57,7 +68,8 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
                           const GradientRoom& room) {
     constexpr float inf = __builtin_inff();
     // Nobody else knows where these are: they stay in registers.
-    const Center of = center;
+    Center of = center;
+    if (of.near == 0 && room.first && !__builtin_isnan(of.kl)) of.kl = likeliest_ratio(p, q, n, of);
     float *const w_to = room.w, *const t_to = room.t, *const first_to = room.first;
     Moments sums;
     const auto group = [&](int64_t i, const P* from_p, const Q* from_q) INLINE_LAMBDA {

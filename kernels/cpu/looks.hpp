@@ -276,50 +276,49 @@ void look(const Block& block, const Circuit<T>* circuits, Sums* results) {
         if (whole < block.n) add_rest(results[g], whole, circuits[g].q, block.n);
 }
 
-// Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to.
-template <class T> Block read_reference(const T* p, int64_t n, Scratch& scratch) {
+// Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to, counted
+// from `base`, a finite guess of its largest logit.
+template <class T> Block read_reference(const T* p, int64_t n, float base, Scratch& scratch) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
-    vi undefined = {};
-    const auto copy = [&](int64_t i, const T* from) {
+    vi undefined = {}, masked = {};
+    // The same exponentials in the same order as a circuit's: identical rows have identical sums.
+    Sum z;
+    double first = 0.0;
+    bool is_first = true;
+    const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
+        // The next block of the row: the circuits' come by their own looks.
+        __builtin_prefetch(p + n + i, 0, 3);
         for (int u = 0; u < U; ++u) {
             const vf x = load(from + u * W);
             high = max(x, high);
             undefined |= ~(x < inf);
-            store(scratch.p + i + u * W, x);
-        }
-    };
-    for_groups(p, n, copy, [] {});
-
-    Block block{scratch.p, scratch.a, scratch.w, n, largest(high), 0.0, 0.0, false};
-    const float base = block.max == -inf ? 0.0f : block.max;
-    // The same exponentials in the same order as a circuit's: identical rows have identical sums.
-    Sum z;
-    vi masked = {};
-    const auto weigh = [&](int64_t i, const float*) {
-        // The next block of the row: the circuits' come by their own looks.
-        __builtin_prefetch(p + n + i, 0, 3);
-        for (int u = 0; u < U; ++u) {
-            const vf p = load(scratch.p + i + u * W);
-            const vi none = p == -inf;
+            const vi none = x == -inf;
             // A finite logit keeps a finite a, or its weight of 0 would not take it out of a sum.
-            const vf a = none ? p : max(p - base, splat(-__FLT_MAX__));
+            const vf a = none ? x : max(x - base, splat(-__FLT_MAX__));
             const vf e = none ? vf{} : exponential<true>(a);
             masked |= i + (u + 1) * W <= n ? none : vi{};
             z.part[u] += e;
+            store(scratch.p + i + u * W, x);
             store(scratch.a + i + u * W, a);
             store(scratch.w + i + u * W, a < kLowest ? vf{} : e);
         }
     };
-    bool first = true;
-    for_groups(scratch.p, n, weigh, [&] {
+    for_groups(p, n, weigh, [&]() INLINE_LAMBDA {
         z.fold();
-        if (first) block.first = z.value();
-        first = false;
+        if (is_first) first = z.value();
+        is_first = false;
     });
+    // Further off, weights may overflow, or too many be 0.
+    constexpr float kOff = 16.0f;
+    const float max = largest(high);
+    if (max > -inf && !any(undefined) && !(__builtin_fabsf(max - base) < kOff))
+        return read_reference(p, n, max, scratch);
+
+    Block block{scratch.p, scratch.a, scratch.w, n, max == -inf ? -inf : base, z.value(), first,
+                any(masked)};
     // The last group may be padding for the most part: its own tokens are asked one by one.
     for (int64_t i = n - n % kGroup; i < n; ++i) block.masked |= scratch.p[i] == -inf;
-    block.masked |= any(masked);
-    block.sum = any(undefined) ? __builtin_nan("") : z.value();
+    if (any(undefined)) block.sum = __builtin_nan("");
     return block;
 }

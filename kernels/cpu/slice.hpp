@@ -281,8 +281,11 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
         if (!poll.keep_going(poll.context)) return false;
         const int64_t n = end - start < length ? end - start : length;
         const Block block =
-            with_dtype(problem.reference.dtype, address(problem.reference, row, start),
-                       [&](auto p) { return read_reference(p, n, scratch); });
+            with_dtype(problem.reference.dtype, address(problem.reference, row, start), [&](auto p) {
+                const float guess = reference.sum > 0 ? float(reference.max)
+                                                      : maximum(p, n < kSample ? n : kSample);
+                return read_reference(p, n, float(finite_or_zero(guess)), scratch);
+            });
         const Shares share = shares(reference, {block.max, block.sum});
         for (int64_t k = 0; k < problem.n_circuits;) {
             State of_block[kTogether];
