@@ -190,7 +190,7 @@ def build_finish(
         },
         target=gpu_target(target),
         divisible=divisible,
-        **options_for(target, 1, None),
+        **options_for(target, 1, launch.FINISH_REGISTERS),
     )
     return inspect(compiled)
 

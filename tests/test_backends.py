@@ -103,6 +103,24 @@ def test_float64_needs_eager():
     assert fastkl.kl_div(rows, rows).dtype == torch.float64
 
 
+@pytest.mark.parametrize("version", ["3.2.0", "3.3.1+git1a2b3c4"])
+def test_a_triton_that_is_too_old(monkeypatch, version):
+    package = pytest.importorskip("triton")
+    monkeypatch.setattr(package, "__version__", version)
+    text = f"triton {version} is too old: the kernels need 3.4"
+    assert fastkl.available_backends()["triton"] == text
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        fastkl.kl_div(ROWS, ROWS, backend="triton")
+    for new in ("3.4.0", "3.10.0rc1", "4.0"):
+        monkeypatch.setattr(package, "__version__", new)
+        assert "too old" not in (triton.missing() or "")
+
+
+def test_states_of_no_circuits(backend):
+    states = backends.choose(backend, CPU, torch.float32).row_states([], ROWS)
+    assert all(field.shape == (0, 2) for field in states)
+
+
 def test_available_backends():
     available = fastkl.available_backends()
     assert list(available) == ["triton", "native", "eager"]

@@ -253,6 +253,75 @@ def test_masked_first_tokens_of_logits_far_below_zero(generator, masked):
     check(sides[1:], sides[0], arch=80)
 
 
+@pytest.mark.parametrize("level", [-82.0, -86.0, -91.0])
+def test_masked_first_tokens_of_logits_barely_seen(generator, level):
+    """Counted from nothing, all of a slice's weights are faint: its base, 0, is not the row's."""
+    (circuit,), reference = make(generator, 4, 9000, (0.3,), scale=1)
+    reference, circuit = reference + level, circuit + level
+    _, size = launch.slices(9000, 4)
+    reference[0, size : size + 40] = -INF
+    for side in (reference, circuit):
+        side[1, size : size + 40] = -INF
+        side[2, :40] = side[2, size : size + 40] = side[2, 2 * size : 2 * size + 40] = -INF
+        # The others' base is far below.
+        side[3, :40], side[3, size:] = -INF, side[3, size:] - 100
+    check([circuit, reference.clone()], reference, arch=80)
+
+
+@pytest.mark.parametrize("masked", [(0,), (1,), (0, 2)])
+def test_slices_masked_as_a_whole(generator, masked):
+    """By the reference alone: its weights say nothing of the scale that the circuit's are in."""
+    (circuit,), reference = make(generator, 2, 9000, (0.3,), scale=1)
+    _, size = launch.slices(9000, 4)
+    for part in masked:
+        reference[:, part * size : (part + 1) * size] = -INF
+    for shift in (-200, 0):
+        check([circuit + shift], reference + shift, arch=80)
+
+
+def test_a_confident_reference_and_a_circuit_that_does_not_know(generator):
+    """At the merged bases a sum may overflow that did not at the slices' own."""
+    gaps = (44, 55, 60, 62, 64, 66, 68, 70)
+    (circuit,), reference = make(generator, len(gaps), 5000, (0.0,), scale=1)
+    circuit = torch.randn(circuit.shape, generator=generator)
+    # On a grid: p - q is exact.
+    circuit, reference = ((side * 64).round() / 64 for side in (circuit, reference))
+    for row, gap in enumerate(gaps):
+        reference[row, 400 * row + 300] = gap
+    divergence, _ = check([circuit], reference, arch=80)
+    assert divergence.isfinite().all()
+
+
+@pytest.mark.parametrize("gap", [10, 15, 20, 30])
+def test_likely_tokens_far_above_the_first_ones(generator, gap):
+    """Weights far from 1, whose exponents are rounded more, and what is left of their differences."""
+    (circuit,), reference = make(generator, 150, 200, (0.0,), scale=1)
+    for token in (100, 150):
+        reference[:, token] = gap + torch.rand(150, generator=generator)
+        circuit[:, token] = reference[:, token]
+    circuit[:, 100] += 0.45 + 0.5 * torch.rand(150, generator=generator)
+    check([circuit], reference, arch=80)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_slices_cover_the_vocabulary(itemsize):
+    """None is empty, but that a row's first tokens may leave none for the last one."""
+    for n_cols in (1, 4097, 12289, 50257, 128256, 151936, 262208, 1000003):
+        n_slices, size = launch.slices(n_cols, itemsize)
+        assert n_slices <= launch.SLICES
+        assert (n_slices - 1) * size < n_cols <= n_slices * size
+
+
+def test_an_empty_slice_needs_no_second_look(generator):
+    """Of 12289 tokens all but every fourth row's are in three slices of 4096, up to 3 before them."""
+    executed = []
+    for n_cols in (12289, 12288):
+        circuits, reference = make(generator, 4, n_cols, (0.3,), scale=1)
+        _, session = check(circuits, reference, arch=80)
+        executed.append(sum(session.total("finish_kernel").threads.values()))
+    assert executed[0] == executed[1]
+
+
 @pytest.mark.parametrize("shift", [1000.0, -300.0])
 def test_sides_far_apart(generator, shift):
     """Logits on a grid, so that every p - q is exact: what is lost is the kernel's own."""

@@ -9,7 +9,7 @@ import mmap
 import pytest
 import torch
 from conftest import oracle_gradients
-from emulated import compiled, emulate_gradients
+from emulated import compiled, emulate_gradients, emulation, gradient_launch, launch
 from test_compiled import ARCHS, DTYPES, at
 from test_gradient import BOUND, NOISES, error
 
@@ -100,6 +100,56 @@ def test_circuits_share_what_the_reference_is_counted_from(generator):
         exact, _ = oracle_gradients(circuits[k][row : row + 1], reference[row : row + 1])
         assert error(dqs[k][row : row + 1], exact) <= BOUND
     assert dqs[0][2].isnan().all()
+
+
+def test_circuits_stacked_in_memory(generator):
+    """(K, R, V) with an odd V: they lie differently, and are counted from the same tokens."""
+    reference = torch.randn(3, 5001, generator=generator) * 3
+    noise = torch.randn(3, 3, 5001, generator=generator)
+    circuits = list(reference + 0.1 * noise)
+    assert len({launch.layout(circuit) for circuit in circuits}) == 3
+    dqs, dp, _ = emulate_gradients(torch.ones(3, 3), circuits, reference, [True] * 3, True, arch=80)
+    expected = [oracle_gradients(circuit, reference) for circuit in circuits]
+    for dq, (exact, _) in zip(dqs, expected, strict=True):
+        assert error(dq, exact) <= BOUND
+    assert error(dp, sum(exact for _, exact in expected)) <= BOUND
+
+
+def test_circuits_counted_from_other_bases(generator):
+    """What is kept of a circuit may be counted from another base of the reference than the first's."""
+    reference = torch.randn(2, 700, generator=generator) * 3
+    circuits = [reference + noise * torch.randn(2, 700, generator=generator) for noise in (0.1, 1)]
+    dqs = [torch.empty(2, 700) for _ in circuits]
+    dp = torch.empty(2, 700)
+    with emulation(80) as session:
+        session.circuits = circuits
+        kept = launch.launch(circuits, reference, keep=True)
+        for field in (1, 3):
+            kept[field, 1] += torch.tensor([5.0, -9.5])
+        # z_p, s and h.
+        for field in (2, 5, 6):
+            kept[field, 1] *= 2 ** torch.tensor([-5.0, 9.5])
+        session.written = [*dqs, dp]
+        gradient_launch.launch_gradients(torch.ones(2, 2), circuits, reference, kept, dqs, dp, 1.0)
+    expected = [oracle_gradients(circuit, reference) for circuit in circuits]
+    for dq, (exact, _) in zip(dqs, expected, strict=True):
+        assert error(dq, exact) <= BOUND
+    assert error(dp, sum(exact for _, exact in expected)) <= BOUND
+
+
+@pytest.mark.parametrize("gap", [10, 30, 50, 80])
+def test_likely_tokens_far_above_the_first_ones(generator, gap):
+    """One circuit agrees on them, so that it is not looked at again for its divergence's sake."""
+    reference = torch.randn(12, 300, generator=generator)
+    for token in (100, 150):
+        reference[:, token] = gap + torch.rand(12, generator=generator)
+    circuits = [reference.clone(), torch.randn(12, 300, generator=generator)]
+    circuits[0][:, 100] += 0.45 + 0.5 * torch.rand(12, generator=generator)
+    dqs, _, _ = emulate_gradients(
+        torch.ones(2, 12), circuits, reference, [True, True], False, arch=80
+    )
+    for circuit, dq in zip(circuits, dqs, strict=True):
+        assert error(dq, oracle_gradients(circuit, reference)[0]) <= BOUND
 
 
 @pytest.mark.parametrize("arch", ARCHS)

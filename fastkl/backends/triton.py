@@ -5,6 +5,7 @@ On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and t
 
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from fastkl.state import RowState
 NAME = "triton"
 # Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
 N_KEPT = 10
+# Triton 3.3 can not compile the kernels. In pyproject.toml too.
+OLDEST_TRITON = (3, 4)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,6 +51,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 def _not_installed() -> str | None:
+    """Say what is missing of the packages."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'fastkl[triton]')"
     if importlib.util.find_spec("fastkl._triton") is None:
@@ -55,6 +59,13 @@ def _not_installed() -> str | None:
             f"the kernels fastkl._triton are not in {Path(__file__).parents[1]} (Python run in a clone "
             "imports the clone, not what pip installed elsewhere)"
         )
+    import triton
+
+    # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
+    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    if version < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {triton.__version__} is too old: the kernels need {oldest}"
     return None
 
 
@@ -109,9 +120,9 @@ def gradients(
 
     Each logit is read once, and nothing of the logits' size is made beside the gradients, but for copies
     in float32 where dtypes differ. What `kl_rows_kept` keeps is computed again if it is not given: the
-    logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes; where one
-    token has all but 1e-6 of both sides' mass, its gradient, of that size itself, may be off by 1e-4 of
-    it.
+    logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes. Where one
+    token has nearly all of both sides' mass, its gradient, of the size of what is left, is what suffers:
+    with 1e-6 left, errors of 1e-4 of it were seen, and with less they are larger.
     """
     import fastkl._triton as _triton
 
@@ -141,6 +152,8 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64."""
     import fastkl._triton as _triton
 
+    if not circuits:
+        return eager.row_states(circuits, reference)
     circuits, reference = _one_dtype(circuits, reference)
     _, b_p, z_p, b_q, c, s, h, x, *_ = _triton.launch(circuits, reference, keep=True).double()
     # The bases are in units of log 2.

@@ -47,14 +47,25 @@ ACCURATE_BELOW = tl.constexpr(0.1)
 # What a row may be off by without being looked at again: the tolerance of the tests.
 RELATIVE = tl.constexpr(1e-5)
 ABSOLUTE = tl.constexpr(1e-8)
+# What it may be off by without any hope that it matters: a divergence below it is next to nothing.
+NEGLIGIBLE = tl.constexpr(1e-12)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)
 # Errors of φ by a polynomial, and of three rounded numbers far from the pivot, as a multiple of what the
-# change of pivots adds and subtracts. Simulated: 2^-20 let some confident rows be off by 1.3 times the
-# tolerance.
+# change of pivots adds and subtracts; and of far tokens, a bit above 2^USUAL. Simulated: 2^-20
+# let some confident rows be off by 1.3 times the tolerance.
 PIVOT_ERROR = tl.constexpr(2.0**-19)
 # Rounding of z_p + h - s: two half ulps of the largest, and of a lane's sums.
 MASS_ERROR = tl.constexpr(2.0**-22)
+# A weight of 2^E is off by the rounding of its exponent, up to E · 2^-24 of it. For a far token that is
+# so on both sides, and what it adds to h, e^(-d) - 1 + d, may be a tenth of either. Up to 2^8, which
+# slices of many tokens add up to without any such weight, it is within the tolerance.
+EXPONENT_ERROR = tl.constexpr(2.0**-24)
+USUAL = tl.constexpr(8)
+# A far token adds a part of at least 1 / FAR_WEIGHT of its larger weight to h.
+FAR_WEIGHT = tl.constexpr(11.0)
+# Above it gradients, of which weights are all, are not good enough.
+LARGEST = tl.constexpr(2.0**16)
 # 1.5 · 2^13: added and subtracted, it leaves multiples of 2^-10.
 TO_GRID = tl.constexpr(12288.0)
 GRID = tl.constexpr(2.0**-10)
@@ -127,6 +138,14 @@ def terms(p, weight, q, base_q, pivot, unit, inverse):
 
 
 @triton.jit
+def bits_above(value, exponent: tl.constexpr):
+    """Return log2(value / 2^exponent) to within 0.1, 0 if that is negative."""
+    # The bits of a float32 are its logarithm, but for the mantissa. tl.log2 takes 30 instructions.
+    bits = value.to(tl.int32, bitcast=True) - (127 + exponent) * 2**23
+    return tl.maximum(bits, 0).to(tl.float32) * 2.0**-23
+
+
+@triton.jit
 def scaled(value, scale, mass):
     """Return value · scale; 0 where there is no mass, whatever the scale."""
     return tl.where(mass == 0.0, 0.0, value * scale)
@@ -136,15 +155,18 @@ def scaled(value, scale, mass):
 def merge(state, KEEP: tl.constexpr):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
-    A slice's is (b_p, z_p, b_q, mass, s, h, mass_error): `mass` is the circuit's, in the scale of the
-    reference's weights, and `mass_error` what it may be off by. Returns the row's (b_p, z_p, b_q, s, h);
+    A slice's is (b_p, z_p, b_q, mass, s, h, size): `mass` is the circuit's, in the scale of the
+    reference's weights, and `size` that of what it was added up from, 0 if it was summed itself.
+    Returns the row's (b_p, z_p, b_q, s, h);
     x, what rounding left of its pivot: the circuit's mass is z_p e^(-x) there; whether all of it is
     finite; and of every slice, how much the accurate divergence may be off because of it, and the
     plain one.
     """
-    b_p, z_p, b_q, mass, s, h, mass_error = state
+    b_p, z_p, b_q, mass, s, h, size = state
     top_p = tl.max(tl.where(z_p > 0.0, b_p, -float("inf")), axis=0)
     top_q = tl.max(tl.where(mass > 0.0, b_q, -float("inf")), axis=0)
+    # The circuit's mass alone is counted from any base of the reference's.
+    b_p = tl.where(z_p == 0.0, top_p, b_p)
     scale_p = tl.exp2(b_p - top_p)
     scale_q = tl.exp2(b_q - top_q)
     sum_p = tl.sum(scaled(z_p, scale_p, z_p), axis=0)
@@ -166,13 +188,22 @@ def merge(state, KEEP: tl.constexpr):
     any_mass = z_p + tl.abs(mass)
     total_s = tl.sum(scaled(s - moved_by * z_p, scale_p, any_mass), axis=0)
     total_h = tl.sum(scaled((h + h * change) + (moved - crossed), scale_p, any_mass), axis=0)
-    doubt = scaled(moved + tl.abs(crossed), scale_p, any_mass) / sum_p * PIVOT_ERROR
+    # Of far tokens alone: near ones' errors are a part of what they add.
+    largest = tl.maximum(z_p, mass)
+    above = bits_above(tl.minimum(largest, tl.abs(h) * FAR_WEIGHT), USUAL)
+    error = moved + tl.abs(crossed) + tl.abs(h) * above
+    doubt = scaled(error, scale_p, any_mass) / sum_p * PIVOT_ERROR
+    mass_error = size * (MASS_ERROR + above * EXPONENT_ERROR)
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
     if KEEP:
         # Where one token has nearly all mass, a change of pivot leaves as little of s as the others have
         # mass, and gradients. A slice that may hold it is summed at the row's pivot.
-        most = scaled(z_p, scale_p, z_p) > 0.5 * sum_p
-        doubt = tl.where(most & (tl.abs(moved_by) > 1e-6), 1.0, doubt)
+        share = scaled(z_p, scale_p, z_p) / sum_p
+        doubt = tl.where((share > 0.5) & (tl.abs(moved_by) > 1e-6), 1.0, doubt)
+        # So is one whose weights are rounded too much, if the row has any part of its mass there.
+        high = (share > 0.01) & (largest > LARGEST)
+        doubt = tl.where(high, 1.0, doubt)
+        plain_doubt = tl.where(high, 1.0, plain_doubt)
 
     finite = (sum_p > 0.0) & (sum_q > 0.0) & (sum_p < float("inf")) & (sum_q < float("inf"))
     finite = finite & (tl.abs(total_s) < float("inf")) & (tl.abs(total_h) < float("inf"))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .algebra import NEAR, phi_over_square, weights
-from .kernels import load_inside, row_pointer, shift_of, temperature_of
+from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
 SIZES = (
@@ -99,8 +99,12 @@ def differentiate(
             q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
             q = load_tokens(q_row + at, offsets, inside)
             kept = rows_ptr + index
-            z_p = tl.load(kept + 2 * field_stride)
-            base_q = tl.load(kept + 3 * field_stride)
+            # The weights are counted from the first circuit's base of the reference: if this circuit's
+            # is another, its sums are moved there. The first one's is loaded again, since the compiler,
+            # given it in a register, computes all weights again.
+            moved = tl.load(rows_ptr + field_stride + row) - tl.load(kept + field_stride)
+            z_p = tl.load(kept + 2 * field_stride) * tl.exp2(-moved)
+            base_q = tl.load(kept + 3 * field_stride) + moved
             c = tl.load(kept + 4 * field_stride)
             growth = tl.load(kept + 8 * field_stride)
             scale = grad * inverse / z_p
@@ -160,7 +164,7 @@ def gradient_kernel(
     part = program % n_parts
     row = (program // n_parts).to(tl.int64)
 
-    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
+    shift, _ = place_of(lead, row, p_row_stride, aligned, VEC)
     n_before = tl.minimum((VEC - shift) % VEC, n_cols) * aligned
     n_tiles = tl.where(aligned != 0, (n_cols - n_before) // TILE, 0)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
@@ -249,7 +253,7 @@ def top_kernel(
     # What a token must have of the mass to be counted from; false where there is no divergence.
     if share * (1.0 + (tl.abs(c) + tl.abs(mean)) * CONFIDENT) >= 1.0:
         p_row = p_ptr + row * p_row_stride
-        q_row = row_pointer(table_ptr, circuit, row, 0, p_ptr.dtype.element_ty)
+        q_row = row_address(table_ptr, circuit, row, p_ptr.dtype.element_ty)
         lane = tl.arange(0, TILE)
         best = tl.full((TILE,), -float("inf"), tl.float32)
         likeliest = tl.zeros((TILE,), tl.int32)

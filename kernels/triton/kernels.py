@@ -11,7 +11,7 @@ import triton.language as tl
 from .algebra import (
     GRID,
     LOG2_E,
-    MASS_ERROR,
+    NEGLIGIBLE,
     estimate,
     judge,
     kept,
@@ -39,11 +39,9 @@ SIZES = (
     "inverse",
 )
 TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
-# Times that a row may be looked at again: at its maxima, where a sum overflowed; at its own pivot, where
-# that matters; and at its own pivot altogether.
-LOOKS = tl.constexpr(3)
-# What a row may be off by without any hope that it matters: a divergence below it is next to nothing.
-NEGLIGIBLE = tl.constexpr(1e-12)
+# Times that a row may be looked at again: at its own pivot, where that matters; at its own pivot
+# altogether; at its maxima, where a sum overflowed; and from these at its own pivot.
+LOOKS = tl.constexpr(4)
 # A mass, at a base that means nothing, below which some of it may have been too little for a float32.
 FAINT = tl.constexpr(2.0**-60)
 
@@ -189,28 +187,40 @@ def sweep(
 
 
 @triton.jit
+def row_address(table_ptr, circuit, row, DTYPE: tl.constexpr):
+    """Return where a circuit's row starts: the table holds an address and a row stride a circuit."""
+    address = tl.load(table_ptr + 2 * circuit)
+    stride = tl.load(table_ptr + 2 * circuit + 1)
+    return address.to(tl.pointer_type(DTYPE)) + row * stride
+
+
+@triton.jit
 def row_pointer(table_ptr, circuit, row, shift, DTYPE: tl.constexpr):
     """Return where a circuit's row starts, rounded down by `shift` tokens to 16 bytes.
 
-    The table holds an address and a row stride a circuit. The hint stands on the pointer: on the
-    integer it would be lost.
+    The hint stands on the pointer: on the integer it would be lost. Where rows are not aligned it is
+    not true, and of no effect, since tokens are taken one a lane there.
     """
-    address = tl.load(table_ptr + 2 * circuit)
-    stride = tl.load(table_ptr + 2 * circuit + 1)
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + (row * stride - shift), 16)
+    return tl.multiple_of(row_address(table_ptr, circuit, row, DTYPE) - shift, 16)
 
 
 @triton.jit
-def shift_of(lead, row, p_row_stride, aligned, VEC: tl.constexpr):
-    """Return how many tokens a row starts behind a multiple of 16 bytes, 0 if not `aligned`."""
+def place_of(lead, row, p_row_stride, aligned, VEC: tl.constexpr):
+    """Return (shift, first): where a row begins and where its slices are cut from.
+
+    `shift` is how many tokens the row starts behind a multiple of 16 bytes, 0 if not `aligned`, and all
+    tokens are counted from there. `first` is the reference's first multiple of 16 bytes within its row,
+    even if not `aligned`: so all circuits have the same slices, counted from the same tokens.
+    """
     # VEC is a power of two, and the remainder of that division never negative.
-    return ((lead + row * p_row_stride) & (VEC - 1)).to(tl.int32) * aligned
+    behind = ((lead + row * p_row_stride) & (VEC - 1)).to(tl.int32)
+    shift = behind * aligned
+    return shift, shift + ((VEC - behind) & (VEC - 1))
 
 
 @triton.jit
-def slice_of(part, slice_size, shift, n_cols, VEC: tl.constexpr):
-    """Return where a slice begins and ends: cut from the first multiple of 16 bytes on."""
-    first = tl.cdiv(shift, VEC) * VEC
+def slice_of(part, slice_size, shift, first, n_cols):
+    """Return where a slice begins and ends."""
     begin = tl.where(part == 0, shift, tl.minimum(first + part * slice_size, shift + n_cols))
     return begin, tl.minimum(first + (part + 1) * slice_size, shift + n_cols)
 
@@ -257,8 +267,8 @@ def partial_kernel(
     row = (program // n_groups // n_slices).to(tl.int64)
     circuit = first_circuit + group * G
 
-    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
-    begin, end = slice_of(part, slice_size, shift, n_cols, VEC)
+    shift, first = place_of(lead, row, p_row_stride, aligned, VEC)
+    begin, end = slice_of(part, slice_size, shift, first, n_cols)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
     base_p = base_of(p_row, begin, end, unit, LANES)
     q_rows = ()
@@ -327,6 +337,7 @@ def sum_again(
     p_row,
     q_row,
     shift,
+    first,
     n_cols,
     n_slices,
     slice_size,
@@ -338,12 +349,12 @@ def sum_again(
     SLICES: tl.constexpr,
 ):
     """Return the state of all slices (SLICES,) with those summed `again` at other bases."""
-    b_p, z_p, b_q, mass, s, h, mass_error = state
+    b_p, z_p, b_q, mass, s, h, size = state
     index = tl.arange(0, SLICES)
     for part in tl.range(0, n_slices):
         this = index == part
         if tl.max((this & again).to(tl.int32), axis=0) > 0:
-            begin, end = slice_of(part, slice_size, shift, n_cols, VEC)
+            begin, end = slice_of(part, slice_size, shift, first, n_cols)
             new_z_p, sums = sweep(
                 base_p,
                 (base_q,),
@@ -367,8 +378,46 @@ def sum_again(
             mass = tl.where(this, new_mass, mass)
             s = tl.where(this, new_s, s)
             h = tl.where(this, new_h, h)
-            mass_error = tl.where(this, 0.0, mass_error)
-    return b_p, z_p, b_q, mass, s, h, mass_error
+            size = tl.where(this, 0.0, size)
+    return b_p, z_p, b_q, mass, s, h, size
+
+
+@triton.jit
+def look_at(state, unseen, n_slices, KEEP: tl.constexpr):
+    """Merge slices; return the row, x, its divergence, whether that is finite, and settled.
+
+    And which slices are to be summed again if it is not settled: those whose part in the doubt is large,
+    and all that are `unseen`.
+    """
+    merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
+    if unseen is not None:
+        doubt = tl.where(unseen, float("inf"), doubt)
+        plain_doubt = tl.where(unseen, float("inf"), plain_doubt)
+    divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt, KEEP)
+    # What is not good enough is the plain sum of a large divergence, or the accurate one of a small one.
+    again = tl.where(
+        plain_room > 0.0,
+        plain_doubt * n_slices > plain_room,
+        doubt * n_slices > (room if KEEP else tl.maximum(room, NEGLIGIBLE)),
+    )
+    return merged, x, divergence, finite, finite & good, again
+
+
+@triton.jit
+def first_look(state, some, n_slices, KEEP: tl.constexpr):
+    """Return slices as partial_kernel left them, and what `look_at` says of them.
+
+    Where all of the first tokens are masked the base is 0. If there is next to no mass at that, of
+    slices that have `some` tokens, it may have been too little for a float32. Then the base is not taken
+    for the row's, and the slice is summed again at that of the others.
+    """
+    b_p, z_p, b_q, mass, s, h, size = state
+    unseen_p = some & (b_p == 0.0) & (z_p < FAINT)
+    unseen_q = some & (b_q == 0.0) & (mass < FAINT)
+    z_p = tl.where(unseen_p, 0.0, z_p)
+    mass = tl.where(unseen_q, 0.0, mass)
+    state = (b_p, z_p, b_q, mass, s, h, size)
+    return state, look_at(state, unseen_p | unseen_q, n_slices, KEEP)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -396,7 +445,7 @@ def finish_kernel(
     """Merge the slices of one row and circuit into its divergence, and look again where need be.
 
     kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with KL and the fields of
-    `kept`, of which b_p is the same for all circuits of a row. float32.
+    `kept`. float32.
 
     Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 40. A slice whose pivot
     was not good enough is summed again at the row's: that reads slice_size·itemsize·2 bytes more and
@@ -407,7 +456,7 @@ def finish_kernel(
     program = tl.program_id(0)
     circuit = program // n_rows
     row = (program % n_rows).to(tl.int64)
-    shift = shift_of(lead, row, p_row_stride, aligned, VEC)
+    shift, first = place_of(lead, row, p_row_stride, aligned, VEC)
     p_row = tl.multiple_of(p_ptr + (row * p_row_stride - shift), 16)
 
     index = tl.arange(0, SLICES)
@@ -419,32 +468,24 @@ def finish_kernel(
     b_q = tl.load(source + 2 * field_stride, mask=inside, other=0.0)
     s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
     h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
-    mass_error = (z_p + tl.abs(s) + tl.abs(h)) * MASS_ERROR
-    mass = z_p + (h - s)
-    state = (b_p, z_p, b_q, mass, s, h, mass_error)
-
-    merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
-    divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt, KEEP)
-    # Where all of the first tokens are masked the base is 0: is there no mass, or too little to be seen?
-    unseen = inside & (((b_p == 0.0) & (z_p < FAINT)) | ((b_q == 0.0) & (mass < FAINT)))
-    settled = finite & good & (tl.max(unseen.to(tl.int32), axis=0) == 0)
-    # What is not good enough is the plain sum of a large divergence, or the accurate one of a small one.
-    again = unseen | tl.where(
-        plain_room > 0.0,
-        plain_doubt * n_slices > plain_room,
-        doubt * n_slices > (room if KEEP else tl.maximum(room, NEGLIGIBLE)),
-    )
-    p_is_good = (merged[1] > 0.0) & (merged[1] < float("inf"))
+    # All but the last one, where the tokens before the first slice's cut are all that it would have.
+    some = inside & ((index == 0) | (index * slice_size < n_cols - (first - shift)))
+    state = (b_p, z_p, b_q, z_p + (h - s), s, h, z_p + tl.abs(s) + tl.abs(h))
+    state, found = first_look(state, some, n_slices, KEEP)
+    merged, x, divergence, finite, settled, again = found
+    defined = finite
     look = 0
     while (look < LOOKS) & (settled == 0):
         q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
-        base_p, _, base_q, _, _ = merged
-        defined = finite
-        if finite == 0:
-            own_base, base_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            # To keep the reference's, which the circuits share, unless its sum is not good.
-            base_p = tl.where(p_is_good, base_p, own_base) if KEEP else own_base
-            again = inside
+        base_p, sum_p, base_q, _, _ = merged
+        # No likely token's weight is above 1 then: its exponent would be rounded the more.
+        up = to_grid(tl.log2(sum_p))
+        base_p += up
+        base_q += up
+        at_maxima = finite == 0
+        if at_maxima:
+            base_p, base_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
+            again = index < n_slices
         state = sum_again(
             state,
             again,
@@ -453,6 +494,7 @@ def finish_kernel(
             p_row,
             q_row,
             shift,
+            first,
             n_cols,
             n_slices,
             slice_size,
@@ -463,15 +505,13 @@ def finish_kernel(
             VEC,
             SLICES,
         )
-        merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
-        divergence, good, _, _ = judge(merged, x, doubt, plain_doubt, KEEP)
+        merged, x, divergence, finite, settled, _ = look_at(state, None, n_slices, KEEP)
         # Summed at its maxima, a row that has a divergence has a finite one, or an infinite one.
-        divergence = tl.where(finite, divergence, float("inf"))
-        divergence = tl.where(defined, divergence, float("nan"))
-        settled = (finite & good) | (finite == 0) | (defined == 0)
+        settled = settled | (at_maxima & (finite == 0))
         # Those that mattered were summed at the row's pivot; now all of them.
-        again = inside
+        again = index < n_slices
         look += 1
+    divergence = tl.where(finite, divergence, tl.where(defined, float("inf"), float("nan")))
     tl.store(kl_ptr + program, divergence)
     if KEEP:
         fields = kept(state, merged, divergence, x)

@@ -26,9 +26,10 @@ LOG2_E = 1.4426950408889634
 # Arguments that table_kernel takes at a time.
 TABLE_CHUNK = 8
 
-
-# Registers a thread: 32 warps fit on an SM, half of what it can hold at the most.
+# Registers a thread of partial_kernel: 32 warps fit on an SM, half of what it can hold at the most.
 MAX_REGISTERS = 64
+# Of finish_kernel: 23 warps. Left to itself the compiler takes fewer in half precision, and spills.
+FINISH_REGISTERS = 88
 
 
 class Tile(NamedTuple):
@@ -93,11 +94,12 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
 
 
 def slices(n_cols, itemsize):
-    """Return into how many slices a vocabulary is cut, and their size; it depends on V alone."""
-    n_slices = min(triton.cdiv(n_cols, SLICE), SLICES)
+    """Return into how many slices a vocabulary is cut, and their size: by V and the element's size."""
     # Whole tiles, however the loop is unrolled and whatever the warp's size.
     step = max(64 * tile.vec * tile.unroll for (size, _), tile in TILES.items() if size == itemsize)
-    return n_slices, triton.cdiv(triton.cdiv(n_cols, n_slices), step) * step
+    wanted = min(triton.cdiv(n_cols, SLICE), SLICES)
+    size = triton.cdiv(triton.cdiv(n_cols, wanted), step) * step
+    return triton.cdiv(n_cols, size), size
 
 
 def groups(n_circuits):
@@ -169,7 +171,10 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
         "num_warps": 1,
     }
     # AMD's compiler has no such option.
-    limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+    limits, finish_limits = (
+        {} if torch.version.hip else {"maxnreg": registers}
+        for registers in (MAX_REGISTERS, FINISH_REGISTERS)
+    )
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         rows["table_ptr"] = pointer_table(circuits, device)
@@ -192,6 +197,7 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
             VEC=TILES[itemsize, 1].vec,
             SLICES=SLICES,
             KEEP=keep,
+            **finish_limits,
         )
     return result
 
