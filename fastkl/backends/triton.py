@@ -3,6 +3,8 @@
 On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and there for tests.
 """
 
+import functools
+import importlib.metadata
 import importlib.util
 import math
 import re
@@ -21,6 +23,8 @@ NAME = "triton"
 N_KEPT = 10
 # Triton 3.3 can not compile the kernels. In pyproject.toml too.
 OLDEST_TRITON = (3, 4)
+# The names that Triton is installed by: on its own, and with PyTorch's builds for ROCm.
+_DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,13 +63,22 @@ def _not_installed() -> str | None:
             f"the kernels fastkl._triton are not in {Path(__file__).parents[1]} (Python run in a clone "
             "imports the clone, not what pip installed elsewhere)"
         )
-    import triton
-
+    version = _version()
     # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
-    version = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
-    if version < OLDEST_TRITON:
+    if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton {triton.__version__} is too old: the kernels need {oldest}"
+        return f"triton {version} is too old: the kernels need {oldest}"
+    return None
+
+
+@functools.cache
+def _version() -> str | None:
+    """Return Triton's version without importing it; None if none of its distributions is known."""
+    for distribution in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return None
 
 
