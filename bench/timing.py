@@ -48,6 +48,12 @@ def seconds_once_awake(function: Callable[[], object]) -> float:
     return seconds_of(function)
 
 
+def seconds_after_pause(function: Callable[[], object]) -> float:
+    """Return the same, once the threads of whoever ran before in this process have fallen asleep."""
+    time.sleep(PAUSE_SECONDS)
+    return seconds_once_awake(function)
+
+
 def interleave(
     turns: Mapping[str, Callable[[], float]], seconds: float, *, seed: int = 0
 ) -> dict[str, list[float]]:

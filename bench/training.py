@@ -28,7 +28,7 @@ import fastkl
 from bench import facts, memory
 from bench.cases import SEED
 from bench.report import RESULTS, paragraph, table
-from bench.timing import interleave, keep_freed_memory, ratio, seconds_of, summarize
+from bench.timing import interleave, keep_freed_memory, ratio, seconds_after_pause, summarize
 
 # Relative errors of the gradient, norm-wise over all rows: what the package promises, and what the
 # textbook's float32 may take at these divergences.
@@ -179,7 +179,7 @@ def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> d
             continue
         entries[name] = {"error_relative": error}
         steps[name] = run
-    turns = {name: partial(seconds_of, run) for name, run in steps.items()}
+    turns = {name: partial(seconds_after_pause, run) for name, run in steps.items()}
     times = interleave(turns, seconds, seed=seed)
     baseline = next(iter(times))
     for name in steps:
@@ -249,8 +249,8 @@ def markdown(document: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f". `{document['command']}`, {document['date'][:10]}, commit "
         f"{(document['commit'] or 'unknown')[:12]}.",
-        "Forward and backward in one process, in turns; medians; memory beyond the logits and their "
-        f"gradients, in a process of its own. First row, times as fast as {next(iter(first))}: "
+        "Forward and backward in one process, in turns with a pause before each; medians; memory "
+        f"beyond the logits and their gradients, in a process of its own. First row, times as fast as {next(iter(first))}: "
         f"{faster}. Second row, relative error of the gradient: {accuracy}.",
     ]
     return table(rows) + "\n\n" + "\n".join(map(paragraph, caption))

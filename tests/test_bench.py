@@ -205,9 +205,13 @@ def test_interleaving_takes_the_time_it_may(monkeypatch):
 
 def test_the_call_after_a_pause_does_not_count(monkeypatch):
     now = [0.0]
-    took = iter((100.0, 1.0))
+    took = iter((100.0, 1.0, 100.0, 2.0))
+    slept = []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
     assert timing.seconds_once_awake(lambda: now.append(now.pop() + next(took))) == 1
+    assert timing.seconds_after_pause(lambda: now.append(now.pop() + next(took))) == 2
+    assert slept == [timing.PAUSE_SECONDS]
 
 
 @pytest.mark.parametrize(("long", "slow"), [(10.0, 0), (1e-6, 1)])
