@@ -250,8 +250,8 @@ def markdown(document: dict[str, Any]) -> str:
         + f". `{document['command']}`, {document['date'][:10]}, commit "
         f"{(document['commit'] or 'unknown')[:12]}.",
         "Forward and backward in one process, in turns with a pause before each; medians; memory "
-        f"beyond the logits and their gradients, in a process of its own. First row, times as fast as {next(iter(first))}: "
-        f"{faster}. Second row, relative error of the gradient: {accuracy}.",
+        "beyond the logits and their gradients, in a process of its own. First row, times as fast as "
+        f"{next(iter(first))}: {faster}. Second row, relative error of the gradient: {accuracy}.",
     ]
     return table(rows) + "\n\n" + "\n".join(map(paragraph, caption))
 
