@@ -585,9 +585,10 @@ void try_seed(uint64_t seed) {
                 const float found = kl[k * n_rows + r];
                 const bool close =
                     found >= 0 && std::fabs(found - expected.kl) <= expected.tolerance;
-                // Sums of differences near float32's largest may pass it on the way.
+                // Sums of differences near float32's largest, not yet divided by that of the weights, may
+                // pass it.
                 const bool good = std::isnan(expected.kl) ? std::isnan(found)
-                                  : expected.kl > 1e37    ? found == kInf || close
+                                  : expected.kl > 1e34    ? found == kInf || close
                                                           : close;
                 if (!good)
                     fail(seed, name + ": circuit " + std::to_string(k) + ", row " +

@@ -309,10 +309,10 @@ template <class T> Block read_reference(const T* p, int64_t n, float base, Scrat
         if (is_first) first = z.value();
         is_first = false;
     });
-    // Further off, weights may overflow, or too many be 0.
-    constexpr float kOff = 16.0f;
-    const float max = largest(high);
-    if (max > -inf && !any(undefined) && !(__builtin_fabsf(max - base) < kOff))
+    // Weights much above 1 overflow the sooner where a logit is huge; much below, too many are 0.
+    constexpr float kAbove = 4.0f, kBelow = -16.0f;
+    const float max = largest(high), off = max - base;
+    if (max > -inf && !any(undefined) && !(kBelow < off && off < kAbove))
         return read_reference(p, n, max, scratch);
 
     Block block{scratch.p, scratch.a, scratch.w, n, max == -inf ? -inf : base, z.value(), first,
