@@ -6,6 +6,7 @@ Checks run before any work and look at types, shapes, dtypes and devices, never 
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -267,6 +268,14 @@ def no_rows(n_batches: int) -> ValueError:
 
 def _count(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def not_in_this_folder(what: str) -> str:
+    """Say that something that is built with the package is not where it is imported from."""
+    return (
+        f"{what} not in {Path(__file__).parent} (Python run in a clone imports the clone, not what pip "
+        "installed elsewhere)"
+    )
 
 
 def unknown_backend(name: object, names: Sequence[str], source: str) -> ValueError:

@@ -12,8 +12,10 @@ _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_BLOCK_ELEMENTS = 1 << 23
 # Sides less than this apart are subtracted as they are, which is exact for logits alike.
 _APART = 4.0
-# Beyond it float32 has no integers, and no digits to lose.
+# Beyond it float32 has no fractions. Of two sides that large, neither comes near 0.
 _INTEGERS = 2.0**24
+# Beyond it float64 knows how far apart sides are to no more than 1e-4.
+_KNOWN = 2.0**40
 
 
 class Rows(NamedTuple):
@@ -57,10 +59,12 @@ def measure_cooled(
     reference: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Return what `measure` does of rows (K, R, ...), of cooled logits, for kernels that can not divide.
+    """Return what `measure` returns (K, R, ...), of cooled logits, for kernels that can not divide.
 
     Only a block of rows of one circuit is copied at a time.
     """
+    if not circuits or not reference.shape[0]:
+        return measure(circuits, reference)
     dtype = compute_dtype(reference, *circuits)
     results: list[list[Tensor]] = [[] for _ in circuits]
     for rows in blocks(reference):
@@ -101,14 +105,16 @@ def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, T
     c : Tensor (R, 1)
         A pivot in float64.
     """
-    apart = (c.abs() >= _APART) & (c.abs() < _INTEGERS)
-    moved = torch.where(apart, c.round(), 0.0)
+    size, m_q = c.abs(), m_p - c
+    apart = (size >= _APART) & (size < _KNOWN) & (torch.minimum(m_p.abs(), m_q.abs()) < _INTEGERS)
+    # Rounded to float32's integers, of which there are fewer the further they are from 0.
+    moved = torch.where(apart, c.round().to(p.dtype).double(), 0.0)
     rest = (c - moved).to(p.dtype)
     # Asking another device than the CPU would wait for it.
     if p.device.type == "cpu" and not apart.any():
         d = torch.sub(p, q)
     else:
-        of_p = torch.where(m_p.abs() > (m_p - c).abs(), moved, 0.0)
+        of_p = torch.where(m_p.abs() > m_q.abs(), moved, 0.0)
         d = torch.sub(p, of_p.to(p.dtype)).sub_(q + (moved - of_p).to(p.dtype))
     return d.sub_(rest), moved + rest.double()
 

@@ -100,6 +100,18 @@ def test_sides_an_offset_apart(backend, generator, n_cols, shift):
         assert ((divergence - expected).abs() <= RELATIVE * expected + ABSOLUTE + rounding).all()
 
 
+@pytest.mark.parametrize("huge", [1e8, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_row_of_one_huge_logit_is_uniform(implementation, generator, side, huge):
+    """Multiples of 8 and more: what the other side's logits are is all rounded away in p - q."""
+    ordinary = torch.randn(3, 12011, generator=generator) * 0.3
+    flat, zero = torch.full_like(ordinary, huge), torch.zeros_like(ordinary)
+    circuit, reference = (flat, ordinary) if side == 0 else (ordinary, flat)
+    expected = oracle(*((zero, ordinary) if side == 0 else (ordinary, zero)))
+    divergence = kl_rows([circuit], reference, implementation)[0]
+    assert_matches(divergence, expected)
+
+
 @pytest.mark.parametrize("noise", [1e-3, 1.0])
 def test_the_order_of_tokens_changes_nothing(backend, generator, noise):
     circuit, reference = make(generator, noise)

@@ -8,12 +8,12 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastkl import errors
 from fastkl.rows import measure_cooled
 from fastkl.state import RowState
 
@@ -44,9 +44,8 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     """
     extension = _extension()
     if extension is None:
-        return (
-            f"the extension fastkl._native was not built in {Path(__file__).parents[1]} (that takes a "
-            "C++ compiler; Python run in a clone imports the clone, not what pip installed elsewhere)"
+        return errors.not_in_this_folder(
+            "the extension fastkl._native, built by a C++ compiler, is"
         )
     if device is None:
         return _level_problem(extension)
@@ -209,7 +208,7 @@ def _states(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 
 def _cooled_states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
-    if temperature == 1 or not circuits or not reference.shape[0]:
+    if temperature == 1:
         return _states(circuits, reference)
     return measure_cooled(_states, circuits, reference, temperature)
 
@@ -233,7 +232,7 @@ def _js(
         _matrix(circuit),
         _matrix(reference),
         beta,
-        1 / temperature,
+        temperature,
         *circuit.shape,
         0 if result is None else result.data_ptr(),
         0 if grad is None else grad.data_ptr(),

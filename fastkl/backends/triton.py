@@ -9,12 +9,11 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastkl import jensen_shannon
+from fastkl import errors, jensen_shannon
 from fastkl.backends import eager
 from fastkl.state import RowState
 
@@ -59,10 +58,7 @@ def _not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'fastkl[triton]')"
     if importlib.util.find_spec("fastkl._triton") is None:
-        return (
-            f"the kernels fastkl._triton are not in {Path(__file__).parents[1]} (Python run in a clone "
-            "imports the clone, not what pip installed elsewhere)"
-        )
+        return errors.not_in_this_folder("the kernels fastkl._triton are")
     version = _version()
     # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
     if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:

@@ -9,11 +9,13 @@ struct Center {
           m_q(float(state.q.max * temperature)),
           more_p(float(m_p / temperature - state.p.max)),
           more_q(float((m_q / temperature - state.q.max) + ::log(state.p.sum / state.q.sum))),
-          c(0, 0), rest(0), kl(0), near(0), often_far(true) {
-        const double pivot = log_ratio(state.p, state.q);
-        // Beyond it no token of any mass is near, though p - q - pivot may be rounded to 0.
-        if (__builtin_fabs(pivot * temperature) < Pivot::kIntegers) {
-            c = Pivot(state.p.max * temperature, pivot * temperature);
+          c(state.p.max * temperature, log_ratio(state.p, state.q) * temperature), rest(0), kl(0),
+          near(0), often_far(true) {
+        if (c.lost) {
+            // No token is taken for near, though p - q - c may be rounded to 0.
+            c = Pivot(0, 0);
+        } else {
+            const double pivot = log_ratio(state.p, state.q);
             rest = float(pivot - (double(c.of_p) + c.of_q) / temperature);
             kl = float(state.kl);
             near = kNear * kNear;
@@ -24,14 +26,6 @@ struct Center {
 
     // From about there on, a branch for far tokens costs more than it saves.
     static constexpr double kOftenFarFrom = 0.01;
-
-    // A number of float32 that is not rounded to 0 or inf, by which -inf stays what it is.
-    static float inverse_of(double temperature) {
-        const double inverse = 1 / temperature;
-        return float(inverse < __FLT_MIN__ ? __FLT_MIN__
-                     : inverse > __FLT_MAX__ ? __FLT_MAX__
-                                             : inverse);
-    }
 
     float inverse;
     float m_p, m_q;
@@ -139,9 +133,13 @@ inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const 
             store(dq + j, fma(load(room.t + j), splat(of_t), load(room.w + j) * of_w));
     }
     if (room.total) {
-        const float of_d = float(scale), of_w = float(-scale * finite_or_zero(sums.d.value() / z_p));
+        // A mean that is no number makes its row none, but for masked tokens.
+        const double mean = sums.d.value() / z_p;
+        const float of_d = float(scale);
+        const float of_w = float(__builtin_isfinite(mean) ? -scale * mean : __builtin_nan(""));
         for (int64_t j = 0; j < padded; j += W) {
-            const vf value = fma(load(room.first + j), splat(of_d), load(room.w + j) * of_w);
+            const vf w = load(room.w + j), of_mean = w == 0.0f ? vf{} : w * of_w;
+            const vf value = fma(load(room.first + j), splat(of_d), of_mean);
             store(room.total + j, load(room.total + j) + value);
         }
     }

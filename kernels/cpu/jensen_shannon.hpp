@@ -31,7 +31,7 @@ struct Side {
 inline float read_block(const Matrix& matrix, int64_t row, int64_t start, int64_t n, float* to,
                         bool& undefined) {
     return with_dtype(matrix.dtype, address(matrix, row, start),
-                      [&](auto logits) { return read_row(logits, n, 1.0f, to, undefined); });
+                      [&](auto logits) { return read_row(logits, n, to, undefined); });
 }
 
 // Calls visit(start, n) for the row's blocks.

@@ -140,6 +140,9 @@ struct Level {
     void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
 };
 
+// A temperature's inverse as a float32 that is not rounded to 0 or inf, by which -inf stays what it is.
+float inverse_of(double temperature);
+
 // The levels of this build that this processor can run, best first, ended by a null pointer.
 const Level* const* levels();
 

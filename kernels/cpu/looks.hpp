@@ -162,22 +162,26 @@ struct ExponentialSums {
 // together before they are subtracted, or the difference is rounded at the size of the pivot. That of
 // the larger logits is moved, and by an integer, which for all but unlikely tokens is exact.
 struct Pivot {
-    // Beyond it float32 has no integers, and no digits to lose.
-    static constexpr double kIntegers = 0x1p24;
-
     float of_p, of_q, rest;
+    bool lost;  // p - q - c is rounded by as much as d may be
 
     Pivot() = default;
     Pivot(double max_p, double pivot) {
         // Below it p - q is as good, and exact for logits alike.
         constexpr double kApart = 4.0;
-        const double size = __builtin_fabs(pivot);
-        const bool moves = size >= kApart && size < kIntegers;
+        // Beyond it float32 has no fractions. Of two sides that large, neither comes near 0.
+        constexpr double kIntegers = 0x1p24;
+        // Beyond it float64 knows a pivot to no more than 1e-4.
+        constexpr double kKnown = 0x1p40;
+        const double size = __builtin_fabs(pivot), max_q = max_p - pivot;
+        const bool p_moves = __builtin_fabs(max_p) > __builtin_fabs(max_q);
+        const double smaller = __builtin_fabs(p_moves ? max_q : max_p);
+        const bool moves = size >= kApart && size < kKnown && smaller < kIntegers;
         const float moved = moves ? float(__builtin_rint(pivot)) : 0.0f;
-        const bool p_moves = __builtin_fabs(max_p) > __builtin_fabs(max_p - pivot);
         of_p = p_moves ? moved : 0.0f;
         of_q = p_moves ? 0.0f : moved;
         rest = float(pivot - moved);
+        lost = size >= kIntegers && !moves;
     }
 
     double value() const { return double(of_p) + of_q + rest; }

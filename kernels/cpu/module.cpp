@@ -3,7 +3,6 @@
 #include <Python.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <chrono>
 #include <cstring>
 #include <exception>
@@ -180,11 +179,11 @@ PyObject* js(PyObject*, PyObject* args) {
     PyObject *circuit, *reference, *dq, *dp;
     Py_ssize_t n_rows, n_cols, result, grad;
     int n_threads;
-    double beta, inverse_temperature;
+    double beta, temperature;
     Matrix p, q;
     fastkl::JsGradients gradients;
     if (!PyArg_ParseTuple(args, "sOOddnnnnOOi", &level_name, &circuit, &reference, &beta,
-                          &inverse_temperature, &n_rows, &n_cols, &result, &grad, &dq, &dp,
+                          &temperature, &n_rows, &n_cols, &result, &grad, &dq, &dp,
                           &n_threads) ||
         !read_matrix(reference, &p) || !read_matrix(circuit, &q) ||
         !read_matrix(dp, &gradients.sides[0]) || !read_matrix(dq, &gradients.sides[1])) {
@@ -192,13 +191,11 @@ PyObject* js(PyObject*, PyObject* args) {
     }
     const Level* level = find_level(level_name);
     if (!level) return nullptr;
-    // A number of float32 that is not rounded to 0 or inf, by which -inf stays what it is.
-    inverse_temperature = std::min<double>(std::max<double>(inverse_temperature, FLT_MIN), FLT_MAX);
     fastkl::JsProblem problem{{p, q},
                               n_rows,
                               n_cols,
                               fastkl::Mixture(std::min(beta, 1 - beta)),
-                              float(inverse_temperature)};
+                              fastkl::inverse_of(temperature)};
     if (beta < 0.5) {
         std::swap(problem.sides[0], problem.sides[1]);
         std::swap(gradients.sides[0], gradients.sides[1]);
@@ -248,7 +245,7 @@ PyMethodDef methods[] = {
      "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; `states` that\n"
      "of what measure() wrote for logits divided by the temperature. The others are as for it, and an address of 0 in `dqs` or `dp` leaves that gradient out."},
     {"js", js, METH_VARARGS,
-     "js(level, circuit, reference, beta, inverse_temperature, n_rows, n_cols, js, grad, dq, dp, "
+     "js(level, circuit, reference, beta, temperature, n_rows, n_cols, js, grad, dq, dp, "
      "n_threads)\n--\n\n"
      "Write the Jensen-Shannon divergence of every row to `js`, the address of float32 (R,), or, where\n"
      "`grad` is not 0, the gradients of the sum of grad * JS to `dq` and `dp`.\n\n"

@@ -1,16 +1,15 @@
 // Rows, or pieces of them, as float32: how they are read, what their exponentials sum to, and how they are
 // written in their own dtype.
 
-// Pads a row with tokens that neither side has, as float32 divided by the temperature. Tells whether
-// there is a NaN or +inf, and the largest logit.
-template <class T>
-float read_row(const T* from, int64_t n, float inverse_temperature, float* to, bool& undefined) {
+// Pads a row with tokens that neither side has, as float32. Tells whether there is a NaN or +inf, and the
+// largest logit.
+template <class T> float read_row(const T* from, int64_t n, float* to, bool& undefined) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
     vi odd = {};
     const auto copy = [&](int64_t i, const T* group) {
         for (int u = 0; u < U; ++u) {
-            const vf x = load(group + u * W) * inverse_temperature;
+            const vf x = load(group + u * W);
             high = max(x, high);
             odd |= ~(x < inf);
             store(to + i + u * W, x);

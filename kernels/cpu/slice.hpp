@@ -68,9 +68,8 @@ template <class T> class CircuitBlock {
             guessed = block_->n >= 4 * kChunk && guess_from_first_chunk();
         }
         if (masked_) return Look::alone;
-        // What p - q is rounded by there is of the size of d.
-        const bool too_far = __builtin_fabs(guess_) >= Pivot::kIntegers;
-        if (!guessed || too_far || !(*note_ & kSmall)) return Look::exponentials;
+        if (!guessed || !(*note_ & kSmall) || Pivot(block_->max, guess_).lost)
+            return Look::exponentials;
         return *note_ & kOftenFar ? Look::far_divergence : Look::divergence;
     }
 
@@ -199,12 +198,15 @@ template <class T> class CircuitBlock {
     }
 
     // The divergence at a pivot that is exact but for its rounding to float32, which is taken out
-    // where it shows. Where p - q - c of a token without mass overflows, what is known already.
+    // where it shows. Where p - q - c is not to be had, or overflows for a token without mass, what is
+    // known already.
     double at_pivot(double pivot, double known) const {
+        known = known > 0 ? known : 0;
         DivergenceSums<true> sums(*block_, pivot);
+        if (sums.c.lost) return known;
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
-        if (!__builtin_isfinite(accurate)) return known > 0 ? known : 0;
+        if (!__builtin_isfinite(accurate)) return known;
         const double change = phi(pivot - sums.c.value());
         return change > accurate / 2 ? accurate : accurate - change;
     }

@@ -1,4 +1,4 @@
-// Row states in float64: how two merge, and how the last one becomes a divergence.
+// Row states in float64: how two merge, and how the last one becomes a divergence; and what scales rows.
 #include <cmath>
 #include <limits>
 
@@ -31,6 +31,11 @@ double coin_divergence(double b, double difference, double log_scaled) {
 }
 
 }  // namespace
+
+float inverse_of(double temperature) {
+    using limits = std::numeric_limits<float>;
+    return float(std::fmin(std::fmax(1 / temperature, limits::min()), limits::max()));
+}
 
 Shares shares(const Mass& first, const Mass& second) {
     // A sum that is NaN fails both comparisons, and comes through the total.
