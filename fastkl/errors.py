@@ -270,11 +270,11 @@ def _count(n: int, one: str, many: str | None = None) -> str:
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
-def not_in_this_folder(what: str) -> str:
+def not_in_this_folder(what: str, why: str) -> str:
     """Say that something that is built with the package is not where it is imported from."""
     return (
-        f"{what} not in {Path(__file__).parent} (Python run in a clone imports the clone, not what pip "
-        "installed elsewhere)"
+        f"{what} not in {Path(__file__).parent}: either {why}, or Python, run in a clone, imports the "
+        "clone and not what pip installed elsewhere"
     )
 
 

@@ -82,6 +82,17 @@ def test_one_token_far_off_and_the_rest_close(generator):
     assert (divergence >= 0).all()
 
 
+def test_a_row_that_is_nan_does_not_hide_one_that_is_apart(generator):
+    circuit, reference = pair(generator, 0.01, 2)
+    circuit = torch.round(circuit * 128) / 128 + 1000
+    alone = kl_rows([circuit[1:]], reference[1:], "eager")[0]
+    circuit[0] = torch.nan
+    together = kl_rows([circuit], reference, "eager")[0]
+    assert together[0].isnan()
+    assert together[1] == alone[0]
+    assert_matches(alone, oracle(circuit[1:], reference[1:]))
+
+
 @pytest.mark.parametrize("pivot", [3.0, 40.0, -1000.0, 3e4])
 def test_pivots(generator, pivot):
     """A circuit an offset away measures what it does without, but for its own rounding."""

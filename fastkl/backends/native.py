@@ -45,7 +45,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     extension = _extension()
     if extension is None:
         return errors.not_in_this_folder(
-            "the extension fastkl._native, built by a C++ compiler, is"
+            "the extension fastkl._native is", "it was not built, for want of a C++17 compiler"
         )
     if device is None:
         return _level_problem(extension)

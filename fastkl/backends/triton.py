@@ -58,7 +58,9 @@ def _not_installed() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install 'fastkl[triton]')"
     if importlib.util.find_spec("fastkl._triton") is None:
-        return errors.not_in_this_folder("the kernels fastkl._triton are")
+        return errors.not_in_this_folder(
+            "the kernels fastkl._triton are", "fastkl was not installed by pip"
+        )
     version = _version()
     # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
     if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
