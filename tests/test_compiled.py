@@ -322,14 +322,36 @@ def test_an_empty_slice_needs_no_second_look(generator):
     assert executed[0] == executed[1]
 
 
-@pytest.mark.parametrize("shift", [1000.0, -300.0])
-def test_sides_far_apart(generator, shift):
-    """Logits on a grid, so that every p - q is exact: what is lost is the kernel's own."""
-    circuits, reference = make(generator, 2, 5000, (0.0, 0.01, 0.1, 1.0))
-    reference = (reference * 1024).round() / 1024
-    circuits = [(c * 1024).round() / 1024 + shift for c in circuits]
-    divergence, _ = check(circuits, reference, arch=80)
-    assert (divergence >= 0).all()
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shift", [30.0, -100.0, 1000.0, -1e4])
+def test_sides_far_apart(generator, shift, temperature):
+    """Either side's logits, off any grid: what p - q and pivots are rounded by there would show."""
+    circuits, reference = make(generator, 2, 5000, (0.01, 0.1, 0.5, 2.0))
+    for moved, still in (
+        ([c + shift for c in circuits], reference),
+        (circuits, reference + shift),
+    ):
+        divergence, _ = emulate(moved, still, arch=80, approx_ulp=2, temperature=temperature)
+        assert_matches(
+            divergence,
+            torch.stack(
+                [oracle(c.double() / temperature, still.double() / temperature) for c in moved]
+            ),
+        )
+
+
+def test_sides_apart_are_summed_twice_only_where_it_matters(generator):
+    """Not where p - q is exact all the same, nor where the divergence bears what it is rounded by."""
+    executed = []
+    for shift, place, noise in ((0, 0, 0.3), (40, 0, 0.3), (40, -200, 0.3), (40, 0, 3.0)):
+        circuits, reference = make(generator, 4, 4000, (noise,), scale=1)
+        circuits = [c + (place + shift) for c in circuits]
+        _, session = check(circuits, reference + place, arch=80)
+        executed.append(sum(session.total("finish_kernel").threads.values()))
+    plain, apart, exact, large = executed
+    assert apart > 3 * plain
+    assert exact < 1.1 * plain
+    assert large < 1.1 * plain
 
 
 def test_offsets_beyond_31_bits(generator):

@@ -280,6 +280,21 @@ def test_temperature(generator, temperature):
         assert error(ours, exact) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("shift", "temperature"), [(30.0, 1.0), (1000.0, 1.0), (-1e4, 1.0), (-30.0, 0.7)]
+)
+def test_sides_far_apart(generator, shift, temperature):
+    """Either side's logits, off any grid, ordinary rows and some of which one token has 0.999."""
+    circuit, reference = make(generator, (0.05, 0.5), 3000, n_rows=2)
+    top = ((reference[::2] / temperature).logsumexp(-1) + 7) * temperature
+    reference[::2, 1234] = circuit[::2, 1234] = top
+    for moved, still in ((circuit + shift, reference), (circuit, reference + shift)):
+        *found, _ = one(moved, still, arch=80, temperature=temperature)
+        expected = oracle_gradients(moved.double() / temperature, still.double() / temperature)
+        for ours, exact in zip(found, expected, strict=True):
+            assert error(ours, exact / temperature) <= (BOUND if temperature == 1 else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_batch(generator, dtype):
     circuit, reference = make(generator, (0.01, 1.0), 2504, dtype)

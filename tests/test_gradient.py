@@ -79,13 +79,11 @@ def test_relative_error(gradients, one, generator, noise, scale, n_cols):
 
 @pytest.mark.parametrize("shift", [64.0, -1000.0])
 @pytest.mark.parametrize("side", [0, 1])
-def test_shifts_change_nothing(gradients, one, generator, side, shift):
-    """But in Triton for the rounding of p - q, of which the logits themselves have as much."""
+def test_shifts_change_nothing(one, generator, side, shift):
     rows = list(make(generator, 4, 5000, 0.1))
     rows[side] = rows[side] + shift
-    rounding = abs(shift) * 2**-23 / 0.1 if gradients is triton.gradients else 0.0
     for ours, exact in zip(one(*rows), oracle_gradients(*rows), strict=True):
-        assert error(ours, exact) <= BOUND + rounding
+        assert error(ours, exact) <= BOUND
 
 
 @pytest.mark.parametrize("huge", [1e8, -1e9])

@@ -40,12 +40,14 @@ def test_any_row(backend, pair):
     if expected.isnan().any():
         assert divergence.isnan().all()
         return
-    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite. Where the
-    # sides lie 1e4 apart, Triton's p - q are multiples of 1e-3, and off by up to half of one.
-    apart = (reference.double() - circuit.double())[reference.double().softmax(-1) > 0].abs().max()
-    rounding = apart.item() * 2**-24 if backend == "triton" and 1e3 < apart < 1e5 else 0.0
+    apart = (circuit.double().logsumexp(-1) - reference.double().logsumexp(-1)).abs()
+    if backend == "triton" and apart > 1e5:
+        # README, Limits.
+        assert not (divergence < 0).any()
+        return
+    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite.
     torch.testing.assert_close(
-        divergence.double(), expected.float().double(), rtol=RELATIVE, atol=ABSOLUTE + rounding
+        divergence.double(), expected.float().double(), rtol=RELATIVE, atol=ABSOLUTE
     )
     assert (divergence >= 0).all()
 
@@ -92,12 +94,7 @@ def test_sides_an_offset_apart(backend, generator, n_cols, shift):
     reference = torch.randn(n_rows, n_cols, generator=generator) * 5
     circuit = reference + 0.1 * torch.randn(n_rows, n_cols, generator=generator)
     for moved, still in ((circuit + shift, reference), (circuit, reference + shift)):
-        expected = oracle(moved, still)
-        divergence = kl_rows([moved], still, backend)[0].double()
-        # Triton's p - q are rounded at the offset, which moves the divergence by that times Σ |Q - P|,
-        # at most the root of 2 KL (Pinsker).
-        rounding = abs(shift) * 2**-24 * (2 * expected).sqrt() if backend == "triton" else 0.0
-        assert ((divergence - expected).abs() <= RELATIVE * expected + ABSOLUTE + rounding).all()
+        assert_matches(kl_rows([moved], still, backend)[0], oracle(moved, still))
 
 
 @pytest.mark.parametrize("huge", [1e8, -1e9, torch.finfo(torch.float32).min])

@@ -17,7 +17,9 @@ pivot of the whole row,
 the first good to 1e-7, absolute, the second to 1e-6 of itself: see `fastkl.state`.
 
 Bases are poor where a slice's first tokens say nothing of the others. Then a sum overflows or vanishes,
-or what changes its pivot is larger than what is left: `merge` says which slices are to be summed again.
+or what changes its pivot is larger than what is left; and where the sides lie far apart, p - q is
+rounded at that distance. `merge` says which slices are to be summed again. Then the sides are brought
+together first, the larger one moved by an integer, which is exact for all but unlikely tokens.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
@@ -62,6 +64,12 @@ MASS_ERROR = tl.constexpr(2.0**-22)
 # slices of many tokens add up to without any such weight, it is within the tolerance.
 EXPONENT_ERROR = tl.constexpr(2.0**-24)
 USUAL = tl.constexpr(8)
+# Sides less than this apart are subtracted as they are: exactly, where their logits are alike.
+APART = tl.constexpr(4.0)
+# Half an ulp of what they are apart.
+APART_ERROR = tl.constexpr(2.0**-24)
+# 1.5 · 2^23: added and subtracted, it leaves integers, of a number above 2^22 one of its size.
+TO_INTEGER = tl.constexpr(12582912.0)
 # A far token adds a part of at least 1 / FAR_WEIGHT of its larger weight to h.
 FAR_WEIGHT = tl.constexpr(11.0)
 # Above it gradients, of which weights are all, are not good enough.
@@ -111,22 +119,92 @@ def weights(logits, unit, base):
 
 
 @triton.jit
-def pivot_of(base_p, base_q):
-    """Return the pivot, and what rounding took from it."""
-    apart = base_p - base_q
-    pivot = apart * LN_2
-    # By parts of 12 bits, whose products are exact: a fused multiply-add is not one in the interpreter.
-    high = (apart.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    low = apart - high
-    return pivot, (high * LN_2_HIGH - pivot) + (high * LN_2_LOW + low * LN_2)
+def product_of(a, b):
+    """Return a · b, rounded: a bare product is not, where the compiler fuses what is done to it."""
+    return tl.fma(a, b, 0.0)
 
 
 @triton.jit
-def terms(p, weight, q, base_q, pivot, unit, inverse):
+def stretch_of(unit, inverse):
+    """Return what log2(e) / T is too large by to be log2(e) times what 1 / T is, as a part of it."""
+    return tl.fma(tl.full((), LOG2_E, tl.float32), inverse, -unit) / unit
+
+
+@triton.jit
+def pivot_of(base_p, base_q, stretch):
+    """Return the pivot, and what rounding took from it."""
+    apart = base_p - base_q
+    pivot = product_of(apart, LN_2)
+    # By parts of 12 bits, whose products are exact: a fused multiply-add is not one in the interpreter.
+    high = (apart.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    low = apart - high
+    lost = (high * LN_2_HIGH - pivot) + (high * LN_2_LOW + low * LN_2)
+    return pivot, lost + pivot * stretch
+
+
+@triton.jit
+def rounded_off(a, b):
+    """Return a - b less what float32 rounds it to."""
+    difference = a - b
+    taken = difference - a
+    return (a - (difference - taken)) - (b + taken)
+
+
+@triton.jit
+def exact_pivot(base_p, base_q, unit, inverse):
+    """Return the pivot, and what rounding took from it, of bases that are off the grid too."""
+    pivot, lost = pivot_of(base_p, base_q, stretch_of(unit, inverse))
+    return pivot, lost + rounded_off(base_p, base_q) * LN_2
+
+
+@triton.jit
+def move_of(pivot, inverse):
+    """Return the integer that brings two sides together, and what it leaves of their pivot."""
+    moved = (pivot / inverse + TO_INTEGER) - TO_INTEGER
+    moved = tl.where(tl.abs(pivot) < APART, 0.0, moved)
+    # Of a temperature's inverse the product is rounded: what that took is added again.
+    product = product_of(moved, inverse)
+    return moved, (pivot - product) - tl.fma(moved, inverse, -product)
+
+
+@triton.jit
+def sides(moved, base_p, base_q):
+    """Return what is taken from p and what is added to q: all of a move, to the side further from 0."""
+    of_p = tl.where(tl.abs(base_p) > tl.abs(base_q), moved, 0.0)
+    return of_p, moved - of_p
+
+
+@triton.jit
+def moved_differences(p, q, of_p, of_q, rest, inverse):
+    """Return d of tokens, their sides moved first."""
+    # A product that is rounded by itself would be off by as much as all of d where rows are confident.
+    return tl.fma((p - of_p) - (q + of_q), inverse, -rest)
+
+
+@triton.jit
+def exact_differences(p, q, base_p, base_q, unit, inverse):
+    """Return d of tokens at the pivot that two bases have, unrounded."""
+    pivot, lost = exact_pivot(base_p, base_q, unit, inverse)
+    moved, rest = move_of(pivot, inverse)
+    of_p, of_q = sides(moved, base_p, base_q)
+    return moved_differences(p, q, of_p, of_q, rest, inverse) - lost
+
+
+@triton.jit
+def apart_by(b_p, b_q):
+    """Return how far apart sides are where the difference of two logits is rounded; else 0.
+
+    It is exact where no logit is more than twice the other. Likely ones are about as large as the bases.
+    """
+    apart = tl.abs(b_p - b_q) * LN_2
+    exact_below = tl.minimum(tl.abs(b_p), tl.abs(b_q)) * (0.5 * LN_2)
+    return tl.where(apart > tl.maximum(exact_below, APART), apart, 0.0)
+
+
+@triton.jit
+def terms(d, weight, q, base_q, unit):
     """Return what tokens add to s and to h, and the circuit's weights."""
     circuit_weight = weights(q, unit, base_q)
-    # Subtracted first: a rounded product on one side only would make identical rows differ.
-    d = (p - q) * inverse - pivot
     d = tl.where(d > FAR_BELOW, d, FAR_BELOW)
     t = weight * d
     near = tl.abs(d) < NEAR
@@ -152,7 +230,7 @@ def scaled(value, scale, mass):
 
 
 @triton.jit
-def merge(state, KEEP: tl.constexpr):
+def merge(state, stretch, KEEP: tl.constexpr):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
     A slice's is (b_p, z_p, b_q, mass, s, h, size): `mass` is the circuit's, in the scale of the
@@ -175,11 +253,13 @@ def merge(state, KEEP: tl.constexpr):
     ratio = tl.where(sum_p == sum_q, 0.0, tl.log2(sum_p / sum_q))
 
     new_b_q = top_q - ratio
-    _, lost = pivot_of(top_p, new_b_q)
-    _, lost_before = pivot_of(b_p, b_q)
+    _, lost = pivot_of(top_p, new_b_q, stretch)
+    # A slice that was summed again has its pivot as it is, and not as float32 rounds it.
+    _, lost_before = pivot_of(b_p, b_q, stretch)
+    lost_before = tl.where(size > 0.0, lost_before, -rounded_off(b_p, b_q) * LN_2)
     # The parts of the pivots' difference, the exact ones first.
     moved_by = ((top_p - new_b_q) - (b_p - b_q)) * LN_2 + (lost_before - lost)
-    x = (ratio - (top_q - new_b_q)) * LN_2 + lost
+    x = (ratio - (top_q - new_b_q) + rounded_off(top_p, new_b_q)) * LN_2 + lost
 
     growth = phi(-moved_by)
     change = growth + moved_by
@@ -187,7 +267,8 @@ def merge(state, KEEP: tl.constexpr):
     crossed = s * change
     any_mass = z_p + tl.abs(mass)
     total_s = tl.sum(scaled(s - moved_by * z_p, scale_p, any_mass), axis=0)
-    total_h = tl.sum(scaled((h + h * change) + (moved - crossed), scale_p, any_mass), axis=0)
+    moved_h = (h + h * change) + (moved - crossed)
+    total_h = tl.sum(scaled(moved_h, scale_p, any_mass), axis=0)
     # Of far tokens alone: near ones' errors are a part of what they add.
     largest = tl.maximum(z_p, mass)
     above = bits_above(tl.minimum(largest, tl.abs(h) * FAR_WEIGHT), USUAL)
@@ -195,11 +276,18 @@ def merge(state, KEEP: tl.constexpr):
     doubt = scaled(error, scale_p, any_mass) / sum_p * PIVOT_ERROR
     mass_error = size * (MASS_ERROR + above * EXPONENT_ERROR)
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
+    # All d of a slice might be off alike: the plain sum by as much, and the accurate one by a part
+    # Σ w |1 - e^(-d)| of it, of which no more is known than that its square is below 4 z_p h.
+    rounding = tl.where(size > 0.0, apart_by(b_p, b_q), 0.0) * APART_ERROR
+    moved_size = 2.0 * tl.sqrt(z_p * tl.maximum(moved_h, 0.0))
+    doubt += scaled(rounding * moved_size, scale_p, z_p) / sum_p
+    plain_doubt += scaled(rounding * z_p, scale_p, z_p) / sum_p
     if KEEP:
         # Where one token has nearly all mass, a change of pivot leaves as little of s as the others have
-        # mass, and gradients. A slice that may hold it is summed at the row's pivot.
+        # mass, and gradients. A slice that may hold it is summed at the row's pivot, and p - q exactly.
         share = scaled(z_p, scale_p, z_p) / sum_p
-        doubt = tl.where((share > 0.5) & (tl.abs(moved_by) > 1e-6), 1.0, doubt)
+        off = (tl.abs(moved_by) > 1e-6) | (rounding > 0.0)
+        doubt = tl.where((share > 0.5) & off, 1.0, doubt)
         # So is one whose weights are rounded too much, if the row has any part of its mass there.
         high = (share > 0.01) & (largest > LARGEST)
         doubt = tl.where(high, 1.0, doubt)
@@ -220,7 +308,8 @@ def judge(row, x, doubt, plain_doubt, KEEP: tl.constexpr):
     """
     _, z_p, _, s, h = row
     plain = s / z_p - x
-    accurate = h / z_p
+    # Sides 1e4 apart leave so much of x that its square counts.
+    accurate = tl.maximum(h / z_p - phi(x), 0.0)
     room = accurate * RELATIVE if KEEP else tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
     plain_room = tl.minimum(plain * RELATIVE, 1e-6) if KEEP else plain * RELATIVE
     plain_room = tl.where(plain >= ACCURATE_BELOW, plain_room, -1.0)
@@ -242,14 +331,17 @@ def pivot_growth(z_p, s, h, divergence, x):
 
 
 @triton.jit
-def kept(state, row, divergence, x):
-    """Return what gradients need of a row: (b_p, z_p, b_q, c, s, h, x, e^x - 1, share).
+def kept(state, row, divergence, x, unit, inverse):
+    """Return what gradients need of a row: (b_p, z_p, b_q, rest, moved, s, e^x - 1, far, share).
 
-    z_p is NaN where the divergence is. No token has more of the reference's mass than `share`.
+    z_p is NaN where the divergence is. `far` is e^x - 1 for weights 2^(q u - b_q), which know nothing of
+    what rounding takes from the pivot. No token has more of the reference's mass than `share`.
     """
     b_p, z_p, b_q, s, h = row
-    pivot, _ = pivot_of(b_p, b_q)
+    pivot, lost = exact_pivot(b_p, b_q, unit, inverse)
+    moved, rest = move_of(pivot, inverse)
     most = tl.max(scaled(state[1], tl.exp2(state[0] - b_p), state[1]), axis=0)
     growth = pivot_growth(z_p, s, h, divergence, x)
+    far = growth - (1.0 + growth) * (lost - 0.5 * lost * lost)
     defined = tl.where(divergence == divergence, z_p, float("nan"))
-    return b_p, defined, b_q, pivot, s, h, x, growth, most / z_p
+    return b_p, defined, b_q, rest, moved, s, growth, far, most / z_p

@@ -8,7 +8,7 @@ numbers of its row, so that each logit is read once.
 import triton
 import triton.language as tl
 
-from .algebra import NEAR, phi_over_square, weights
+from .algebra import NEAR, moved_differences, phi_over_square, sides, weights
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
@@ -42,23 +42,34 @@ def nothing(scale):
 
 
 @triton.jit
-def circuit_gradient(p, weight, q, base_q, c, growth, scale, unit, inverse):
+def kept_of(field, stride):
+    """Return what `kept` in algebra.py says of a row, its move as what p loses and q gains."""
+    # From one to the next: an address of its own for each would be held, in registers, all the time.
+    numbers = ()
+    for _ in tl.static_range(9):
+        field += stride
+        numbers = numbers + (tl.load(field),)
+    base_p, z_p, base_q, rest, moved, s, growth, far, share = numbers
+    of_p, of_q = sides(moved, base_p, base_q)
+    return base_p, z_p, base_q, rest, of_p, of_q, s, growth, far, share
+
+
+@triton.jit
+def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
     """Return scale · (Q - P) z_p of tokens, as exactly where P and Q are close as where they are not."""
-    d = (p - q) * inverse - c
     # With the right pivot the weights e^(-d) are 1 + growth times as large.
     near = d * d * phi_over_square(d) - d
     near = weight * tl.fma(near, scale + scale * growth, scale * growth)
     # The same difference, of what can not overflow.
     other = weights(q, unit, base_q)
-    far = tl.fma(other, scale + scale * growth, -weight * scale)
+    far = tl.fma(other, scale + scale * growth_far, -weight * scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
     return tl.where(q == -float("inf"), nothing(scale), value)
 
 
 @triton.jit
-def reference_gradient(p, weight, q, c, mean, scale, inverse):
+def reference_gradient(p, weight, q, d, mean, scale):
     """Return scale · P (d - KL) z_p of tokens."""
-    d = (p - q) * inverse - c
     masked = (p == -float("inf")) | (q == -float("inf"))
     return tl.where(masked, nothing(scale), weight * (scale * (d - mean)))
 
@@ -98,21 +109,21 @@ def differentiate(
         if (grad != 0.0) & (wanted | REFERENCE):
             q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
             q = load_tokens(q_row + at, offsets, inside)
-            kept = rows_ptr + index
             # The weights are counted from the first circuit's base of the reference: if this circuit's
             # is another, its sums are moved there. The first one's is loaded again, since the compiler,
             # given it in a register, computes all weights again.
-            moved = tl.load(rows_ptr + field_stride + row) - tl.load(kept + field_stride)
-            z_p = tl.load(kept + 2 * field_stride) * tl.exp2(-moved)
-            base_q = tl.load(kept + 3 * field_stride) + moved
-            c = tl.load(kept + 4 * field_stride)
-            growth = tl.load(kept + 8 * field_stride)
-            scale = grad * inverse / z_p
-            value = circuit_gradient(p, weight, q, base_q, c, growth, scale, unit, inverse)
+            kept = kept_of(rows_ptr + index, field_stride)
+            base_p, z_p, base_q, rest, of_p, of_q, _, growth, growth_far, _ = kept
+            moved = tl.load(rows_ptr + field_stride + row) - base_p
+            base_q += moved
+            scale = grad * inverse / (z_p * tl.exp2(-moved))
+            d = moved_differences(p, q, of_p, of_q, rest, inverse)
+            value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit)
             if REFERENCE:
-                c = tl.load(top_ptr + index)
+                rest = tl.load(top_ptr + index)
                 mean = tl.load(top_ptr + field_stride + index)
-                total += reference_gradient(p, weight, q, c, mean, scale, inverse)
+                d = moved_differences(p, q, of_p, of_q, rest, inverse)
+                total += reference_gradient(p, weight, q, d, mean, scale)
         if wanted:
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
             tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
@@ -153,7 +164,7 @@ def gradient_kernel(
     The tokens before and after them, or all of them if not `aligned`, are taken one a lane, masked, by
     the programs that are left.
 
-    rows[field, circuit, row] as kept by finish_kernel, top[c or mean, circuit, row] by top_kernel.
+    rows[field, circuit, row] as kept by finish_kernel, top[rest or mean, circuit, row] by top_kernel.
 
     Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. One
     exponential a pair and one a token of the reference.
@@ -229,7 +240,7 @@ def top_kernel(
     TILE: tl.constexpr,
     COOL: tl.constexpr,
 ):
-    """Write the pivot and the mean of d that a row's dKL/dp is to be counted from.
+    """Write what is left of the pivot, and the mean of d, that a row's dKL/dp is to be counted from.
 
     Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. So d is counted
     from there: the token is found, and the row is summed with its d as the pivot.
@@ -242,16 +253,12 @@ def top_kernel(
     circuit = program // n_rows
     row = (program % n_rows).to(tl.int64)
     field_stride = n_circuits.to(tl.int64) * n_rows
-    kept = rows_ptr + program
-    base_p = tl.load(kept + field_stride)
-    z_p = tl.load(kept + 2 * field_stride)
-    c = tl.load(kept + 4 * field_stride)
-    mean = tl.load(kept + 5 * field_stride) / z_p
-
-    share = tl.load(kept + 9 * field_stride)
+    kept = kept_of(rows_ptr + program, field_stride)
+    base_p, z_p, _, rest, of_p, of_q, s, _, _, share = kept
+    mean = s / z_p
 
     # What a token must have of the mass to be counted from; false where there is no divergence.
-    if share * (1.0 + (tl.abs(c) + tl.abs(mean)) * CONFIDENT) >= 1.0:
+    if share * (1.0 + (tl.abs(rest) + tl.abs(mean)) * CONFIDENT) >= 1.0:
         p_row = p_ptr + row * p_row_stride
         q_row = row_address(table_ptr, circuit, row, p_ptr.dtype.element_ty)
         lane = tl.arange(0, TILE)
@@ -264,9 +271,10 @@ def top_kernel(
             best = tl.maximum(best, p)
         top = tl.max(best, axis=0)
         likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
-        d = (top - tl.load(q_row + likeliest).to(tl.float32)) * inverse
-        if tl.abs(d) < float("inf"):
-            c = d
+        beside = tl.load(q_row + likeliest).to(tl.float32)
+        own = moved_differences(top, beside, of_p, of_q, 0.0, inverse)
+        if tl.abs(own) < float("inf"):
+            rest = own
             total = tl.zeros((TILE,), tl.float32)
             for start in tl.range(0, n_cols, TILE):
                 token = start + lane
@@ -274,9 +282,10 @@ def top_kernel(
                 q = load_inside(q_row + token, token < n_cols)
                 weight = weights(p, unit, base_p)
                 # A token without mass counts nothing, whatever its d.
-                total += tl.where(p == -float("inf"), 0.0, weight * ((p - q) * inverse - c))
+                d = moved_differences(p, q, of_p, of_q, rest, inverse)
+                total += tl.where(p == -float("inf"), 0.0, weight * d)
             mean = tl.sum(total, axis=0) / z_p
-    tl.store(top_ptr + program, c)
+    tl.store(top_ptr + program, rest)
     tl.store(
         top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
     )

@@ -13,10 +13,12 @@ from .algebra import (
     LOG2_E,
     NEGLIGIBLE,
     estimate,
+    exact_differences,
     judge,
     kept,
     merge,
     pivot_of,
+    stretch_of,
     terms,
     to_grid,
     weights,
@@ -100,7 +102,7 @@ def absorb(
     inverse,
     PARTS: tl.constexpr,
     G: tl.constexpr,
-    MASS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
@@ -109,13 +111,17 @@ def absorb(
         new_sums = ()
         for i in tl.static_range(G):
             s, h, mass = sums[i]
-            pivot, _ = pivot_of(base_p, bases_q[i])
-            t, term, circuit_weight = terms(
-                ps[part], weight, qs[i][part], bases_q[i], pivot, unit, inverse
-            )
+            p, q = ps[part], qs[i][part]
+            if AGAIN:
+                d = exact_differences(p, q, base_p, bases_q[i], unit, inverse)
+            else:
+                # Subtracted first: a rounded product on one side only would make identical rows differ.
+                pivot, _ = pivot_of(base_p, bases_q[i], 0.0)
+                d = (p - q) * inverse - pivot
+            t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
             s += tl.sum(t, axis=1)
             h += tl.sum(term, axis=1)
-            if MASS:
+            if AGAIN:
                 mass += tl.sum(circuit_weight, axis=1)
             new_sums = new_sums + ((s, h, mass),)
         sums = new_sums
@@ -137,9 +143,11 @@ def sweep(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
-    MASS: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
-    """Return z_p and each circuit's (s, h, mass) over tokens [begin, end), the last only if MASS.
+    """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
+
+    A slice that is summed AGAIN has its sides brought together first; only then is there a mass.
 
     All pointers point to a multiple of 16 bytes if `aligned`. The body starts at the first token that
     lies on such a multiple: tiles of VEC tokens a lane, in 128-bit loads without a mask. What is left,
@@ -165,7 +173,7 @@ def sweep(
         qs = ()
         for i in tl.static_range(G):
             qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, MASS)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN)
 
     n_before = body_begin - begin
     n_rest = n_before + end - body_end
@@ -177,7 +185,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, MASS)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN)
 
     total = ()
     for i in tl.static_range(G):
@@ -383,13 +391,13 @@ def sum_again(
 
 
 @triton.jit
-def look_at(state, unseen, n_slices, KEEP: tl.constexpr):
+def look_at(state, unseen, stretch, n_slices, KEEP: tl.constexpr):
     """Merge slices; return the row, x, its divergence, whether that is finite, and settled.
 
     And which slices are to be summed again if it is not settled: those whose part in the doubt is large,
     and all that are `unseen`.
     """
-    merged, x, finite, doubt, plain_doubt = merge(state, KEEP)
+    merged, x, finite, doubt, plain_doubt = merge(state, stretch, KEEP)
     if unseen is not None:
         doubt = tl.where(unseen, float("inf"), doubt)
         plain_doubt = tl.where(unseen, float("inf"), plain_doubt)
@@ -404,7 +412,7 @@ def look_at(state, unseen, n_slices, KEEP: tl.constexpr):
 
 
 @triton.jit
-def first_look(state, some, n_slices, KEEP: tl.constexpr):
+def first_look(state, some, stretch, n_slices, KEEP: tl.constexpr):
     """Return slices as partial_kernel left them, and what `look_at` says of them.
 
     Where all of the first tokens are masked the base is 0. If there is next to no mass at that, of
@@ -417,7 +425,7 @@ def first_look(state, some, n_slices, KEEP: tl.constexpr):
     z_p = tl.where(unseen_p, 0.0, z_p)
     mass = tl.where(unseen_q, 0.0, mass)
     state = (b_p, z_p, b_q, mass, s, h, size)
-    return state, look_at(state, unseen_p | unseen_q, n_slices, KEEP)
+    return state, look_at(state, unseen_p | unseen_q, stretch, n_slices, KEEP)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -471,7 +479,8 @@ def finish_kernel(
     # All but the last one, where the tokens before the first slice's cut are all that it would have.
     some = inside & ((index == 0) | (index * slice_size < n_cols - (first - shift)))
     state = (b_p, z_p, b_q, z_p + (h - s), s, h, z_p + tl.abs(s) + tl.abs(h))
-    state, found = first_look(state, some, n_slices, KEEP)
+    stretch = stretch_of(unit, inverse)
+    state, found = first_look(state, some, stretch, n_slices, KEEP)
     merged, x, divergence, finite, settled, again = found
     defined = finite
     look = 0
@@ -505,7 +514,7 @@ def finish_kernel(
             VEC,
             SLICES,
         )
-        merged, x, divergence, finite, settled, _ = look_at(state, None, n_slices, KEEP)
+        merged, x, divergence, finite, settled, _ = look_at(state, None, stretch, n_slices, KEEP)
         # Summed at its maxima, a row that has a divergence has a finite one, or an infinite one.
         settled = settled | (at_maxima & (finite == 0))
         # Those that mattered were summed at the row's pivot; now all of them.
@@ -514,7 +523,7 @@ def finish_kernel(
     divergence = tl.where(finite, divergence, tl.where(defined, float("inf"), float("nan")))
     tl.store(kl_ptr + program, divergence)
     if KEEP:
-        fields = kept(state, merged, divergence, x)
+        fields = kept(state, merged, divergence, x, unit, inverse)
         row_stride = n_circuits.to(tl.int64) * n_rows
         for field in tl.static_range(9):
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
