@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl.rows import Rows, blocks, compute_dtype, differences, masked, pivot, read, row_sums
+from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, masked, read, row_sums
 
 # |d| from which Q - P is the difference: the larger is more than twice the smaller then.
 NEAR = 1.0
@@ -92,16 +92,24 @@ def gradients(
                 ref,
                 None if dq is None else dq[rows],
                 total,
+                temperature,
             )
         if dp is not None and total is not None:
             dp[rows] = total
     return dqs, dp
 
 
-def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor | None) -> None:
+def _block(
+    grad: Tensor,
+    cir: Rows,
+    ref: Rows,
+    dq: Tensor | None,
+    total: Tensor | None,
+    temperature: float,
+) -> None:
     """Set dq to a block of the circuit's gradient, and add to the reference's what it has of it."""
     dtype = ref.weights.dtype
-    d, c = differences(cir.logits, ref.logits, ref.m, pivot(cir, ref))
+    d, c = log_ratios(cir, ref, temperature)
     masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
 
     # A NaN in a sum fails the comparison: then the whole row is NaN.
@@ -127,7 +135,7 @@ def _block(grad: Tensor, cir: Rows, ref: Rows, dq: Tensor | None, total: Tensor 
         near = d.abs() < NEAR
         t = d.neg_().expm1_().mul_(ref.weights)
         # The same difference in the scale of e^(q - m_q), which can not overflow.
-        ratio = torch.exp((cir.m - ref.m) + c).to(dtype)
+        ratio = torch.exp((cir.m - ref.m) / temperature + c).to(dtype)
         far = cir.weights.mul_(ratio).sub_(ref.weights)
         t = torch.where(near, t, far, out=t)
         x = -torch.log1p(row_sums(t) / ref.z)

@@ -28,7 +28,7 @@ References
 import torch
 from torch import Tensor
 
-from fastkl.rows import Rows, blocks, compute_dtype, differences, pivot, read, row_sums
+from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, read, row_sums
 
 # |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
 _NEAR = 0.25
@@ -41,7 +41,7 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
     result = torch.empty(circuit.shape[:1], dtype=dtype, device=circuit.device)
     for rows in blocks(reference):
         ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
-        d = _log_ratio(cir, ref)
+        d = _log_ratio(cir, ref, temperature)
         p, q = _masses(ref), _masses(cir)
         size = d.abs()
         # The far form, of the side where the token is likelier.
@@ -88,7 +88,7 @@ def js_gradients(
     ]
     for rows in blocks(reference):
         ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
-        d = _log_ratio(cir, ref)
+        d = _log_ratio(cir, ref, temperature)
         scale = torch.where(ref.defined & cir.defined, grad[rows, None].double(), torch.nan)
         scale = scale / temperature
         for out, side, sign, weight in (
@@ -108,9 +108,9 @@ def js_gradients(
     return [side for side in sides if side is not None]
 
 
-def _log_ratio(cir: Rows, ref: Rows) -> Tensor:
+def _log_ratio(cir: Rows, ref: Rows, temperature: float) -> Tensor:
     """Return d = log P/Q; 0 where neither has the token."""
-    d, _ = differences(cir.logits, ref.logits, ref.m, pivot(cir, ref))
+    d, _ = log_ratios(cir, ref, temperature)
     return d.masked_fill_((ref.logits == -torch.inf) & (cir.logits == -torch.inf), 0.0)
 
 

@@ -135,14 +135,9 @@ def _(
 
 def _keep(ctx: Any, *tensors: Tensor) -> None:
     """Save the logits: a backward pass reads them again rather than keep more of their size."""
-    ctx.save_for_backward(*(None if t.is_inference() else t for t in tensors))
-    # A teacher's, made under inference mode: autograd does not save such, and no one can change them.
-    ctx.inference = [t if t.is_inference() else None for t in tensors]
-
-
-def _kept(ctx: Any) -> list[Tensor]:
-    kept = zip(ctx.saved_tensors, ctx.inference, strict=True)
-    return [saved if saved is not None else other for saved, other in kept]
+    # A teacher's, made under inference mode, are copied: of such, autograd would not see that they are
+    # changed meanwhile, and does not save them.
+    ctx.save_for_backward(*(t.clone() if t.is_inference() else t for t in tensors))
 
 
 def _save(
@@ -159,7 +154,7 @@ def _save(
 def _backward(
     ctx: Any, grad: Tensor, _: Tensor
 ) -> tuple[list[Tensor | None], Tensor | None, None, None, None]:
-    *circuits, reference, kept = _kept(ctx)
+    *circuits, reference, kept = ctx.saved_tensors
     wanted, reference_wanted, *_ = ctx.needs_input_grad
     found = iter(
         kl_div_backward(
@@ -281,7 +276,7 @@ def _js_save(
 def _js_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     wanted = ctx.needs_input_grad[:2]
     found = iter(
-        js_div_backward(grad, *_kept(ctx), ctx.beta, ctx.temperature, *wanted, ctx.backend)
+        js_div_backward(grad, *ctx.saved_tensors, ctx.beta, ctx.temperature, *wanted, ctx.backend)
     )
     dq, dp = (next(found) if want else None for want in wanted)
     return dq, dp, None, None, None

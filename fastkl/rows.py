@@ -19,10 +19,10 @@ _KNOWN = 2.0**40
 
 
 class Rows(NamedTuple):
-    """A block of one side's rows: logits (R, V) and the two parts of their log-sum-exps (R, 1)."""
+    """A block of one side's rows: logits (R, V), and m and z of log-sum-exps m / T + log z (R, 1)."""
 
     logits: Tensor
-    weights: Tensor  # e^(logits - m) (R, V)
+    weights: Tensor  # e^((logits - m) / T) (R, V)
     m: Tensor  # float64
     z: Tensor  # float64
 
@@ -48,9 +48,24 @@ def blocks(logits: Tensor) -> Iterator[slice]:
 
 
 def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """Return logits in the dtype that is computed in, divided by the temperature there."""
+    """Return logits (R, V) in the dtype that is computed in, divided by the temperature there.
+
+    Less their row's `tops` first, of which no divergence knows: what a division rounds is a part of the
+    quotient, which is small then for all tokens that count.
+    """
     logits = logits.to(dtype)
-    return logits if temperature == 1 else logits / temperature
+    return logits if temperature == 1 else torch.sub(logits, tops(logits)).div_(temperature)
+
+
+def tops(logits: Tensor) -> Tensor:
+    """Return each row's largest logit (R, 1), 0 where all are -inf."""
+    m = logits.amax(-1, keepdim=True)
+    return m.masked_fill(m == -torch.inf, 0.0)
+
+
+def taken(logits: Tensor, temperature: float) -> Tensor | float:
+    """Return what `cool` takes from rows, as part of their log-sum-exps (R, 1), in float64."""
+    return 0.0 if temperature == 1 else tops(logits).double() / temperature
 
 
 def measure_cooled(
@@ -75,18 +90,25 @@ def measure_cooled(
 
 
 def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
-    """Return a block of logits (R, V), divided by the temperature, with its exponentials."""
-    logits = cool(logits, dtype, temperature)
-    m = logits.amax(-1, keepdim=True)
+    """Return a block of logits (R, V) with their exponentials at a temperature."""
+    logits = logits.to(dtype)
     # Of a row of nothing but -inf, 0 is subtracted, so that its sum is 0.
-    weights = torch.sub(logits, m.masked_fill(m == -torch.inf, 0.0)).exp_()
-    return Rows(logits, weights, m.double(), row_sums(weights))
+    weights = torch.sub(logits, tops(logits))
+    if temperature != 1:
+        weights.div_(temperature)
+    weights.exp_()
+    return Rows(logits, weights, logits.amax(-1, keepdim=True).double(), row_sums(weights))
 
 
-def pivot(cir: Rows, ref: Rows) -> Tensor:
-    """Return lse_p - lse_q (R, 1) in float64, 0 where there is none."""
-    c = (ref.m - cir.m) + torch.log(ref.z / cir.z)
-    return torch.where(c.isfinite(), c, 0.0)
+def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return (p - q) / T - c (R, V), c about lse_p - lse_q (R, 1) in float64, 0 where there is none.
+
+    Logits are divided as differences: of a quotient on each side the rounding would be left.
+    """
+    c = (ref.m - cir.m) + temperature * torch.log(ref.z / cir.z)
+    c = torch.where(c.isfinite(), c, 0.0)
+    d, c = differences(cir.logits, ref.logits, ref.m, c)
+    return (d, c) if temperature == 1 else (d.div_(temperature), c / temperature)
 
 
 def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

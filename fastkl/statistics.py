@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkl.rows import blocks, compute_dtype, read, row_sums
+from fastkl.rows import Rows, blocks, compute_dtype, read, row_sums
 
 
 class KLStatistics(NamedTuple):
@@ -49,8 +49,8 @@ def statistics(
     agreement = torch.empty((len(circuits), n_rows), dtype=torch.bool, device=reference.device)
     for rows in blocks(reference):
         ref = read(reference[rows], dtype, temperature)
-        lse_p[rows] = (ref.m + torch.log(ref.z))[:, 0].to(dtype)
-        below = torch.sub(ref.logits, ref.m.to(dtype))
+        lse_p[rows] = _logsumexp(ref, temperature).to(dtype)
+        below = torch.sub(ref.logits, ref.m.to(dtype)).div_(temperature)
         # A token without mass adds nothing: not 0 · inf.
         below.masked_fill_(ref.weights == 0, 0.0)
         surprise = torch.log(ref.z) - row_sums(below.mul_(ref.weights)) / ref.z
@@ -58,8 +58,13 @@ def statistics(
         top = ref.logits.argmax(-1)
         for k, circuit in enumerate(circuits):
             cir = read(circuit[rows], dtype, temperature)
-            lse_q[k, rows] = (cir.m + torch.log(cir.z))[:, 0].to(dtype)
+            lse_q[k, rows] = _logsumexp(cir, temperature).to(dtype)
             defined = (ref.defined & cir.defined)[:, 0]
             agreement[k, rows] = (cir.logits.argmax(-1) == top) & defined
     lse_p, entropy = lse_p.expand(lse_q.shape), entropy.expand(lse_q.shape)
     return KLStatistics(lse_p, lse_q, entropy, entropy + divergence.detach(), agreement)
+
+
+def _logsumexp(rows: Rows, temperature: float) -> Tensor:
+    """Return log Σ e^(logits / T) of rows (R,), in float64."""
+    return (rows.m / temperature + torch.log(rows.z))[:, 0]

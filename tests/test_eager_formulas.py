@@ -50,7 +50,7 @@ def test_series(number):
         x**n / torch.exp(torch.lgamma(torch.tensor(n + 3.0, dtype=torch.float64)))
         for n in range(20)
     )
-    assert ((series / exact - 1).abs().max()) < (1.1e-6, 9e-7, 1.2e-7)[number]
+    assert ((series / exact - 1).abs().max()) < (8e-9, 4e-8, 1e-7)[number]
 
 
 def test_each_rows_bits_are_its_own(generator):
@@ -68,6 +68,28 @@ def test_each_rows_bits_are_its_own(generator):
     )
     torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
     assert_matches(together, oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("n_cols", [2, 3, 9, 67, 127])
+@pytest.mark.parametrize("reach", [0.03, 0.3, 0.9, 2.0, 30.0])
+def test_bits_do_not_depend_on_the_place_in_a_block(generator, n_cols, reach):
+    """PyTorch gives the last numbers of a thread's share to another loop than the others."""
+    reference = torch.randn(n_cols, generator=generator)
+    circuit = reference + (torch.rand(n_cols, generator=generator) * 2 - 1) * reach
+    circuit[0] = reference[0] + reach
+    rows = [t.repeat(2500, 1) for t in (circuit, reference)]
+    assert len(set(kl_rows(rows[:1], rows[1], "eager")[0].tolist())) == 1
+
+
+@pytest.mark.parametrize("n_cols", [2, 10, 33, 100, 1000])
+@pytest.mark.parametrize("height", [0.0, 2.0, 5.0])
+def test_only_the_likeliest_token_moved(n_cols, height):
+    """The pivot is a bad one then: the divergence is a small difference of the sums."""
+    reference = torch.zeros(1201, n_cols)
+    reference[:, 0] = height + 1e-3
+    circuit = reference.clone()
+    circuit[:, 0] += torch.linspace(-1.2, 1.2, 1201)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
 def test_one_token_far_off_and_the_rest_close(generator):

@@ -204,11 +204,8 @@ def test_gradient(implementation, generator, noise, beta, temperature):
     definition(*(t / temperature for t in wide), beta).backward(grad.double())
     for ours, exact in zip(leaves, wide, strict=True):
         error = (ours.grad - exact.grad).norm(dim=-1)
-        # PyTorch rounds quotients, by 1e-7 of logits of some 5, which differ from the noise.
-        rounded = implementation == "eager" and temperature != 1
-        bound = 1e-5 + (5e-7 / noise if rounded else 0)
-        # So do logits that are 150 apart: the rounding of that changes what one token weighs.
-        bound = 1e-4 if noise == 40 else bound
+        # Where logits are 150 apart the rounding of that changes what one token weighs.
+        bound = 1e-4 if noise == 40 else 1e-5
         assert (error <= bound * exact.grad.norm(dim=-1)).all()
         assert (ours.grad[1] == 0).all()
 

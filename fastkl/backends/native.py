@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkl import errors
-from fastkl.rows import measure_cooled
+from fastkl.rows import measure_cooled, taken
 from fastkl.state import RowState
 
 NAME = "native"
@@ -210,7 +210,11 @@ def _states(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 def _cooled_states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return _states(circuits, reference)
-    return measure_cooled(_states, circuits, reference, temperature)
+    states = measure_cooled(_states, circuits, reference, temperature)
+    for state, circuit in zip(states, circuits, strict=True):
+        state[:, 0:1] += taken(reference, temperature)
+        state[:, 2:3] += taken(circuit, temperature)
+    return states
 
 
 def _js(
