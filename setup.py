@@ -22,8 +22,13 @@ LEVEL_FLAGS = {
         "-Wno-maybe-uninitialized",
     ],
 }
-# No contraction: which products are fused with which sums is written in the source.
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+FLAGS = [
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"),
+    # No contraction: which products are fused with which sums is written in the source.
+    "-ffp-contract=off",
+    # Python's own flags ask for debug information, of six times the code's size.
+    "-g0",
+]
 
 
 class BuildNative(build_ext):

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -79,8 +80,9 @@ class Patch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self in _active:
-            _undo(_active.index(self))
+        with _lock:
+            if self in _active:
+                _undo(_active.index(self))
 
     def __repr__(self) -> str:
         state = "active" if self in _active else "undone"
@@ -91,6 +93,8 @@ class Patch:
 
 # Oldest first. Each patch has saved what the one before it put in place.
 _active: list[Patch] = []
+# Held while attributes are swapped, by whichever thread.
+_lock = threading.RLock()
 
 
 def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
@@ -138,7 +142,8 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     -----
     Patches nest. A later one (``backend="eager"``, say) holds until it is left, and leaving it
     restores the earlier one; leaving the earlier one first undoes both. Calling ``patch()`` again
-    and again is harmless: one ``unpatch()`` undoes them all.
+    and again is harmless: one ``unpatch()`` undoes them all. Threads may patch at the same time, and
+    what holds then is whichever patch came last.
 
     Only modules of auto_circuit are touched: a name that another module has imported, such as
     ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div`` before the patch,
@@ -167,16 +172,17 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     """
     # Refused here, not by the first measurement, which may be hours of circuit search away.
     requested(backend)
-    sites = _find_sites()
-    replacements = _replacements(backend, progress)
-    patched = Patch(sites, replacements, backend)
-    # Known as active before the first write, so that an interrupt in between can be undone.
-    _active.append(patched)
-    for site in sites:
-        replacement = replacements[site.function]
-        if isinstance(site.before, functools.partial):
-            site.write(functools.partial(replacement, *site.before.args, **site.before.keywords))
-        else:
+    with _lock:
+        sites = _find_sites()
+        replacements = _replacements(backend, progress)
+        patched = Patch(sites, replacements, backend)
+        # Known as active before the first write, so that an interrupt in between can be undone.
+        _active.append(patched)
+        for site in sites:
+            replacement = replacements[site.function]
+            if isinstance(site.before, functools.partial):
+                before = site.before
+                replacement = functools.partial(replacement, *before.args, **before.keywords)
             site.write(replacement)
     return patched
 
@@ -195,7 +201,8 @@ def unpatch() -> tuple[str, ...]:
     >>> fastkl.auto_circuit.unpatch()
     ()
     """
-    return _undo(0)
+    with _lock:
+        return _undo(0)
 
 
 def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:

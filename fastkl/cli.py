@@ -88,9 +88,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seed(text: str) -> int:
     """Read a seed that torch.Generator.manual_seed takes."""
-    seed = int(text)
+    try:
+        seed = int(text)
+    except ValueError:
+        seed = -1
     if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^63 - 1, got {seed}")
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text}")
     return seed
 
 

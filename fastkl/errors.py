@@ -36,7 +36,11 @@ def check_temperature(temperature: object) -> None:
     """Refuse what logits can not be divided by."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 < float(temperature) < math.inf:
+    try:
+        finite = 0 < float(temperature) < math.inf
+    except OverflowError:
+        finite = False
+    if not finite:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 

@@ -178,10 +178,10 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 kl_div_backward.register_autograd(_refuse)
 
 
-def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return rows (R, V) of a batch as (batch * R, V)."""
+def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, int]:
+    """Return rows (R, V) of a batch as (batch * R, V), and R."""
     batch = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return batch.reshape(-1, t.shape[-1]).contiguous()
+    return batch.flatten(0, 1).contiguous(), batch.shape[1]
 
 
 @kl_div.register_vmap
@@ -196,10 +196,10 @@ def _(
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     errors.check_transforms((*circuits, reference))
     dims, reference_dim, *_ = in_dims
-    rows = [_fold(t, dim, info.batch_size) for t, dim in zip(circuits, dims, strict=True)]
-    folded = _fold(reference, reference_dim, info.batch_size)
+    rows = [_fold(t, dim, info.batch_size)[0] for t, dim in zip(circuits, dims, strict=True)]
+    folded, n_rows = _fold(reference, reference_dim, info.batch_size)
     divergence, kept = kl_div(rows, folded, temperature, backend, keep)
-    shape = (len(rows), info.batch_size, folded.shape[0] // info.batch_size)
+    shape = (len(rows), info.batch_size, n_rows)
     return (divergence.reshape(shape), kept.reshape(kept.shape[0], *shape)), (1, 2)
 
 
@@ -298,5 +298,5 @@ def _(
 ) -> tuple[Tensor, int]:
     errors.check_transforms((circuit, reference))
     sides = zip((circuit, reference), in_dims[:2], strict=True)
-    rows = [_fold(t, dim, info.batch_size) for t, dim in sides]
-    return js_div(*rows, beta, temperature, backend).reshape(info.batch_size, -1), 0
+    (cir, n_rows), (ref, _) = (_fold(t, dim, info.batch_size) for t, dim in sides)
+    return js_div(cir, ref, beta, temperature, backend).reshape(info.batch_size, n_rows), 0

@@ -1,12 +1,15 @@
 """From logits (..., V) to rows (R, V), and from a number a row to what was asked for."""
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def as_rows(logits: Tensor) -> Tensor:
     """View logits (..., V) as (R, V) with a contiguous last dimension; copy only if there is no view."""
-    rows = logits.reshape(-1, logits.shape[-1])
+    *leading, n_cols = logits.shape
+    rows = logits.reshape(math.prod(leading), n_cols)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
@@ -19,7 +22,8 @@ def reduce(
 ) -> Tensor:
     """Reduce (K, R) over rows, in float64, or give the rows their leading dimensions back.
 
-    A row that is masked or has weight 0 counts 0, NaN and infinite ones too. "mean" divides by the rows
+    A row that is masked or has weight 0 counts 0, NaN and infinite ones too, and whatever the weight of
+    a masked one. "mean" divides by the rows
     that count, or by their weights; "batchmean" by the size of the first dimension.
     """
     dtype = rows.dtype
@@ -28,16 +32,16 @@ def reduce(
     if weights is not None:
         weights = weights.reshape(-1)
         counts = weights != 0 if mask is None else mask.reshape(-1) & (weights != 0)
-        # Replaced before it is weighted, so that the weight's gradient is not 0 · NaN.
+        # Both are replaced before they are multiplied, so that neither's gradient is 0 · NaN.
+        weights = torch.where(counts, weights, 0.0)
         rows = torch.where(counts, rows, 0.0).double() * weights
-        count = torch.where(counts, weights, 0.0).sum(dtype=torch.float64)
+        count = weights.sum(dtype=torch.float64)
     elif mask is not None:
         counts = mask.reshape(-1)
         rows = torch.where(counts, rows, 0.0)
         count = counts.sum(dtype=torch.float64)
     if reduction == "none":
-        rows = rows.to(dtype)
-        return rows.reshape(-1, *leading) if rows.numel() else rows.reshape(rows.shape[0], *leading)
+        return rows.to(dtype).reshape(rows.shape[0], *leading)
     total = rows.sum(dim=1, dtype=torch.float64)
     if reduction == "mean":
         total = total / count

@@ -54,7 +54,12 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     quotient, which is small then for all tokens that count.
     """
     logits = logits.to(dtype)
-    return logits if temperature == 1 else torch.sub(logits, tops(logits)).div_(temperature)
+    return logits if temperature == 1 else _divide(torch.sub(logits, tops(logits)), temperature)
+
+
+def _divide(x: Tensor, temperature: float) -> Tensor:
+    """Divide x in place by a temperature, if need be by the least that its dtype does not take for 0."""
+    return x.div_(max(temperature, torch.finfo(x.dtype).tiny))
 
 
 def tops(logits: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
     # Of a row of nothing but -inf, 0 is subtracted, so that its sum is 0.
     weights = torch.sub(logits, tops(logits))
     if temperature != 1:
-        weights.div_(temperature)
+        _divide(weights, temperature)
     weights.exp_()
     return Rows(logits, weights, logits.amax(-1, keepdim=True).double(), row_sums(weights))
 
@@ -108,7 +113,7 @@ def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor
     c = (ref.m - cir.m) + temperature * torch.log(ref.z / cir.z)
     c = torch.where(c.isfinite(), c, 0.0)
     d, c = differences(cir.logits, ref.logits, ref.m, c)
-    return (d, c) if temperature == 1 else (d.div_(temperature), c / temperature)
+    return (d, c) if temperature == 1 else (_divide(d, temperature), c / temperature)
 
 
 def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

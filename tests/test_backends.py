@@ -60,10 +60,19 @@ def test_the_environment_reaches_the_call(monkeypatch):
 
 def test_an_extension_that_was_not_built_says_where(monkeypatch):
     """A clone's folder hides the package that pip installed, extension and all."""
-    monkeypatch.setattr(native, "_extension", lambda: None)
+    monkeypatch.setattr(native, "_extension", ModuleNotFoundError)
     folder = Path(fastkl.__file__).parent
     text = f"fastkl._native is not in {folder}: .* a C..17 compiler, or .* a clone, imports"
     with pytest.raises(RuntimeError, match=text):
+        fastkl.kl_div(ROWS, ROWS, backend="native")
+
+
+def test_an_extension_that_can_not_be_loaded_says_why(monkeypatch):
+    error = ImportError("libstdc++.so.6: version `GLIBCXX_3.4.32' not found")
+    monkeypatch.setattr(native, "_extension", lambda: error)
+    with pytest.raises(
+        RuntimeError, match=r"can not be loaded: libstdc.*GLIBCXX_3.4.32' not found"
+    ):
         fastkl.kl_div(ROWS, ROWS, backend="native")
 
 

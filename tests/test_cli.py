@@ -41,8 +41,14 @@ def test_version(capsys):
     [
         ([], "the following arguments are required: command"),
         (["sing"], "invalid choice: 'sing'"),
-        (["demo", "--seed", "one"], "argument --seed: invalid"),
-        (["demo", "--seed", "-1"], "argument --seed: must be from 0 to 2^63 - 1, got -1"),
+        (
+            ["demo", "--seed", "one"],
+            "argument --seed: must be an integer from 0 to 2^63 - 1, got one",
+        ),
+        (
+            ["demo", "--seed", "-1"],
+            "argument --seed: must be an integer from 0 to 2^63 - 1, got -1",
+        ),
     ],
 )
 def test_bad_usage_exits_with_2(arguments, complaint, capsys, no_training):

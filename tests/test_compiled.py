@@ -326,7 +326,7 @@ def test_an_empty_slice_needs_no_second_look(generator):
 @pytest.mark.parametrize("shift", [30.0, -100.0, 1000.0, -1e4])
 def test_sides_far_apart(generator, shift, temperature):
     """Either side's logits, off any grid: what p - q and pivots are rounded by there would show."""
-    circuits, reference = make(generator, 2, 5000, (0.01, 0.1, 0.5, 2.0))
+    circuits, reference = make(generator, 2, 5000, (2e-4, 0.01, 0.1, 0.5, 2.0))
     for moved, still in (
         ([c + shift for c in circuits], reference),
         (circuits, reference + shift),

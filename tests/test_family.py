@@ -72,6 +72,14 @@ def test_temperature_of_logits_far_from_zero(generator, backend, offset, tempera
     assert_matches(found, oracle(circuit.double() / temperature, reference.double() / temperature))
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-300, 1e300])
+def test_temperatures_beyond_float32(generator, implementation, temperature):
+    circuit, reference = make(generator, 3, 50, 0.1)
+    options = {"temperature": temperature, "reduction": "none", "backend": implementation}
+    assert (fastkl.kl_div(reference.clone(), reference, **options) == 0).all()
+    assert not fastkl.kl_div(circuit, reference, **options).isnan().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_temperature_of_other_dtypes(generator, dtype):
     circuit, reference = make(generator, 9, 40000, 0.3, dtype)
@@ -130,6 +138,8 @@ def test_row_weights(generator):
     each = torch.where(weights > 0, exact * weights, 0.0)
     assert_matches(fastkl.kl_div(circuit, reference, weights=weights), each.sum() / 6.5)
     assert_matches(fastkl.kl_div(circuit, reference, weights=weights, reduction="none"), each)
+    # As 1 over a length of 0 is.
+    weights[3] = torch.inf
     both = fastkl.kl_div_many([circuit, circuit], reference, weights=weights, mask=mask)
     assert_matches(both, (each[mask].sum() / 5.5).expand(2))
     weights.requires_grad_()
@@ -280,6 +290,7 @@ BAD = (
     ({"direction": "back"}, ValueError, "direction must be one of"),
     ({"temperature": 0}, ValueError, "positive and finite, got 0"),
     ({"temperature": NAN}, ValueError, "positive and finite, got nan"),
+    ({"temperature": 10**400}, ValueError, "positive and finite, got 1000"),
     ({"temperature": "2"}, TypeError, "temperature must be a number, got str"),
     ({"mask": torch.ones(4)}, TypeError, "mask must be boolean.*float32"),
     ({"mask": [True]}, TypeError, "mask must be a torch.Tensor, got list"),

@@ -60,6 +60,19 @@ def test_identical_rows_measure_exactly_zero(backend, pair):
         assert kl_rows([reference.clone()], reference, backend)[0].tolist() == [0.0]
 
 
+@pytest.mark.parametrize("n_circuits", [1, 3, 9])
+@pytest.mark.parametrize("scale", [30, 100, 1000])
+def test_identical_rows_of_any_size_measure_exactly_zero(
+    generator, implementation, scale, n_circuits
+):
+    """The first tokens so far below the others that their weights are next to nothing, too."""
+    reference = torch.randn(12, 9001, generator=generator) * scale
+    reference[0] = torch.linspace(0, 1, 9001)
+    reference[0, :512] = torch.linspace(-89, -86, 512)
+    divergence = kl_rows([reference.clone() for _ in range(n_circuits)], reference, implementation)
+    assert (divergence == 0).all()
+
+
 def make(generator, noise, n_rows=2, n_cols=1531):
     reference = torch.randn(n_rows, n_cols, generator=generator) * 2
     return reference + noise * torch.randn(n_rows, n_cols, generator=generator), reference

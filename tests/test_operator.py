@@ -193,6 +193,22 @@ def test_a_teachers_buffer_that_is_used_again(pair, function):
     assert torch.equal(circuit.grad, expected.grad)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("temperature", [1, 2.0])
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+def test_gradients_of_no_rows(backend, temperature, leading):
+    if reason := fastkl.available_backends()[backend]:
+        pytest.skip(reason)
+    options = {"temperature": temperature, "backend": backend}
+    for reduction in ("none", "sum", "mean"):
+        leaves = [torch.zeros(*leading, 10, requires_grad=True) for _ in range(2)]
+        fastkl.kl_div(*leaves, reduction=reduction, **options).sum().backward()
+        assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
+    reference = torch.randn(3, 10, requires_grad=True)
+    fastkl.kl_div_many([], reference, reduction="sum", **options).sum().backward()
+    assert reference.grad is None or (reference.grad == 0).all()
+
+
 def test_inputs_are_left_alone(pair):
     inputs = [t.clone().requires_grad_() for t in pair]
     fastkl.kl_div(*inputs).backward()
@@ -333,6 +349,14 @@ def test_vmap(pair, in_dims):
     whole = [t.transpose(0, 1) if in_dims == (1, 1) else t for t in whole]
     expected = oracle(*whole).mean(-1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+@pytest.mark.parametrize("shape", [(0, 3, 9), (2, 0, 9)])
+def test_vmap_of_nothing(function, shape):
+    empty = torch.empty(shape)
+    reduced = torch.vmap(lambda c, r: function(c, r, reduction="none"))(empty, empty)
+    assert reduced.shape == shape[:2]
 
 
 def test_gradients_through_vmap(pair):

@@ -87,8 +87,22 @@ def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {"pyproject.toml", "setup.py", "kernels/triton/kernels.py", "LICENSE"} <= names
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels/cpu").rglob("*.[ch]pp")}
-    assert sources <= names
+    assert {"CHANGELOG.md", "README.md", "bench/results/cpu.json"} <= names
+    for folder in ("kernels/cpu", "tests", "bench"):
+        sources = {
+            str(path.relative_to(ROOT))
+            for pattern in ("*.py", "*.[ch]pp")
+            for path in (ROOT / folder).rglob(pattern)
+        }
+        assert sources
+        assert sources <= names
+
+
+def test_tests_of_an_unpacked_sdist_are_collected(built, tmp_path):
+    with tarfile.open(built[0]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    run(sys.executable, "-m", "pytest", "--collect-only", "-q", cwd=folder, env=environment(folder))
 
 
 def test_wheel_runs_beside_a_package_called_kernels(built, tmp_path):

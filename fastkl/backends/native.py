@@ -27,11 +27,19 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @functools.cache
-def _extension() -> ModuleType | None:
+def _extension() -> ModuleType | ImportError:
+    """Return the extension, or why it can not be loaded."""
     try:
         return importlib.import_module("fastkl._native")
-    except ImportError:
-        return None
+    except ImportError as error:
+        return error.with_traceback(None)
+
+
+def _loaded() -> ModuleType:
+    extension = _extension()
+    if isinstance(extension, ImportError):
+        raise RuntimeError(missing())
+    return extension
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -43,10 +51,12 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
         Logits on the CPU are to be measured, and FASTKL_NATIVE_ISA names no level of this machine.
     """
     extension = _extension()
-    if extension is None:
+    if isinstance(extension, ModuleNotFoundError):
         return errors.not_in_this_folder(
             "the extension fastkl._native is", "it was not built, for want of a C++17 compiler"
         )
+    if isinstance(extension, ImportError):
+        return f"the extension fastkl._native can not be loaded: {extension}"
     if device is None:
         return _level_problem(extension)
     if device.type != "cpu":
@@ -134,13 +144,7 @@ def gradients(
     Each logit is read once. Beside the gradients, every thread takes 8 bytes a token, and 16 if the
     reference's gradient is wanted.
     """
-    if kept is None:
-        states = _cooled_states(circuits, reference, temperature)
-    else:
-        states = kept.movedim(0, -1).contiguous().view(torch.float64)
-    extension = _extension()
-    if extension is None:
-        raise RuntimeError(missing())
+    extension = _loaded()
     n_rows, n_cols = reference.shape
     dqs = [
         torch.empty(circuit.shape, dtype=circuit.dtype, device="cpu") if want else None
@@ -149,6 +153,12 @@ def gradients(
     dp = None
     if reference_wanted:
         dp = torch.empty(reference.shape, dtype=reference.dtype, device="cpu")
+    if not circuits or not n_rows:
+        return dqs, None if dp is None else dp.zero_()
+    if kept is None:
+        states = _cooled_states(circuits, reference, temperature)
+    else:
+        states = kept.movedim(0, -1).contiguous().view(torch.float64)
     scaled = (grad.double() / temperature).contiguous()
     extension.gradients(
         _level(extension),
@@ -228,9 +238,7 @@ def _js(
     dq: Tensor | None = None,
     dp: Tensor | None = None,
 ) -> None:
-    extension = _extension()
-    if extension is None:
-        raise RuntimeError(missing())
+    extension = _loaded()
     extension.js(
         _level(extension),
         _matrix(circuit),
@@ -252,9 +260,7 @@ def _measure(
     kl: Tensor | None = None,
     states: Tensor | None = None,
 ) -> None:
-    extension = _extension()
-    if extension is None:
-        raise RuntimeError(missing())
+    extension = _loaded()
     n_rows, n_cols = reference.shape
     extension.measure(
         _level(extension),

@@ -167,6 +167,9 @@ template <class T> class CircuitBlock {
         ExponentialSums of_chunk(chunk, base());
         look<false, 1>(chunk, &circuit_, &of_chunk);
         const Exponentials sums = of_chunk.value();
+        // So far below the others that the two sides' exponentials, which are 0 from different logits
+        // on, may differ for identical rows.
+        if (!(block_->first >= kLeastSum)) return false;
         const double x = ::log(block_->first / sums.y);
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
         const double plain = sums.s / block_->first - x;

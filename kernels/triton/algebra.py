@@ -277,9 +277,10 @@ def merge(state, stretch, KEEP: tl.constexpr):
     mass_error = size * (MASS_ERROR + above * EXPONENT_ERROR)
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
     # All d of a slice might be off alike: the plain sum by as much, and the accurate one by a part
-    # Σ w |1 - e^(-d)| of it, of which no more is known than that its square is below 4 z_p h.
+    # Σ w |1 - e^(-d)| of it, of which no more is known than that its square is below 4 z_p h; and h
+    # may be that of d rounded to 0.
     rounding = tl.where(size > 0.0, apart_by(b_p, b_q), 0.0) * APART_ERROR
-    moved_size = 2.0 * tl.sqrt(z_p * tl.maximum(moved_h, 0.0))
+    moved_size = 2.0 * tl.sqrt(z_p * (tl.maximum(moved_h, 0.0) + z_p * rounding * rounding))
     doubt += scaled(rounding * moved_size, scale_p, z_p) / sum_p
     plain_doubt += scaled(rounding * z_p, scale_p, z_p) / sum_p
     if KEEP:

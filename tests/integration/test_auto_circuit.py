@@ -1,7 +1,9 @@
 """The real auto_circuit: what patch() swaps, and what the swapped function measures."""
 
+import contextlib
 import itertools
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -324,6 +326,27 @@ def test_a_with_block_restores_on_an_exception_and_lets_it_through(ac):
     before = held(ac)
     with pytest.raises(KeyboardInterrupt), fastkl.auto_circuit.patch():
         raise KeyboardInterrupt
+    assert same_objects(held(ac), before)
+
+
+def test_threads_that_patch_at_the_same_time(ac):
+    before = held(ac)
+    failed = []
+
+    def again_and_again():
+        try:
+            for _ in range(50):
+                with fastkl.auto_circuit.patch(), contextlib.suppress(RuntimeError):
+                    pass
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=again_and_again) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
     assert same_objects(held(ac), before)
 
 
