@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ class Instruction:
 
     opcode: str
     target: str | None = None
-    # Whether it runs only where a predicate holds.
+    # Whether it runs, or jumps, only where a predicate holds.
     predicated: bool = False
 
 
@@ -70,6 +70,12 @@ class Block:
     def load_bytes(self) -> int:
         """Bytes a thread loads from global memory."""
         return sum(self.load_widths)
+
+    @property
+    def store_widths(self) -> list[int]:
+        """Bytes a thread of each store to global memory."""
+        widths = (_store_bytes(i.opcode, self.amd) for i in self.instructions)
+        return [width for width in widths if width]
 
     @property
     def masked_loads(self) -> int:
@@ -129,6 +135,36 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Code:
+    """All of a kernel's instructions, and where its labels stand."""
+
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int]
+    amd: bool = False
+
+    def target_of(self, at: int) -> int | None:
+        """Return where an instruction may jump to."""
+        return self.labels.get(self.instructions[at].target)
+
+    @cached_property
+    def loops(self) -> dict[int, int]:
+        """Where each loop's last instruction stands, by where its first one does."""
+        ends = {}
+        for at, instruction in enumerate(self.instructions):
+            begin = self.target_of(at)
+            # A call is a jump too far for a branch, and closes no loop; a jump to itself is padding.
+            if begin is not None and begin < at and not instruction.opcode.startswith("CALL"):
+                # Two backward jumps to one label are one loop with a `continue` in it.
+                ends[begin] = at
+        # What a loop begins in another, it ends there too, wherever the outer one's last jump stands.
+        for begin in sorted(ends, reverse=True):
+            for inner in sorted(ends):
+                if begin < inner <= ends[begin]:
+                    ends[begin] = max(ends[begin], ends[inner])
+        return dict(sorted(ends.items()))
+
+
+@dataclass(frozen=True)
 class Program:
     """A compiled kernel: what it needs of a processor, its innermost loops, what is in no loop."""
 
@@ -140,6 +176,7 @@ class Program:
     threads: int
     loops: tuple[Block, ...]
     outside: Block
+    code: Code
 
     @property
     def body(self) -> Block | None:
@@ -156,19 +193,24 @@ def _stem(opcode: str, amd: bool) -> str:
 
 def _load_bytes(opcode: str, amd: bool) -> int:
     """Return how many bytes a thread loads from global memory, 0 for any other instruction."""
-    return _amd_load_bytes(opcode) if amd else _nvidia_load_bytes(opcode)
+    return _amd_bytes(opcode, "load") if amd else _nvidia_bytes(opcode, {"LDG", "LD", "LDGSTS"})
 
 
-def _nvidia_load_bytes(opcode: str) -> int:
+def _store_bytes(opcode: str, amd: bool) -> int:
+    """Return how many bytes a thread stores to global memory, 0 for any other instruction."""
+    return _amd_bytes(opcode, "store") if amd else _nvidia_bytes(opcode, {"STG", "ST"})
+
+
+def _nvidia_bytes(opcode: str, names: set[str]) -> int:
     name, *modifiers = opcode.split(".")
-    if name not in {"LDG", "LD", "LDGSTS"}:
+    if name not in names:
         return 0
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     return next((widths[modifier] for modifier in modifiers if modifier in widths), 4)
 
 
-def _amd_load_bytes(opcode: str) -> int:
-    match = re.match(r"(?:buffer|global|flat)_load_(\w+)", opcode)
+def _amd_bytes(opcode: str, what: str) -> int:
+    match = re.match(rf"(?:buffer|global|flat)_{what}_(\w+)", opcode)
     if not match:
         return 0
     if dwords := re.match(r"dword(?:x(\d))?$", match[1]):
@@ -176,34 +218,22 @@ def _amd_load_bytes(opcode: str) -> int:
     return 1 if "byte" in match[1] else 2
 
 
-def _split(
-    instructions: Sequence[Instruction], labels: dict[str, int], amd: bool
-) -> tuple[tuple[Block, ...], Block]:
+def split(code: Code) -> tuple[tuple[Block, ...], Block]:
     """Return the innermost loops (stretches that a backward jump closes), and what is in no loop."""
-    spans = {
-        (labels[instruction.target], at)
-        for at, instruction in enumerate(instructions)
-        if instruction.target in labels and labels[instruction.target] <= at
-    }
-    # Two backward jumps to one label are one loop with a `continue` in it.
-    ends = {}
-    for begin, end in spans:
-        ends[begin] = max(end, ends.get(begin, end))
+    spans = list(code.loops.items())
     inner = [
         (begin, end)
-        for begin, end in sorted(ends.items())
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in ends.items())
+        for begin, end in spans
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
     ]
-    # A jump to itself is the padding after a program's end.
-    inner = [(begin, end) for begin, end in inner if end > begin]
-    taken = {at for begin, end in ends.items() if end > begin for at in range(begin, end + 1)}
-    outside = tuple(i for at, i in enumerate(instructions) if at not in taken)
-    loops = tuple(Block(tuple(instructions[b : e + 1]), amd) for b, e in inner)
-    return loops, Block(outside, amd)
+    taken = {at for begin, end in spans for at in range(begin, end + 1)}
+    outside = tuple(i for at, i in enumerate(code.instructions) if at not in taken)
+    loops = tuple(Block(code.instructions[b : e + 1], code.amd) for b, e in inner)
+    return loops, Block(outside, code.amd)
 
 
-def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops of what `nvdisasm -c` prints, and what is in no loop or padding."""
+def parse_sass(text: str) -> Code:
+    """Read what `nvdisasm -c` prints, without padding."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for raw in text.splitlines():
@@ -211,15 +241,18 @@ def parse_sass(text: str) -> tuple[tuple[Block, ...], Block]:
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
         elif code := re.match(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-            # In Triton's kernels a call is a jump too far for a branch; only branches close loops.
-            jump = re.search(r"`\((\.L_x_\d+)\)", code[3]) if code[2].startswith("BRA") else None
+            # `BRA P0, label` jumps under a predicate as `@P0 BRA label` does.
+            jump = re.match(r"(.*?),?\s*`\((\.L_x_\d+)\)", code[3].strip())
+            if not code[2].startswith(("BRA", "CALL")):
+                jump = None
+            predicated = code[1] is not None or bool(jump and jump[1])
             if code[2] != "NOP":
-                instructions.append(Instruction(code[2], jump and jump[1], code[1] is not None))
-    return _split(instructions, labels, amd=False)
+                instructions.append(Instruction(code[2], jump and jump[2], predicated))
+    return Code(tuple(instructions), labels)
 
 
-def parse_amdgcn(text: str) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops of an AMDGCN assembly text, and what is in no loop."""
+def parse_amdgcn(text: str) -> Code:
+    """Read an AMDGCN assembly text."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -227,8 +260,9 @@ def parse_amdgcn(text: str) -> tuple[tuple[Block, ...], Block]:
             labels[label[1]] = len(instructions)
         elif code := re.match(r"\s+((?:[sv]|ds|buffer|global|flat|scratch)_\w+)(.*)", line):
             jump = re.search(r"(\.LBB\d+_\d+)", code[2]) if "branch" in code[1] else None
-            instructions.append(Instruction(code[1], jump and jump[1]))
-    return _split(instructions, labels, amd=True)
+            predicated = code[1].startswith("s_cbranch")
+            instructions.append(Instruction(code[1], jump and jump[1], predicated))
+    return Code(tuple(instructions), labels, amd=True)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -265,13 +299,13 @@ def inspect(compiled) -> Program:
         cubin = compiled.asm["cubin"]
         usage = _tool("cuobjdump", ["-res-usage"], cubin)
         resources = {name: int(n) for name, n in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-        loops, outside = parse_sass(disassemble(cubin))
+        code = parse_sass(disassemble(cubin))
         stack = resources["STACK"] + resources["LOCAL"]
-        return Program(resources["REG"], stack, shared, threads, loops, outside)
+        return Program(resources["REG"], stack, shared, threads, *split(code), code)
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
         notes = {k: int(n) for k, n in re.findall(r"\.(\w+_count|\w+_size): +(\d+)", text)}
-        loops, outside = parse_amdgcn(text)
+        code = parse_amdgcn(text)
         stack = notes["private_segment_fixed_size"]
-        return Program(notes["vgpr_count"], stack, shared, threads, loops, outside)
+        return Program(notes["vgpr_count"], stack, shared, threads, *split(code), code)
     raise ValueError(f"neither a cubin nor amdgcn in what was compiled: {sorted(compiled.asm)}")

@@ -3,7 +3,8 @@
 Nothing is timed, and no GPU is needed. The kernels are compiled with the launcher's own tiles; the
 instructions of the inner loop are counted in the machine code; a card's published rates say how
 long each of its units would be busy for a pair. The longest is the prediction: it assumes that
-memory delivers its peak, and that enough warps are resident to keep the busiest unit busy.
+memory delivers its peak, and that enough warps are resident to keep the busiest unit busy. The
+gradients' kernel has no such loop: bench.roofline_gradient says what is counted of it.
 
 Another kernel is read by
 
@@ -19,12 +20,13 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
 
+from bench import roofline_gradient
 from bench.build import (
     ITEMSIZE,
     Kernel,
@@ -35,63 +37,29 @@ from bench.build import (
     launch,
     options_for,
 )
-from bench.cards import CARDS, PROCESSORS, Card, occupancy
+from bench.cards import CARDS, PROCESSORS, Card
 from bench.machine_code import Block, Program, inspect
+from bench.prediction import (
+    VOCABULARIES,
+    Prediction,
+    describe_block,
+    describe_program,
+    predict,
+    prediction_cells,
+    prediction_heading,
+)
 from bench.report import table as report_table
 
 FORMAT = 1
 DEVICE = "none: predicted from machine code"
 NOTICE = "Predicted from machine code and datasheets; nothing here was timed on a card."
 DTYPES = ("fp32", "bf16")
-VOCABULARIES = (50257, 151936)
 RESULTS = Path(__file__).parent / "results"
 # Terabytes a second, in the picture.
 YTICKS = (0.25, 0.5, 1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """How long each limit of a card would take for one pair, in picoseconds."""
-
-    card: str
-    limits: dict[str, float]
-
-    @property
-    def time(self) -> float:
-        """Picoseconds a pair, by the limit that binds."""
-        return max(self.limits.values())
-
-    @property
-    def binds(self) -> str:
-        """The limit that takes longest."""
-        return max(self.limits, key=self.limits.__getitem__)
-
-    @property
-    def fraction_of_peak(self) -> float:
-        """Share of the card's peak bandwidth that is reached."""
-        return self.limits["memory"] / self.time
-
-    def share(self, unit: str) -> float:
-        """A unit's time as a share of the memory's."""
-        return self.limits[unit] / self.limits["memory"]
-
-    def as_dict(self) -> dict:
-        """What goes into the JSON."""
-        return {
-            "card": self.card,
-            "picoseconds_a_pair": {name: round(value, 4) for name, value in self.limits.items()},
-            "binds": self.binds,
-            "fraction_of_peak_bandwidth": round(self.fraction_of_peak, 4),
-            "share_of_memory_time": {name: round(self.share(name), 4) for name in self.limits},
-        }
-
-
-def predict(card: Card, bytes_a_pair: float, operations: dict[str, float]) -> Prediction:
-    """Predict the time of a pair on a card, from its bytes and each unit's operations a thread."""
-    limits = {"memory": bytes_a_pair / card.bandwidth * 1e12}
-    for unit, count in operations.items():
-        limits[unit] = count / card.per_second(unit) * 1e12
-    return Prediction(card.name, limits)
+COLORS = {"fp32": "tab:blue", "bf16": "tab:orange"}
+MARKERS = {"group of 1": "o", "group of 2": "s", "group of 4": "^"}
+MARKERS |= dict(zip(roofline_gradient.LABELS.values(), "Ddv<", strict=True))
 
 
 def body_of(kernel: Kernel) -> Block:
@@ -192,37 +160,6 @@ def predict_rows(kernel: Kernel, finish: Program, n_cols: int, card: Card) -> Pr
     return predict(card, logits + states, operations)
 
 
-def describe_block(block: Block, pairs: float) -> dict:
-    """Return a block's counts, an iteration and a pair."""
-    return {
-        "instructions": len(block),
-        "instructions_a_pair": round(len(block) / pairs, 3),
-        "special_a_pair": round(block.special / pairs, 3),
-        "operations_a_pair": {u: round(n / pairs, 3) for u, n in block.occupied.items()},
-        "load_widths_bytes": block.load_widths,
-        "bytes_a_pair": round(block.load_bytes / pairs, 3),
-        "barriers": block.barriers,
-        "shuffles": block.shuffles,
-        "shared_accesses": block.shared_accesses,
-        "spills": block.spills,
-    }
-
-
-def describe_program(program: Program, target: str) -> dict:
-    """Return what a program needs of a processor."""
-    return {
-        "registers": program.registers,
-        "stack_bytes": program.stack,
-        "shared_bytes": program.shared,
-        "threads": program.threads,
-        "occupancy": round(
-            occupancy(target, program.registers, program.shared, program.threads), 4
-        ),
-        "instructions_outside_loops": len(program.outside),
-        "spills_outside_loops": program.outside.spills,
-    }
-
-
 def survey(
     targets: Sequence[str], dtypes: Sequence[str] = DTYPES, compiler: Callable = compile_kernel
 ) -> list[dict]:
@@ -263,8 +200,8 @@ def describe_kernel(kernel: Kernel, finish: Program) -> dict:
     }
 
 
-def report(programs: list[dict], command: str) -> dict:
-    """Return the JSON document."""
+def report(programs: list[dict], command: str, gradients: Sequence[dict] = ()) -> dict:
+    """Return the JSON document, of the forward's kernels or others and of the gradients' kernel."""
     return {
         "format": FORMAT,
         "device": DEVICE,
@@ -278,6 +215,7 @@ def report(programs: list[dict], command: str) -> dict:
         },
         "cards": [{**asdict(c), "rates": PROCESSORS[c.target].rates} for c in CARDS],
         "programs": programs,
+        "gradients": list(gradients),
     }
 
 
@@ -299,26 +237,14 @@ def code_table(programs: list[dict]) -> list[list[str]]:
 
 def prediction_table(programs: list[dict]) -> list[list[str]]:
     """Return the predictions' rows, a heading first: the loop, then whole rows."""
-    heading = ["card", "dtype", "G", "ps/pair", "binds", "of peak"]
-    heading += ["issue/mem", "fma/mem", "alu/mem", "special/mem"]
-    rows = [heading + [f"of peak, V={n} (binds)" for n in VOCABULARIES]]
+    rows = [["card", "dtype", "G", *prediction_heading()]]
     for card in CARDS:
         for p in programs:
             for at, loop in enumerate(p["loop_predictions"]):
-                if loop["card"] != card.name:
-                    continue
-                shares = loop["share_of_memory_time"]
-                whole = [p["whole_rows"][str(n)]["predictions"][at] for n in VOCABULARIES]
-                rows.append(
-                    [card.name, p["dtype"], str(p["group"])]
-                    + [f"{max(loop['picoseconds_a_pair'].values()):.2f}", loop["binds"]]
-                    + [f"{loop['fraction_of_peak_bandwidth']:.0%}"]
-                    + [
-                        f"{shares[unit]:.2f}" if unit in shares else "-"
-                        for unit in ("issue", "fma", "alu", "special")
-                    ]
-                    + [f"{w['fraction_of_peak_bandwidth']:.0%} ({w['binds']})" for w in whole]
-                )
+                if loop["card"] == card.name:
+                    whole = [p["whole_rows"][str(n)]["predictions"][at] for n in VOCABULARIES]
+                    cells = prediction_cells(loop, whole)
+                    rows.append([card.name, p["dtype"], str(p["group"]), *cells])
     return rows
 
 
@@ -330,9 +256,10 @@ def show(rows: list[list[str]]) -> str:
 
 
 def markdown(document: dict) -> str:
-    """Return the predictions as a table for the README: GPT-2's vocabulary, one circuit and four."""
+    """Return the predictions as tables for the README: one circuit and four, and gradients."""
     chosen = [p for p in document["programs"] if p["group"] != 2 and p["dtype"] != "fp16"]
-    return f"{report_table(prediction_table(chosen))}\n\n{document['notice']}"
+    gradients = roofline_gradient.markdown(document["gradients"])
+    return f"{report_table(prediction_table(chosen))}\n\n{gradients}\n\n{document['notice']}"
 
 
 def plot(document: dict, path: Path) -> None:
@@ -340,27 +267,21 @@ def plot(document: dict, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    cards = [c for c in document["cards"] if _points(document["programs"], c["name"])]
+    cards = [c for c in document["cards"] if _points(document, c["name"])]
     columns = min(4, len(cards))
     lines = -(-len(cards) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.3 * lines + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
-    markers = {("fp32", 1): "o", ("fp32", 2): "s", ("fp32", 4): "^"}
-    markers |= {("bf16", group): shape for (_, group), shape in list(markers.items())}
     for ax, card in zip(axes, cards, strict=False):
         issue = card["rates"]["issue"] * card["multiprocessors"] * card["clock"]
         grid = [0.02 * 1.05**n for n in range(80)]
         roof = [min(card["bandwidth"], issue * x) / 1e12 for x in grid]
         ax.plot(grid, roof, color="0.4", linewidth=1.2)
-        for p, prediction in _points(document["programs"], card["name"]):
-            loop = p["loop"]
-            x = loop["bytes_a_pair"] / loop["operations_a_pair"]["issue"]
-            y = prediction["fraction_of_peak_bandwidth"] * card["bandwidth"] / 1e12
-            color = "tab:blue" if p["dtype"] == "fp32" else "tab:orange"
-            marker = markers.get((p["dtype"], p["group"]), "x")
-            label = f"{p['dtype']}, group of {p['group']}"
-            ax.plot(x, y, marker, color=color, markersize=6, fillstyle="none", label=label)
+        for dtype, what, bytes_a_slot, fraction in _points(document, card["name"]):
+            style = {"color": COLORS[dtype], "markersize": 6, "fillstyle": "none"}
+            y = fraction * card["bandwidth"] / 1e12
+            ax.plot(bytes_a_slot, y, MARKERS[what], label=f"{dtype}, {what}", **style)
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_title(card["name"], fontsize=10)
@@ -373,14 +294,27 @@ def plot(document: dict, path: Path) -> None:
     for ax in axes[len(cards) :]:
         ax.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(MARKERS), fontsize=8)
     figure.suptitle(document["notice"], fontsize=10)
     figure.savefig(path, dpi=120)
 
 
-def _points(programs: list[dict], card: str) -> list[tuple[dict, dict]]:
-    """Return the programs predicted on a card, with the loop's prediction."""
-    return [(p, q) for p in programs for q in p["loop_predictions"] if q["card"] == card]
+def _points(document: dict, card: str) -> list[tuple[str, str, float, float]]:
+    """Return (dtype, kernel, bytes an issue slot, fraction of peak) of all predicted on a card."""
+    points = [
+        (
+            p["dtype"],
+            f"group of {p['group']}",
+            p["loop"]["bytes_a_pair"] / p["loop"]["operations_a_pair"]["issue"],
+            prediction["fraction_of_peak_bandwidth"],
+        )
+        for p in document["programs"]
+        for prediction in p["loop_predictions"]
+        if prediction["card"] == card
+    ]
+    points += roofline_gradient.points(document["gradients"], card)
+    # A legend of columns has the dtypes of a kernel one below the other.
+    return sorted(points, key=lambda point: list(MARKERS).index(point[1]))
 
 
 def load_function(where: str):
@@ -500,11 +434,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.output.mkdir(parents=True, exist_ok=True)
             (args.output / "roofline.json").write_text(text + "\n")
         return 0
-    document = report(survey(args.targets), command)
+    gradients = roofline_gradient.survey(args.targets, DTYPES)
+    document = report(survey(args.targets), command, gradients)
     print("\nThe body loop of partial_kernel, as compiled")
     print(show(code_table(document["programs"])))
     print("\nPredictions; X/mem is a unit's time over memory's, in the loop")
     print(show(prediction_table(document["programs"])))
+    print("\nAll that gradient_kernel executes on a tile of each of K circuits")
+    print(show(roofline_gradient.code_table(gradients)))
+    print("\nPredictions of gradient_kernel; X/mem is of a tile")
+    print(show(roofline_gradient.prediction_table(gradients)))
     output = args.output or RESULTS
     output.mkdir(parents=True, exist_ok=True)
     (output / "roofline.json").write_text(json.dumps(document, indent=1) + "\n")

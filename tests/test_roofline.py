@@ -16,13 +16,15 @@ pytestmark = [
 ]
 
 if sys.platform == "linux":
+    from emulated import emulate_gradients
     from ptx_emulator.compile import compile_kernel
 
-    from bench import build, cards, machine_code, roofline
+    from bench import build, cards, control_flow, machine_code, roofline, roofline_gradient
 
 ROOT = Path(__file__).parents[1]
 # One circuit and a group, and what they read a pair: the circuit, and the reference's share.
 GROUPS = (1, 4)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @functools.cache
@@ -33,6 +35,12 @@ def partial(dtype, group, target="sm_90", **options):
 @functools.cache
 def finish(dtype, target="sm_90"):
     return build.build_finish(target, dtype, compiler=compile_kernel)
+
+
+@functools.cache
+def gradient(dtype, reference, target="sm_90"):
+    program = build.build_gradient(target, dtype, reference=reference, compiler=compile_kernel)
+    return roofline_gradient.Gradient(target, dtype, reference, program)
 
 
 def card(name):
@@ -94,6 +102,115 @@ def test_slices_cover_the_row(dtype, n_cols):
         assert all(0 <= rest < tile + vec for _, rest in shape)
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_gradient_kernel_executes(dtype, reference, target):
+    """The way of a tile: each logit and gradient once, 128 bits at a time, and nothing in between."""
+    kernel = gradient(dtype, reference, target)
+    tile, token = kernel.ways
+    loads = kernel.tile.loads
+    for n_circuits in roofline_gradient.CIRCUITS:
+        block, pairs = tile.times(n_circuits), n_circuits * kernel.tokens
+        assert block.store_widths == [16] * loads * (n_circuits + reference)
+        read, written = kernel.bytes_a_pair(n_circuits)
+        assert sum(block.store_widths) == written * pairs
+        # AMD's compiler also loads an address and a stride, which lie side by side, in one piece.
+        tables = n_circuits + reference if kernel.program.code.amd else 0
+        assert block.load_widths.count(16) == loads * (n_circuits + 1) + tables
+        assert 16 * loads * (n_circuits + 1) == read * pairs
+        assert (block.barriers, block.shuffles, block.spills, block.shared_accesses) == (0,) * 4
+    itemsize = build.ITEMSIZE[dtype]
+    assert token.iteration.store_widths == [itemsize]
+    assert token.after.store_widths == [itemsize] * reference
+    # An exponential a token, of the reference and of each circuit; 1 / z_p, and z_p's move.
+    assert tile.iteration.special == kernel.tokens + 2
+    assert tile.before.special >= kernel.tokens
+
+
+@pytest.mark.parametrize("n_circuits", [1, 4])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_kernel_as_executed(generator, dtype, reference, n_circuits):
+    """The emulator executes what is counted: exponentials and bytes exactly, and all in all as much."""
+    kernel = gradient(dtype, reference)
+    n_rows, n_cols = 2, 2 * kernel.tile.tokens + 104
+    ((tiles, steps),) = roofline_gradient.row_shape(kernel.tile, n_cols)
+    assert (tiles, steps) == (2, 1)
+    logits = torch.randn(n_circuits + 1, n_rows, n_cols, generator=generator).to(DTYPES[dtype])
+    *circuits, p = (rows.clone() for rows in logits)
+    grad, wanted = torch.ones(n_circuits, n_rows), [True] * n_circuits
+    *_, session = emulate_gradients(grad, circuits, p, wanted, reference, arch=90)
+    stats = session.total("gradient_kernel")
+
+    tile, token = (way.times(n_circuits) for way in kernel.ways)
+    threads = n_rows * kernel.program.threads
+
+    def exponentials(block):
+        return sum(i.opcode.startswith("MUFU.EX2") for i in block.instructions)
+
+    executed = sum(n for name, n in stats.threads.items() if name.startswith("ex2"))
+    assert executed == threads * (tiles * exponentials(tile) + steps * exponentials(token))
+    for name, what, widths, a_pair in zip(
+        ("row", "gradient"),
+        ("load", "store"),
+        (tile.load_widths, tile.store_widths),
+        kernel.bytes_a_pair(n_circuits),
+        strict=True,
+    ):
+        accessed = session.accessed("gradient_kernel", name, what)
+        assert accessed[16] == threads * tiles * 16 * widths.count(16)
+        assert sum(accessed.values()) == a_pair * n_circuits * n_rows * n_cols
+    # PTX adds, multiplies and divides 64-bit integers in one instruction, machine code in several.
+    kinds = stats.by_class("threads")
+    executed = stats.thread_instructions - kinds["move"] - kinds["param"]
+    counted = threads * (tiles * len(tile) + steps * len(token))
+    assert executed < counted < 1.5 * executed
+
+
+@pytest.mark.parametrize("n_circuits", [1, 4])
+@pytest.mark.parametrize("reference", [False, True])
+def test_gradients_on_an_h100(reference, n_circuits):
+    """Float32 leaves the memory its peak; half-precision logits keep it and instructions about even."""
+    h100 = card("H100 SXM")
+    for predict in (
+        roofline_gradient.predict_tile,
+        functools.partial(roofline_gradient.predict_rows, n_cols=50257),
+    ):
+        full = predict(gradient("fp32", reference), n_circuits, card=h100)
+        assert (full.binds, full.fraction_of_peak) == ("memory", 1)
+        assert full.share("issue") <= 0.65
+        half = predict(gradient("bf16", reference), n_circuits, card=h100)
+        assert half.binds in {"memory", "issue"}
+        # Both gradients of four circuits have the fewest bytes a pair, and the most instructions.
+        assert half.fraction_of_peak >= (0.75 if reference and n_circuits > 1 else 0.85)
+        assert half.share("special") <= 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_cols", [1, 3, 1000, 1024, 50257, 151936])
+def test_tiles_of_gradients_cover_the_row(dtype, n_cols):
+    tile = gradient(dtype, False).tile
+    lanes = build.gradient_launch.LANES
+    shape = roofline_gradient.row_shape(tile, n_cols)
+    assert len(shape) == (tile.vec if n_cols % tile.vec else 1)
+    for row, (tiles, steps) in enumerate(shape):
+        rest = n_cols - tiles * tile.tokens
+        # Before the first whole tile less than a vector, and behind the last less than a tile.
+        assert 0 <= rest < tile.tokens + -row * n_cols % tile.vec
+        assert steps * lanes - lanes < rest <= steps * lanes
+
+
+def test_rows_of_gradients_are_their_tiles_and_single_tokens():
+    kernel = gradient("bf16", True)
+    tile, token = (len(way.times(4)) for way in kernel.ways)
+    threads = kernel.program.threads
+    of = kernel.row_operations(4, 50257)["issue"] * 50257 * 4
+    assert of == pytest.approx(threads * (49 * tile + token))
+    # Where a row has no whole tile, all of it is taken token by token.
+    assert kernel.row_operations(1, 100)["issue"] == threads * len(kernel.ways[1].times(1)) / 100
+
+
 def test_occupancy():
     # 65536 registers: 8 blocks of 128 threads with 64 each are 32 of 64 warps.
     assert cards.occupancy("sm_90", 64, 16, 128) == 0.5
@@ -126,6 +243,7 @@ kernel:
         /*0030*/                   FADD2 R4, R4, R6 ;
         /*0040*/                   MUFU.EX2 R5, R5 ;
         /*0050*/                   STL [R1], R5 ;
+        /*0058*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
         /*0060*/                   SHFL.BFLY PT, R5, R4, 0x10, 0x1f ;
         /*0070*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*0080*/               @P0 BRA `(.L_x_0) ;
@@ -138,6 +256,7 @@ AMDGCN = """
 .LBB0_1:
 	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
 	global_load_ushort v5, v[6:7], off
+	buffer_store_dwordx2 v[0:1], v4, s[0:3], 0 offen
 	v_exp_f32_e32 v1, v1
 	v_pk_add_f32 v[0:1], v[0:1], v[2:3]
 	v_mov_b32_dpp v2, v1 row_shr:1 row_mask:0xf bank_mask:0xf
@@ -149,18 +268,20 @@ AMDGCN = """
 
 
 def test_reading_sass():
-    (loop,), outside = machine_code.parse_sass(SASS)
-    assert len(loop) == 8
+    (loop,), outside = machine_code.split(machine_code.parse_sass(SASS))
+    assert len(loop) == 9
     assert loop.load_widths == [2, 8]
+    assert loop.store_widths == [2]
     assert (loop.masked_loads, outside.masked_loads) == (1, 0)
     assert (loop.special, loop.spills, loop.shuffles, loop.barriers) == (1, 1, 1, 1)
-    assert loop.occupied == {"issue": 8, "fma": 2, "alu": 0, "special": 1}
+    assert loop.occupied == {"issue": 9, "fma": 2, "alu": 0, "special": 1}
     assert outside.load_widths == [16]
 
 
 def test_reading_amdgcn():
-    (loop,), outside = machine_code.parse_amdgcn(AMDGCN)
+    (loop,), outside = machine_code.split(machine_code.parse_amdgcn(AMDGCN))
     assert loop.load_widths == [16, 2]
+    assert loop.store_widths == [8]
     assert (loop.special, loop.shuffles, loop.barriers) == (1, 1, 1)
     # Three vector instructions, one of which takes four times as long.
     assert loop.occupied == {"issue": 6, "special": 1}
@@ -170,9 +291,92 @@ def test_reading_amdgcn():
 def test_innermost_loops_only():
     nested = ".L_x_0:\n/*0000*/ MOV R1, R2 ;\n.L_x_1:\n/*0010*/ LDG.E R1, [R2] ;\n"
     nested += "/*0020*/ @P0 BRA `(.L_x_1) ;\n/*0030*/ @P1 BRA `(.L_x_0) ;\n"
-    (loop,), outside = machine_code.parse_sass(nested)
+    (loop,), outside = machine_code.split(machine_code.parse_sass(nested))
     # What stands in the outer loop alone is neither: nobody knows how often it runs.
     assert (len(loop), len(outside)) == (2, 0)
+
+
+# A loop that a thread enters behind its first instructions and stops in; three ways through it; another
+# loop that may be passed by on the way there.
+BRANCHES = """
+        /*0000*/               @P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R1 ;
+        /*0020*/                   BRA.U !UP0, `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0040*/               @P1 EXIT ;
+.L_x_3:
+        /*0050*/                   BRA P2, `(.L_x_4) ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+        /*0070*/                   MUFU.EX2 R6, R6 ;
+        /*0080*/              @!P3 CALL.REL.NOINC `(.L_x_2) ;
+        /*0090*/                   BRA `(.L_x_5) ;
+.L_x_4:
+        /*00a0*/                   FMUL R1, R1, R1 ;
+.L_x_5:
+        /*00b0*/                   BRA `(.L_x_2) ;
+"""
+# As AMD's compiler puts it: a loop around a load, one entered at its middle, a masked store.
+AMD_BRANCHES = """
+	s_cbranch_scc0 .LBB0_2
+	s_nop 0
+.LBB0_1:
+	v_exp_f32_e32 v1, v1
+.LBB0_2:
+	v_exp_f32_e32 v2, v2
+.LBB0_3:
+	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	s_cbranch_execnz .LBB0_3
+	s_cbranch_scc1 .LBB0_1
+	s_cbranch_vccnz .LBB0_4
+	s_branch .LBB0_1
+.LBB0_4:
+	s_cbranch_execz .LBB0_5
+	buffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen
+.LBB0_5:
+	s_endpgm
+"""
+
+
+def test_way_through_a_loop():
+    code = machine_code.parse_sass(BRANCHES)
+    (begin,) = control_flow.special_loops(code)
+    way = control_flow.way_through(code, begin)
+    assert [i.opcode for i in way.before.instructions] == ["BRA", "BRA"]
+    # The longer of the ways, and of a call none.
+    names = ["EXIT", "BRA", "MUFU", "MUFU", "CALL", "BRA", "BRA"]
+    assert [i.opcode.split(".")[0] for i in way.iteration.instructions] == names
+    assert len(way.after) == 0
+    assert len(way.times(3)) == 2 + 3 * 7
+    assert way.times(3).special == 6
+
+
+def test_way_through_a_loop_of_amd():
+    code = machine_code.parse_amdgcn(AMD_BRANCHES)
+    (begin,) = control_flow.special_loops(code)
+    way = control_flow.way_through(code, begin)
+    assert [i.opcode for i in way.before.instructions] == ["s_cbranch_scc0"]
+    assert (way.iteration.special, way.iteration.load_widths) == (2, [16])
+    assert way.after.store_widths == [16]
+    endless = ".L_x_0:\n/*0000*/ MUFU.EX2 R1, R1 ;\n/*0010*/ BRA `(.L_x_0) ;\n"
+    with pytest.raises(ValueError, match="no way from"):
+        control_flow.way_through(machine_code.parse_sass(endless), 0)
+
+
+def test_overlapping_loops_are_nested():
+    """What jumps back from within an inner loop closes the outer one behind the inner one's end."""
+    text = "".join(
+        f"{label}\t{code}\n"
+        for label, code in (
+            (".LBB0_1:\n", "s_nop 0"),
+            (".LBB0_2:\n", "v_exp_f32_e32 v1, v1"),
+            ("", "s_cbranch_scc0 .LBB0_1"),
+            ("", "s_branch .LBB0_2"),
+        )
+    )
+    assert machine_code.parse_amdgcn(text).loops == {0: 3, 1: 3}
 
 
 BAD = textwrap.dedent(
@@ -265,7 +469,10 @@ def test_command_line_on_another_kernel(bad_file, tmp_path):
 
 def test_tables_document_and_picture(tmp_path):
     programs = [roofline.describe_kernel(partial("fp32", 1), finish("fp32"))]
-    document = roofline.report(programs, "python -m bench.roofline")
+    gradients = [
+        roofline_gradient.describe_kernel(gradient("bf16", side)) for side in (False, True)
+    ]
+    document = roofline.report(programs, "python -m bench.roofline", gradients)
     assert json.loads(json.dumps(document)) == document
     assert document["notice"] == roofline.NOTICE
     assert document["versions"]["triton"]
@@ -276,6 +483,12 @@ def test_tables_document_and_picture(tmp_path):
     assert len(text.splitlines()) == 3
     assert "H200" in text
     assert "sm_90" in roofline.show(roofline.code_table(programs))
+    # A row a card, both sides and numbers of circuits: with a heading.
+    text = roofline.show(roofline_gradient.prediction_table(gradients))
+    assert len(text.splitlines()) == 1 + 2 * 2 * 2
+    (line,) = (row for row in roofline_gradient.code_table(gradients) if row[2:4] == ["both", "4"])
+    assert line[line.index("2.5") :] == ["2.5", "2.5", "4/8/16", "16", "0", "0", "0"]
+    assert "| H200 | bf16 | " in roofline.markdown(document)
     roofline.plot(document, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -296,3 +509,12 @@ def test_the_committed_result_is_of_this_kernel():
         assert program["tile"] == kernel.tile._asdict()
         assert program["registers"] == kernel.program.registers
         assert program["loop"]["instructions"] == len(roofline.body_of(kernel))
+    for side in (False, True):
+        kernel = gradient("bf16", side)
+        (program,) = (
+            p
+            for p in document["gradients"]
+            if (p["target"], p["dtype"]) == ("sm_90", "bf16")
+            and p["gradients"] == roofline_gradient.SIDES[side]
+        )
+        assert program == roofline_gradient.describe_kernel(kernel)
