@@ -212,7 +212,6 @@ def build_gradient(
     numbers |= {
         "grad_circuit_stride": N_ROWS,
         "grad_row_stride": 1,
-        "n_parts": N_COLS // tile.tokens + 1,
     }
     kernel = gradient_kernels.gradient_kernel
     signature, constexprs, divisible = specialize(kernel, dtype, numbers)

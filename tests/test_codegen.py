@@ -96,7 +96,7 @@ def test_gradient_kernel(dtype, reference):
     # and is bound by them there: two of them bring sides together that may lie apart. All else moves
     # more: with a single circuit, 6 to 16 bytes.
     pairs = tile.tokens / program.threads
-    assert len(program.body) / pairs <= (49 if reference else 38.5)
+    assert len(program.body) / pairs <= (47.5 if reference else 38.5)
     assert program.body.special / pairs <= 1.25
 
 
@@ -109,8 +109,12 @@ def test_gradient_kernel_elsewhere(target, dtype):
         )
         # Before the loop AMD's compiler keeps scalars that are too many in lanes of a register.
         blocks = program.loops if target == "gfx942" else (*program.loops, program.outside)
-        assert (program.stack, program.shared) == (0, 0)
-        assert all((b.barriers, b.shuffles, b.spills) == (0, 0, 0) for b in blocks)
+        assert program.shared == 0
+        # Two words of 80 registers' threads there, which memory keeps waiting for three times as long.
+        least = reference and (target, dtype) == ("sm_100", "fp32")
+        assert program.stack <= (8 if least else 0)
+        assert all((b.barriers, b.shuffles) == (0, 0) for b in blocks)
+        assert sum(b.spills for b in blocks) <= (4 if least else 0)
         assert 16 in program.body.load_widths
 
 

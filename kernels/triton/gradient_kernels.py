@@ -19,7 +19,6 @@ SIZES = (
     "n_rows",
     "n_cols",
     "n_circuits",
-    "n_parts",
     "lead",
     "aligned",
     "unit",
@@ -68,10 +67,11 @@ def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
 
 
 @triton.jit
-def reference_gradient(p, weight, q, d, mean, scale):
+def reference_gradient(weight, q, d, mean, scale):
     """Return scale · P (d - KL) z_p of tokens."""
-    masked = (p == -float("inf")) | (q == -float("inf"))
-    return tl.where(masked, nothing(scale), weight * (scale * (d - mean)))
+    # Of no mass there is nothing to weigh: not 0 · inf.
+    none = (weight == 0.0) | (q == -float("inf"))
+    return tl.where(none, nothing(scale), weight * (scale * (d - mean)))
 
 
 @triton.jit
@@ -117,13 +117,13 @@ def differentiate(
             moved = tl.load(rows_ptr + field_stride + row) - base_p
             base_q += moved
             scale = grad * inverse / (z_p * tl.exp2(-moved))
+            if REFERENCE:
+                top_rest = tl.load(top_ptr + index)
+                mean = tl.load(top_ptr + field_stride + index)
+                d = moved_differences(p, q, of_p, of_q, top_rest, inverse)
+                total += reference_gradient(weight, q, d, mean, scale)
             d = moved_differences(p, q, of_p, of_q, rest, inverse)
             value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit)
-            if REFERENCE:
-                rest = tl.load(top_ptr + index)
-                mean = tl.load(top_ptr + field_stride + index)
-                d = moved_differences(p, q, of_p, of_q, rest, inverse)
-                total += reference_gradient(p, weight, q, d, mean, scale)
         if wanted:
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
             tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
@@ -145,7 +145,6 @@ def gradient_kernel(
     n_rows: tl.int32,
     n_cols: tl.int32,
     n_circuits: tl.int32,
-    n_parts: tl.int32,
     lead: tl.int32,
     aligned: tl.int32,
     unit: tl.float32,
@@ -158,11 +157,11 @@ def gradient_kernel(
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
-    Program = (row, tile), tile fastest. The table holds the addresses and row strides of the circuits,
-    of their gradients, and of the reference's; 0 where one is not wanted. As in `sweep`, whole tiles
-    begin at the row's first multiple of 16 bytes and take loads and stores of 128 bits without a mask.
-    The tokens before and after them, or all of them if not `aligned`, are taken one a lane, masked, by
-    the programs that are left.
+    Program = (row, tile), each a dimension of the grid. The table holds the addresses and row strides
+    of the circuits, of their gradients, and of the reference's; 0 where one is not wanted. As in
+    `sweep`, whole tiles begin at the row's first multiple of 16 bytes and take loads and stores of 128
+    bits without a mask. The tokens before and after them, or all of them if not `aligned`, are taken one
+    a lane, masked, by the programs that are left.
 
     rows[field, circuit, row] as kept by finish_kernel, top[rest or mean, circuit, row] by top_kernel.
 
@@ -170,10 +169,8 @@ def gradient_kernel(
     exponential a pair and one a token of the reference.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
-    # A grid has less than 2^31 programs, and a division of 64 bits would be a tenth of the work.
-    program = tl.program_id(0)
-    part = program % n_parts
-    row = (program // n_parts).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
 
     shift, _ = place_of(lead, row, p_row_stride, aligned, VEC)
     n_before = tl.minimum((VEC - shift) % VEC, n_cols) * aligned

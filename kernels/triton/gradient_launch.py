@@ -67,15 +67,14 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
                 TILE=tile.tokens,
                 num_warps=warps,
             )
-        n_parts = n_cols // tile.tokens + 1
-        kernels.gradient_kernel[(n_rows * n_parts,)](
+        # Of the second dimension a grid has no more than 65535: the vocabulary's.
+        kernels.gradient_kernel[(n_rows, n_cols // tile.tokens + 1)](
             **numbers,
             grad_ptr=grad,
             lead=own.lead,
             top_ptr=top,
             grad_circuit_stride=grad.stride(0),
             grad_row_stride=grad.stride(1),
-            n_parts=n_parts,
             aligned=int(all(layout(other) == own for other in (*circuits, *written))),
             LANES=LANES,
             TILE=tile.tokens,
