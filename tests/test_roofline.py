@@ -84,7 +84,7 @@ def test_whole_rows_on_an_h100(dtype, group, n_cols):
     )
     loop = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.share("issue") > loop.share("issue")
-    assert prediction.share("issue") <= (0.985 if (dtype, group) == ("bf16", 4) else 0.85)
+    assert prediction.share("issue") <= (0.99 if (dtype, group) == ("bf16", 4) else 0.85)
     assert prediction.share("special") <= 0.85
     assert (prediction.binds, prediction.fraction_of_peak) == ("memory", 1)
 
@@ -119,7 +119,10 @@ def test_what_gradient_kernel_executes(dtype, reference, target):
         tables = n_circuits + reference if kernel.program.code.amd else 0
         assert block.load_widths.count(16) == loads * (n_circuits + 1) + tables
         assert 16 * loads * (n_circuits + 1) == read * pairs
-        assert (block.barriers, block.shuffles, block.spills, block.shared_accesses) == (0,) * 4
+        assert (block.barriers, block.shuffles, block.shared_accesses) == (0, 0, 0)
+        # Two words, where memory has room: see test_codegen.py.
+        spilled = (target, dtype, reference) == ("sm_100", "fp32", True)
+        assert block.spills <= (4 * n_circuits if spilled else 0)
     itemsize = build.ITEMSIZE[dtype]
     assert token.iteration.store_widths == [itemsize]
     assert token.after.store_widths == [itemsize] * reference
