@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl import errors, jensen_shannon
+from fastkl import errors, jensen_shannon, state
 from fastkl.backends import eager
 from fastkl.state import RowState
 
@@ -166,10 +166,14 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     if not circuits:
         return eager.row_states(circuits, reference)
     circuits, reference = _one_dtype(circuits, reference)
-    _, b_p, z_p, b_q, c, s, h, x, *_ = _triton.launch(circuits, reference, keep=True).double()
-    # The bases are in units of log 2.
+    kept_rows = _triton.launch(circuits, reference, keep=True).double()
+    divergence, b_p, z_p, b_q, rest, moved, s, growth, *_ = kept_rows
+    # The bases are in units of log 2, and growth is e^x - 1.
     m_p, m_q = b_p * math.log(2), b_q * math.log(2)
+    c, x = moved + rest, torch.log1p(growth)
     z_q = z_p * torch.exp((m_p - m_q) - c - x)
+    # KL = h / z_p - φ(x), of which h is what the kernel does not keep.
+    h = z_p * (divergence + state.phi(x))
     kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
     finite = torch.stack(kept).isfinite().all(0)
     if finite.all():
