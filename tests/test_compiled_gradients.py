@@ -161,8 +161,9 @@ def test_identical_rows_have_no_gradient(generator, arch):
         assert (dp == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [*((80, dtype) for dtype in DTYPES), (100, torch.float32)]
+)
 def test_edge_cases(generator, arch, dtype):
     """Masked, infinite and NaN tokens in the body and in the tail, and rows that no one asks for.
 

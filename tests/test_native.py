@@ -1,4 +1,4 @@
-"""The compiled kernel: its levels, its threads, its exponential, interruption, memory and build."""
+"""The compiled kernel: its levels, its threads, its exponential, interruption and memory."""
 
 import math
 import os
@@ -393,62 +393,3 @@ def test_inner_loops_are_vectors(register, circuits, step):
     assert "call" not in shortest
     assert not re.search(rf"vmov\w+ +%{register}\d+,.*\(", shortest)
     assert shortest.count("\n") < 26 * step + 8
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """The package without what was built before."""
-    target = tmp_path_factory.mktemp("sources")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    for name in ("fastkl", "kernels"):
-        ignored = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
-        shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    return target
-
-
-USE = """
-import sys
-# An editable install of this checkout would lend its own extension.
-sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
-import torch, fastkl
-assert fastkl.__file__.startswith(sys.argv[1]), fastkl.__file__
-print(fastkl.available_backends()["native"])
-rows = torch.randn(3, 100)
-assert fastkl.kl_div(rows, rows) == 0 < fastkl.kl_div(rows, -rows)
-"""
-
-
-def built_wheel(sources, folder, **environment):
-    command = ("-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(folder))
-    result = python(*command, str(sources), **environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = folder.glob("*.whl")
-    site = folder / "site"
-    shutil.unpack_archive(wheel, site, "zip")
-    return wheel.name, site, result.stdout + result.stderr
-
-
-def used(site):
-    # No compiler on this path, nor anything else.
-    result = python("-c", USE, str(site), folder=site, PYTHONPATH=str(site), PATH=str(site))
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def test_a_failed_build_leaves_a_working_package_and_one_warning(sources, tmp_path):
-    _, site, log = built_wheel(sources, tmp_path, CC="/nonexistent/cc", CXX="/nonexistent/c++")
-    assert log.count("fastkl._native was not built") == 1
-    assert "Install a C++17 compiler" in log
-    assert not list(site.glob("fastkl/_native*"))
-    assert "was not built" in used(site)
-
-
-@needs_native
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_one_wheel_for_all_pythons(sources, tmp_path):
-    name, site, log = built_wheel(sources, tmp_path)
-    assert "was not built" not in log
-    assert "-cp310-abi3-" in name
-    assert [path.name for path in site.glob("fastkl/_native*")] == ["_native.abi3.so"]
-    assert used(site) == "None"

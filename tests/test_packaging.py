@@ -33,8 +33,22 @@ print(fastkl.__version__)
 """
 
 
+# Without a compiler on the path, nor anything else.
+USE = """
+import sys
+# An editable install of this checkout would lend its own extension.
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+import torch, fastkl
+assert fastkl.__file__.startswith(sys.argv[1]), fastkl.__file__
+print(fastkl.available_backends()["native"])
+rows = torch.randn(3, 100)
+assert fastkl.kl_div(rows, rows) == 0 < fastkl.kl_div(rows, -rows)
+"""
+
+
 def run(*command, **options):
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    options = {"stderr": subprocess.PIPE, **options}
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, **options)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -110,6 +124,38 @@ def test_wheel_runs_beside_a_package_called_kernels(built, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), str(built[1]))
     run(sys.executable, "-c", SCRIPT, str(target), cwd=tmp_path, env=environment(target))
     assert (target / "kernels" / "__init__.py").read_text() == FOREIGN_KERNELS
+
+
+def used(wheel, site):
+    """Unpack a wheel, and return what its package says of its native backend."""
+    shutil.unpack_archive(wheel, site, "zip")
+    found = {**environment(site), "PATH": str(site)}
+    return run(sys.executable, "-c", USE, str(site), cwd=site, env=found).strip()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="no limited API")
+def test_one_wheel_for_all_pythons(built, tmp_path):
+    assert "-cp310-abi3-" in built[1].name
+    assert used(built[1], tmp_path) == "None"
+    assert [path.name for path in tmp_path.glob("fastkl/_native*")] == ["_native.abi3.so"]
+
+
+def test_a_failed_build_leaves_a_working_package_and_one_warning(checkout, tmp_path):
+    # What another build left behind would do.
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "*.so")
+    sources = shutil.copytree(checkout, tmp_path / "sources", ignore=ignored)
+    command = ("wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
+    log = run(
+        *(sys.executable, "-m", "pip", *command, str(sources)),
+        env={**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"},
+        stderr=subprocess.STDOUT,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert log.count("fastkl._native was not built") == 1
+    assert "Install a C++17 compiler" in log
+    assert "was not built" in used(wheel, tmp_path / "site")
+    assert not list(tmp_path.glob("site/fastkl/_native*"))
 
 
 def test_editable_install_runs(checkout, tmp_path):

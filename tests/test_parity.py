@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_matches, kl_rows, oracle
+from conftest import ON_GPU, assert_matches, kl_rows, oracle
 
 NOISES = (0, 1e-5, 1e-3, 0.1, 1, 5)
 
@@ -75,8 +75,9 @@ def test_confident_rows(backend, generator):
 @pytest.mark.parametrize("level", [-100.0, 40.0])
 def test_few_likely_tokens_of_logits_far_from_zero(backend, generator, level):
     """As GPT-2's are: what rounding takes from a pivot or a base there, few terms do not average out."""
-    reference = torch.randn(400, 4, generator=generator) + level
-    circuit = reference + 0.6 * torch.randn(400, 4, generator=generator)
+    n_rows = 100 if backend == "triton" and not ON_GPU else 400
+    reference = torch.randn(n_rows, 4, generator=generator) + level
+    circuit = reference + 0.6 * torch.randn(n_rows, 4, generator=generator)
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
