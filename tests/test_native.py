@@ -284,8 +284,10 @@ def test_fuzz(seed, n_rows, n_cols, scale, noises, dtypes, gaps, offsets, specia
 
 
 LONG_CALL = """
-import sys, threading, time, torch
+import signal, sys, threading, time, torch
 from fastkl.backends import native
+# Ignored where a shell without job control started the tests in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 rows = torch.randn({rows}, 151936)
 # Some ten seconds of work on two cores, however many rows it is made of.
 circuits = [rows] * (200_000 // {rows})
