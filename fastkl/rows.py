@@ -15,7 +15,7 @@ _APART = 4.0
 # Beyond it float32 has no fractions. Of two sides that large, neither comes near 0.
 _INTEGERS = 2.0**24
 # Beyond it float64 knows how far apart sides are to no more than 1e-4.
-_KNOWN = 2.0**40
+KNOWN = 2.0**40
 
 
 class Rows(NamedTuple):
@@ -133,7 +133,7 @@ def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, T
         A pivot in float64.
     """
     size, m_q = c.abs(), m_p - c
-    apart = (size >= _APART) & (size < _KNOWN) & (torch.minimum(m_p.abs(), m_q.abs()) < _INTEGERS)
+    apart = (size >= _APART) & (size < KNOWN) & (torch.minimum(m_p.abs(), m_q.abs()) < _INTEGERS)
     # Rounded to float32's integers, of which there are fewer the further they are from 0.
     moved = torch.where(apart, c.round().to(p.dtype).double(), 0.0)
     rest = (c - moved).to(p.dtype)

@@ -31,6 +31,16 @@ def rows(draw):
     return torch.tensor([circuit]), torch.tensor([reference])
 
 
+def apart(circuit, reference):
+    """How far apart the log-sum-exps lie."""
+    return (circuit.double().logsumexp(-1) - reference.double().logsumexp(-1)).abs()
+
+
+def reliable(circuit, reference):
+    """Whether a row is one that the Triton kernels are to be relied on for: see README, Limits."""
+    return apart(circuit, reference) <= 1e5 and min(circuit.max(), reference.max()) > -1e38
+
+
 @relaxed
 @given(rows())
 def test_any_row(backend, pair):
@@ -40,14 +50,20 @@ def test_any_row(backend, pair):
     if expected.isnan().any():
         assert divergence.isnan().all()
         return
-    apart = (circuit.double().logsumexp(-1) - reference.double().logsumexp(-1)).abs()
-    if backend == "triton" and apart > 1e5:
-        # README, Limits.
+    if backend == "triton" and not reliable(circuit, reference):
         assert not (divergence < 0).any()
         return
-    # Two numbers near 1e9 differ by multiples of 64; a float32 result of 1e38 is infinite.
+    if expected > 1e36:
+        # Sums that are not yet divided may overflow, and a float32 result too.
+        assert (divergence > 1e36).all()
+        return
+    # Sides further apart than float64 can tell are worth no more digits than float32 has.
+    atol = 1e-7 if apart(circuit, reference) > 1e12 else ABSOLUTE
+    # Weights below float32's smallest may count as 0, which beside a logit of finfo.min is seen.
+    differences = (reference.double() - circuit.double()).abs()
+    atol += torch.finfo(torch.float32).tiny * differences[differences < torch.inf].sum().item()
     torch.testing.assert_close(
-        divergence.double(), expected.float().double(), rtol=RELATIVE, atol=ABSOLUTE
+        divergence.double(), expected.float().double(), rtol=RELATIVE, atol=atol
     )
     assert (divergence >= 0).all()
 
@@ -56,7 +72,8 @@ def test_any_row(backend, pair):
 @given(rows())
 def test_identical_rows_measure_exactly_zero(backend, pair):
     _, reference = pair
-    if (reference > -torch.inf).any():
+    masked = -1e38 if backend == "triton" else -torch.inf
+    if (reference > masked).any():
         assert kl_rows([reference.clone()], reference, backend)[0].tolist() == [0.0]
 
 
@@ -112,9 +129,11 @@ def test_sides_an_offset_apart(backend, generator, n_cols, shift):
 
 @pytest.mark.parametrize("huge", [1e8, -1e9, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_row_of_one_huge_logit_is_uniform(implementation, generator, side, huge):
+@pytest.mark.parametrize("peak", [0.0, 56.0])
+def test_a_row_of_one_huge_logit_is_uniform(implementation, generator, peak, side, huge):
     """Multiples of 8 and more: what the other side's logits are is all rounded away in p - q."""
     ordinary = torch.randn(3, 12011, generator=generator) * 0.3
+    ordinary[:, 7] += peak
     flat, zero = torch.full_like(ordinary, huge), torch.zeros_like(ordinary)
     circuit, reference = (flat, ordinary) if side == 0 else (ordinary, flat)
     expected = oracle(*((zero, ordinary) if side == 0 else (ordinary, zero)))

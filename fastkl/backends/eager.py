@@ -20,7 +20,7 @@ from fastkl.backends.eager_formulas import (
     on_cpu,
     row_sums,
 )
-from fastkl.rows import compute_dtype, cool, differences
+from fastkl.rows import KNOWN, compute_dtype, cool, differences
 from fastkl.state import RowState
 
 NAME = "eager"
@@ -134,13 +134,29 @@ def _read_circuit(q: Tensor, e: Tensor) -> _Circuit:
 def _block_kl(circuit: Tensor, ref: Reference, buffers: Buffers) -> Tensor:
     if not on_cpu(circuit) or ref.w.dtype == torch.float64:
         # Choosing by values would wait for the device: all rows get the full treatment.
-        return state.finalize(_state(_read_circuit(circuit, buffers[0]), ref))
+        return _finalize(_read_circuit(circuit, buffers[0]), ref)
     divergence, bad = kl_by_reach(circuit, ref, buffers)
     if bad is not None:
         rows = bad.nonzero()[:, 0]
         cir = _read_circuit(circuit[rows], buffers[0][: len(rows)])
-        divergence[rows] = state.finalize(_state(cir, ref.pick(rows)))
+        divergence[rows] = _finalize(cir, ref.pick(rows))
     return divergence
+
+
+def _finalize(cir: _Circuit, ref: Reference) -> Tensor:
+    """Return the divergences (R,) of whole rows.
+
+    Where a pivot would not be known even to float64, both sides are counted from their maxima first:
+    next to such a pivot no logit of the smaller side is left.
+    """
+    apart = (ref.m_p.double() - cir.m_q.double()).abs()
+    far = (apart >= KNOWN) & apart.isfinite()
+    # Asking another device than the CPU would wait for it.
+    if not on_cpu(far) or far.any():
+        m_p, m_q = (m.where(far, 0.0) for m in (ref.m_p, cir.m_q))
+        ref = ref._replace(p=ref.p - m_p, m_p=ref.m_p - m_p)
+        cir = cir._replace(q=cir.q - m_q, m_q=cir.m_q - m_q)
+    return state.finalize(_state(cir, ref))
 
 
 def _state(cir: _Circuit, ref: Reference) -> RowState:
