@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help="where to write the files (default: the current folder)",
+        help="where to write the files, created if need be (default: the current folder)",
     )
     return parser
 
@@ -151,6 +151,8 @@ def _check_extra() -> None:
 
 def _check_out(folder: Path) -> None:
     """Create the folder if need be; raise OSError if no file can be written to it."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out must be a folder: {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -78,8 +78,8 @@ def kl_div(
     mask : Tensor (...), bool, optional
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
-        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum. They
-        may have a gradient of their own, and be negative, as the result is then.
+        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum, and
+        is not finite where that is 0. They may be negative, and have a gradient of their own.
     vocab_size : int, optional
         The tokens that count are the first so many; padding beyond them is not read, and the circuit
         may be padded otherwise than the reference.
@@ -94,7 +94,7 @@ def kl_div(
     -------
     Tensor
         A scalar, or (...) for "none"; float64 if an input is float64, else float32. It is never
-        negative (unless a weight is), and exactly 0 for identical rows. A row with a NaN or +inf, or
+        negative (unless weights are), and exactly 0 for identical rows. A row with a NaN or +inf, or
         with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
         +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
 

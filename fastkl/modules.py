@@ -72,7 +72,24 @@ class KLDivLoss(torch.nn.Module):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the divergence of logits `input`, the circuit's, from `target`, the reference's."""
+        """Return the divergence of logits `input`, the circuit's, from `target`, the reference's.
+
+        Parameters
+        ----------
+        input : Tensor (..., V)
+            Logits of the circuit, as errors call it.
+        target : Tensor (..., V)
+            Logits of the reference; the same shape and device.
+        mask : Tensor (...), bool, optional
+            Which rows count.
+        weights : Tensor (...), floating, optional
+            What each row is multiplied by.
+
+        Returns
+        -------
+        Tensor
+            As of :func:`fastkl.kl_div`.
+        """
         return kl_div(
             input,
             target,
@@ -143,7 +160,24 @@ class JSDivLoss(torch.nn.Module):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the divergence of logits `input`, the circuit's, and `target`, the reference's."""
+        """Return the divergence of logits `input`, the circuit's, and `target`, the reference's.
+
+        Parameters
+        ----------
+        input : Tensor (..., V)
+            Logits of the circuit, as errors call it.
+        target : Tensor (..., V)
+            Logits of the reference; the same shape and device.
+        mask : Tensor (...), bool, optional
+            Which rows count.
+        weights : Tensor (...), floating, optional
+            What each row is multiplied by.
+
+        Returns
+        -------
+        Tensor
+            As of :func:`fastkl.js_div`.
+        """
         return js_div(
             input,
             target,

@@ -92,6 +92,17 @@ def test_only_the_likeliest_token_moved(n_cols, height):
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
+@pytest.mark.parametrize("n_cols", [10, 606, 50257])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_a_circuit_that_is_sure_of_the_likeliest_token(generator, spread, n_cols):
+    """All others fall together: of Σ P e^x, which they were counted from 1 of, next to nothing is left."""
+    rises = torch.linspace(1, 40, 40)
+    reference = spread * torch.randn(40, n_cols, generator=generator)
+    circuit = reference + 0.6 * spread * torch.randn(40, n_cols, generator=generator)
+    circuit.scatter_add_(-1, reference.argmax(-1, keepdim=True), rises[:, None])
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
 def test_one_token_far_off_and_the_rest_close(generator):
     """The sums are of the size of one token's rounding, which no quick formula survives."""
     circuit, reference = pair(generator, 1e-6, 2)

@@ -160,8 +160,10 @@ def _plain_kl(
     # Without the 1 a sum's rounding is that of the differences only.
     change = row_sums(torch.exp(x, out=spare[: len(x)]).sub_(1).mul_(w)) / z_p
     divergence = torch.log1p(change).sub_(first)
-    # `first` is off by some 1e-7 of itself.
+    # `first` is off by some 1e-7 of itself, and `change` by 1e-7, which is much of what is left of 1
+    # where all but the likeliest token fell.
     good = divergence >= first.abs().div_(16).clamp_(min=_PLAIN_FROM)
+    good.logical_and_(divergence * (1 + change) >= _PLAIN_FROM)
     if not good.all():
         rows = (~good).nonzero()[:, 0]
         x, w = x[rows].double(), w[rows].double()
