@@ -43,7 +43,9 @@ _FIRST_POWER = (3, 1, 0)
 _LARGE_PIVOT = 16.0
 # Divergences from which float32 is good enough for e^x - 1: it is off by 1e-7 at the worst.
 _PLAIN_FROM = 0.02
-# The same for float64.
+# Of Σ P x, below it Σ P e^x may be so far below 1 that e^x - 1 would lose it.
+_FELL = -0.7
+# The same as _PLAIN_FROM for float64.
 _PLAIN_64_FROM = 1e-9
 
 
@@ -156,14 +158,14 @@ def _plain_kl(
     x: Tensor, w: Tensor, first: Tensor, z_p: Tensor, spare: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the same by exponentials."""
+    # Without the 1 a sum's rounding is that of the differences only; with it, where all but the
+    # likeliest token fell, that of the little that is left. Σ P e^x is at least e^first.
+    ones = (first > _FELL).to(x.dtype)
     # Not exp2, which takes a fourth of the time: its bits depend on where in a block a number lies.
-    # Without the 1 a sum's rounding is that of the differences only.
-    change = row_sums(torch.exp(x, out=spare[: len(x)]).sub_(1).mul_(w)) / z_p
-    divergence = torch.log1p(change).sub_(first)
-    # `first` is off by some 1e-7 of itself, and `change` by 1e-7, which is much of what is left of 1
-    # where all but the likeliest token fell.
+    change = row_sums(torch.exp(x, out=spare[: len(x)]).sub_(ones[:, None]).mul_(w)) / z_p
+    divergence = torch.log1p(change.sub_(1).add_(ones)).sub_(first)
+    # `first` is off by some 1e-7 of itself.
     good = divergence >= first.abs().div_(16).clamp_(min=_PLAIN_FROM)
-    good.logical_and_(divergence * (1 + change) >= _PLAIN_FROM)
     if not good.all():
         rows = (~good).nonzero()[:, 0]
         x, w = x[rows].double(), w[rows].double()
