@@ -23,19 +23,20 @@ def reduce(
     """Reduce (K, R) over rows, in float64, or give the rows their leading dimensions back.
 
     A row that is masked or has weight 0 counts 0, NaN and infinite ones too, and whatever the weight of
-    a masked one. "mean" divides by the rows
-    that count, or by their weights; "batchmean" by the size of the first dimension.
+    a masked one. "mean" divides by the rows that count, or by their weights; "batchmean" by the size of
+    the first dimension.
     """
     dtype = rows.dtype
     # Of no rows there is no mean.
     count: Tensor | float = rows.shape[1] if rows.shape[1] else float("nan")
     if weights is not None:
-        weights = weights.reshape(-1)
+        # Their gradient is a sum of two, which half precision would round each.
+        weights = weights.reshape(-1).double()
         counts = weights != 0 if mask is None else mask.reshape(-1) & (weights != 0)
         # Both are replaced before they are multiplied, so that neither's gradient is 0 · NaN.
         weights = torch.where(counts, weights, 0.0)
         rows = torch.where(counts, rows, 0.0).double() * weights
-        count = weights.sum(dtype=torch.float64)
+        count = weights.sum()
     elif mask is not None:
         counts = mask.reshape(-1)
         rows = torch.where(counts, rows, 0.0)

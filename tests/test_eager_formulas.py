@@ -95,7 +95,7 @@ def test_only_the_likeliest_token_moved(n_cols, height):
 @pytest.mark.parametrize("n_cols", [10, 606, 50257])
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_a_circuit_that_is_sure_of_the_likeliest_token(generator, spread, n_cols):
-    """All others fall together: of Σ P e^x, which they were counted from 1 of, next to nothing is left."""
+    """All others fall together, and next to nothing is left of Σ P e^x."""
     rises = torch.linspace(1, 40, 40)
     reference = spread * torch.randn(40, n_cols, generator=generator)
     circuit = reference + 0.6 * spread * torch.randn(40, n_cols, generator=generator)

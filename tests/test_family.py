@@ -47,6 +47,17 @@ def test_gradient_of_reverse(generator):
         assert (leaf.grad - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_shared_gradient_of_reverse_is_rounded_once(generator, dtype):
+    """Of many circuits in half precision: added up in it, their gradients would drown."""
+    circuit, reference = make(generator, 2, 50, 1.0, dtype)
+    leaf = reference.clone().requires_grad_()
+    fastkl.kl_div_many([circuit] * 300, leaf, direction="reverse", reduction="sum").sum().backward()
+    exact = 300 * oracle_gradients(reference, circuit)[0]
+    assert leaf.grad.dtype == dtype
+    assert (leaf.grad - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2, 3.7])
 @pytest.mark.parametrize("noise", NOISES)
 def test_temperature(generator, backend, largest_vocabulary, noise, temperature):
@@ -127,6 +138,18 @@ def test_masked_rows_count_nothing(generator):
     nothing = torch.zeros(2, 3, dtype=torch.bool)
     assert fastkl.kl_div(circuit, reference, mask=nothing).isnan()
     assert fastkl.kl_div(circuit, reference, mask=nothing, reduction="sum") == 0
+
+
+def test_gradient_of_half_precision_weights_is_rounded_once(generator):
+    """It is the difference of a row's divergence and the mean, which are close to each other."""
+    circuit, reference = make(generator, 2, 50, 1.0)
+    circuit[1], reference[1] = circuit[0], reference[0]
+    circuit[1, 3] += 1e-2
+    weights = torch.tensor([1.0, 1.001], dtype=torch.float16)
+    found, wide = (w.clone().requires_grad_() for w in (weights, weights.double()))
+    for leaf in (found, wide):
+        fastkl.kl_div(circuit, reference, weights=leaf).backward()
+    torch.testing.assert_close(found.grad, wide.grad.half(), rtol=0, atol=0)
 
 
 def test_row_weights(generator):
