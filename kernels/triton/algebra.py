@@ -64,6 +64,8 @@ MASS_ERROR = tl.constexpr(2.0**-22)
 # slices of many tokens add up to without any such weight, it is within the tolerance.
 EXPONENT_ERROR = tl.constexpr(2.0**-24)
 USUAL = tl.constexpr(8)
+# Rounding of a plain sum: two half ulps of what it is counted from, and of what that is moved by.
+PLAIN_ERROR = tl.constexpr(2.0**-23)
 # Sides less than this apart are subtracted as they are: exactly, where their logits are alike.
 APART = tl.constexpr(4.0)
 # Half an ulp of what they are apart.
@@ -282,7 +284,8 @@ def merge(state, stretch, KEEP: tl.constexpr):
     rounding = tl.where(size > 0.0, apart_by(b_p, b_q), 0.0) * APART_ERROR
     moved_size = 2.0 * tl.sqrt(z_p * (tl.maximum(moved_h, 0.0) + z_p * rounding * rounding))
     doubt += scaled(rounding * moved_size, scale_p, z_p) / sum_p
-    plain_doubt += scaled(rounding * z_p, scale_p, z_p) / sum_p
+    plain_error = rounding * z_p + (tl.abs(s) + tl.abs(moved_by) * z_p) * PLAIN_ERROR
+    plain_doubt += scaled(plain_error, scale_p, z_p) / sum_p
     if KEEP:
         # Where one token has nearly all mass, a change of pivot leaves as little of s as the others have
         # mass, and gradients. A slice that may hold it is summed at the row's pivot, and p - q exactly.
