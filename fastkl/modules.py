@@ -162,21 +162,7 @@ class JSDivLoss(torch.nn.Module):
     ) -> Tensor:
         """Return the divergence of logits `input`, the circuit's, and `target`, the reference's.
 
-        Parameters
-        ----------
-        input : Tensor (..., V)
-            Logits of the circuit, as errors call it.
-        target : Tensor (..., V)
-            Logits of the reference; the same shape and device.
-        mask : Tensor (...), bool, optional
-            Which rows count.
-        weights : Tensor (...), floating, optional
-            What each row is multiplied by.
-
-        Returns
-        -------
-        Tensor
-            As of :func:`fastkl.js_div`.
+        The arguments are those of :meth:`KLDivLoss.forward`, the result that of :func:`fastkl.js_div`.
         """
         return js_div(
             input,
