@@ -136,6 +136,13 @@ def test_unwritable_folder_is_refused_before_training(tmp_path, capsys, no_train
     assert str(folder) in capsys.readouterr().err
 
 
+def test_a_file_is_no_folder(tmp_path, capsys, no_training):
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(["demo", "--out", str(tmp_path / "file"), "--backend", "eager"]) == 2
+    assert f"must be a folder: {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
 def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypatch, no_training):
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))
