@@ -21,6 +21,7 @@ LAYERS = {
     "state": 0,
     "rows": 0,
     "reductions": 0,
+    "backends.eager_blocks": 0,
     "_triton": 0,
     "_native": 0,
     "gradient": 1,

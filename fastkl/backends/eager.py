@@ -12,21 +12,14 @@ import torch
 from torch import Tensor
 
 from fastkl import gradient, jensen_shannon, state
-from fastkl.backends.eager_formulas import (
-    Buffers,
-    Reference,
-    exponentials,
-    kl_by_reach,
-    on_cpu,
-    row_sums,
-)
+from fastkl.backends.eager_blocks import Layout
+from fastkl.backends.eager_formulas import Looks, Reference, exponentials, on_cpu, row_sums
 from fastkl.rows import KNOWN, compute_dtype, cool, differences
 from fastkl.state import RowState
 
 NAME = "eager"
 N_KEPT = 0
-# Elements a block: five float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
-# not stay in the cache.
+# Elements a block where all rows get the full treatment.
 _BLOCK_ELEMENTS = 1 << 19
 
 
@@ -72,9 +65,14 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     divergence = torch.empty(
         (len(circuits), reference.shape[0]), dtype=dtype, device=reference.device
     )
-    for rows, ref, buffers in _blocks(reference, dtype, temperature):
+    if on_cpu(reference) and dtype == torch.float32:
+        _look_at_rows(circuits, reference, temperature, divergence)
+        return divergence
+    # Choosing by values would wait for the device: all rows get the full treatment.
+    for rows, ref, e in _blocks(reference, dtype, temperature):
         for k, circuit in enumerate(circuits):
-            divergence[k, rows] = _block_kl(cool(circuit[rows], dtype, temperature), ref, buffers)
+            cir = _read_circuit(cool(circuit[rows], dtype, temperature), e)
+            divergence[k, rows] = _finalize(cir, ref)
     return divergence
 
 
@@ -98,7 +96,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
             for _ in RowState._fields
         )
     )
-    for rows, ref, (e, _, _) in _blocks(reference, dtype):
+    for rows, ref, e in _blocks(reference, dtype):
         for k, circuit in enumerate(circuits):
             cir = _read_circuit(circuit[rows], e)
             for field, value in zip(result, _state(cir, ref), strict=True):
@@ -106,21 +104,40 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     return result
 
 
+def _look_at_rows(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float, divergence: Tensor
+) -> None:
+    """Set the divergences (K, R) of rows on the CPU."""
+    layout = Layout(*reference.shape)
+    looks = Looks(layout)
+    for rows in layout.slices(len(reference)):
+        ref = looks.read(cool(reference[rows], torch.float32, temperature))
+        for start in range(0, len(circuits), looks.n_circuits):
+            some = circuits[start : start + looks.n_circuits]
+
+            def circuit(k: int, rows: slice = rows, some: Sequence[Tensor] = some) -> Tensor:
+                return cool(some[k][rows], torch.float32, temperature)
+
+            found, good = looks.kl(circuit, len(some), ref)
+            bad = good.logical_not()
+            for k in bad.any(-1).nonzero()[:, 0].tolist():
+                far = bad[k].nonzero()[:, 0]
+                q = circuit(k)[far]
+                found[k, far] = _finalize(_read_circuit(q, torch.empty_like(q)), ref.pick(far))
+            divergence[start : start + len(some), rows] = found
+
+
 def _blocks(
     reference: Tensor, dtype: torch.dtype, temperature: float = 1.0
-) -> Iterator[tuple[slice, Reference, Buffers]]:
-    """Yield blocks of rows with the reference's exponentials, and buffers of their shape."""
+) -> Iterator[tuple[slice, Reference, Tensor]]:
+    """Yield blocks of rows with the reference's exponentials, and a buffer of their shape."""
     n_rows, n_cols = reference.shape
     size = max(1, min(n_rows, _BLOCK_ELEMENTS // n_cols))
-    w, *buffers = (
-        torch.empty((size, n_cols), dtype=dtype, device=reference.device) for _ in range(4)
-    )
+    w, e = torch.empty((2, size, n_cols), dtype=dtype, device=reference.device)
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))
         n = rows.stop - rows.start
-        first, second, third = (buffer[:n] for buffer in buffers)
-        ref = Reference.read(cool(reference[rows], dtype, temperature), w[:n])
-        yield rows, ref, (first, second, third)
+        yield rows, Reference.read(cool(reference[rows], dtype, temperature), w[:n]), e[:n]
 
 
 def _read_circuit(q: Tensor, e: Tensor) -> _Circuit:
@@ -129,18 +146,6 @@ def _read_circuit(q: Tensor, e: Tensor) -> _Circuit:
     m_q = q.amax(-1, keepdim=True)
     exponentials(q, m_q, out=e)
     return _Circuit(q, e, m_q, row_sums(e).double())
-
-
-def _block_kl(circuit: Tensor, ref: Reference, buffers: Buffers) -> Tensor:
-    if not on_cpu(circuit) or ref.w.dtype == torch.float64:
-        # Choosing by values would wait for the device: all rows get the full treatment.
-        return _finalize(_read_circuit(circuit, buffers[0]), ref)
-    divergence, bad = kl_by_reach(circuit, ref, buffers)
-    if bad is not None:
-        rows = bad.nonzero()[:, 0]
-        cir = _read_circuit(circuit[rows], buffers[0][: len(rows)])
-        divergence[rows] = _finalize(cir, ref.pick(rows))
-    return divergence
 
 
 def _finalize(cir: _Circuit, ref: Reference) -> Tensor:

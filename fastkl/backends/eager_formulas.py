@@ -5,48 +5,52 @@ With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d
     KL = log(1 + Σ P (e^x - 1)) - Σ P x
 
 for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
-The reach of a row is its largest |x|. Which formula a row gets depends on that row alone, and so do
-its bits.
+The reach of a row is its largest |x|:
+
+- where it is small, e^x - 1 is x and a series, whose sum tells KL by what it adds to that of x;
+- where it is not, exponentials are taken, which is good for divergences that are not small;
+- where neither is good, x is counted from its mean: KL = log(1 + Σ P (e^x - 1 - x)) then.
+
+Which formula a row gets depends on that row alone, and so do its bits.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Three of a block's shape, which are written over: for x, and for what a formula needs.
-Buffers = tuple[Tensor, Tensor, Tensor]
+from fastkl.backends.eager_blocks import Block, Layout
 
-# Up to these reaches e^x - 1 - x is a series; up to the last, exponentials are taken: weights below
-# float32's smallest then hold less than 1e-8 of Σ P e^x.
+# Up to these reaches e^x - 1 - x is x² by a series.
 # Tables lie on the CPU in float32, whatever the defaults are when this is imported.
-_REACHES = torch.tensor([0.0625, 0.5, 1.0, 56.0], dtype=torch.float32, device="cpu")
-# The coefficients of (e^x - 1 - x) / x² for each series, a column each, from the highest power down:
-# minimax, with relative errors of 8e-9, 4e-8 and 1e-7.
-_SERIES = torch.tensor(
-    [
-        [0.0, 0.0, 2.49956829e-5],
-        [0.0, 1.98675974e-4, 2.03199597e-4],
-        [0.0, 1.39750843e-3, 1.38905249e-3],
-        [8.3325021e-3, 8.33345950e-3, 8.33100546e-3],
-        [0.0416711494, 0.0416660048, 0.0416665711],
-        [0.166666672, 0.166666657, 0.16666694],
-        [0.5, 0.5, 0.5],
-    ],
-    dtype=torch.float32,
-    device="cpu",
+_REACHES = torch.tensor([0.25, 1.4], dtype=torch.float32, device="cpu")
+# The coefficients of x² / (e^x - 1 - x) for each, from the highest power down: minimax, with relative
+# errors of 1.1e-7 and 1.2e-7. It takes fewer of them than its reciprocal does.
+_SERIES = (
+    (0.00369357713, 0.0555395894, -0.666666389, 2.0),
+    (-6.96224379e-5, -3.09602008e-4, 0.00370000559, 0.0555561259, -0.666665852, 2.0),
 )
-_N_SERIES = 3
-# Where each column begins.
-_FIRST_POWER = (3, 1, 0)
-# A pivot this large is taken off the larger side before the difference is rounded at its size, to 1e-6.
-_LARGE_PIVOT = 16.0
-# Divergences from which float32 is good enough for e^x - 1: it is off by 1e-7 at the worst.
-_PLAIN_FROM = 0.02
+# The highest is a factor in PyTorch's first term, the rest are tensors.
+_LOWER = tuple(
+    torch.tensor(coefficients[1:], dtype=torch.float32, device="cpu").unbind()
+    for coefficients in _SERIES
+)
+_N_SERIES = len(_SERIES)
+# Of first² / KL, up to it a series' error and its sums' are multiplied by less than ten.
+_BAD_PIVOT = 16.0
+# Divergences from which float32 is good enough for e^x - 1: it is off by 2e-7 at the worst.
+_PLAIN_FROM = 0.03
 # Of Σ P x, below it Σ P e^x may be so far below 1 that e^x - 1 would lose it.
 _FELL = -0.7
-# The same as _PLAIN_FROM for float64.
-_PLAIN_64_FROM = 1e-9
+# A reference's logits so far below its largest still have weights in float32. Where some lie deeper, no
+# token may rise by more than the other: what the lost weights hold of Σ P e^x is less than 1e-8 then.
+_DEEPEST, _HIGHEST_RISE = 87.0, 56.0
+# A pivot this large is taken off the larger side before the difference is rounded at its size, to 1e-6.
+_LARGE_PIVOT = 16.0
+# Row sums that are kept at a time, of all circuits.
+_KEPT_SUMS = 1 << 17
 
 
 class Reference(NamedTuple):
@@ -84,34 +88,6 @@ def exponentials(logits: Tensor, maximum: Tensor, *, out: Tensor) -> None:
     torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out).exp_()
 
 
-def kl_by_reach(q: Tensor, ref: Reference, buffers: Buffers) -> tuple[Tensor, Tensor | None]:
-    """Return the divergences (R,) of a block of rows in float64, and where they are not good enough.
-
-    The latter, None for nowhere, is where logits are infinite or NaN or far from the reference's.
-    """
-    x, t, spare = buffers
-    formula = _set_rises(q, ref, x)
-    first = row_sums(torch.mul(ref.w, x, out=t)) / ref.z_p
-    by_series = formula < _N_SERIES
-    if by_series.all():
-        divergence, good = _series_kl(x, t, first, ref.z_p, formula, spare)
-    elif not by_series.any():
-        divergence, good = _plain_kl(x, ref.w, first, ref.z_p, spare)
-    else:
-        divergence, good = torch.empty_like(first), torch.empty_like(by_series)
-        rows = by_series.nonzero()[:, 0]
-        divergence[rows], good[rows] = _series_kl(
-            x[rows], t[rows], first[rows], ref.z_p[rows], formula[rows], spare
-        )
-        rows = by_series.logical_not_().nonzero()[:, 0]
-        divergence[rows], good[rows] = _plain_kl(
-            x[rows], ref.w[rows], first[rows], ref.z_p[rows], spare
-        )
-    if good.all() and int(formula.max()) <= _N_SERIES:
-        return divergence, None
-    return divergence, good.logical_not_().logical_or_(formula > _N_SERIES)
-
-
 def row_sums(x: Tensor) -> Tensor:
     """Σ over the last dimension, whose bits do not depend on how many rows there are.
 
@@ -120,57 +96,180 @@ def row_sums(x: Tensor) -> Tensor:
     return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 
-def _set_rises(q: Tensor, ref: Reference, x: Tensor) -> Tensor:
-    """Set x; return each row's formula: a series' number, then exponentials, then none."""
+class Looks:
+    """Measures blocks of rows of one length by these formulas, in memory that it keeps.
+
+    Parameters
+    ----------
+    layout : Layout
+        Of the rows.
+
+    Attributes
+    ----------
+    n_circuits : int
+        How many circuits can be measured at a time.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._w, self._x, self._t, self._s, self._some_x, self._some_t = layout.memory(6)
+        self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
+
+    def read(self, p: Tensor) -> Reference:
+        """Return a block of reference rows (R, V), which is good until the next is read."""
+        w = self._layout.block(self._w, len(p))
+        return Reference.read(p, w.rows)._replace(z_p=_total(w.sums()))
+
+    def kl(
+        self, circuit: Callable[[int], Tensor], n_circuits: int, ref: Reference
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergences (K, R) of a block's rows in float64, and which are good enough.
+
+        The others' logits are infinite or NaN, or the sides are far apart.
+
+        Parameters
+        ----------
+        circuit : function
+            Returns the rows (R, V) of a circuit by its number.
+        n_circuits : int
+            How many there are.
+        ref : Reference
+            The block that was read last.
+        """
+        n_rows = len(ref.p)
+        w, x, t, s = (
+            self._layout.block(memory, n_rows) for memory in (self._w, self._x, self._t, self._s)
+        )
+        deep = not (ref.m_p - ref.p.amin(-1, keepdim=True)).amax() <= _DEEPEST
+        shape = (2, n_circuits, n_rows, self._layout.n_parts)
+        firsts, seconds = torch.empty(shape, dtype=torch.float32, device="cpu")
+        formulas = torch.empty(shape[1:3], dtype=torch.int64, device="cpu")
+        for k in range(n_circuits):
+            first, second, formula = firsts[k], seconds[k], formulas[k]
+            _set_rises(circuit(k), ref, x.rows)
+            _choose(x.rows, deep=deep, out=formula)
+            torch.mul(x.even, w.even, out=t.even)
+            t.sums(out=first)
+            lowest, highest = map(int, torch.aminmax(formula))
+            lower = [
+                (rows, self._series_of(rows, x, t, number))
+                for number in range(lowest, min(highest, _N_SERIES))
+                if len(rows := (formula == number).nonzero()[:, 0])
+            ]
+            if highest < _N_SERIES:
+                _set_higher(x, t, highest, out=s)
+                s.sums(out=second)
+            else:
+                _change(x, w, _total(first) / ref.z_p)
+                x.sums(out=second)
+            for rows, sums in lower:
+                second[rows] = sums
+        first, second = _total(firsts) / ref.z_p, _total(seconds) / ref.z_p
+        divergence, good = _divergence(first, second, formulas)
+        again = ~good & (formulas <= _N_SERIES) & first.isfinite() & second.isfinite()
+        for k in again.any(-1).nonzero()[:, 0].tolist():
+            rows = again[k].nonzero()[:, 0]
+            found = self._centered(circuit(k), ref, rows, first[k])
+            divergence[k, rows] = torch.log1p(found)
+            # A rounded sum of terms that are not below 0 may be.
+            good[k, rows] = (found >= 0) & (found < torch.inf)
+        return divergence, good
+
+    def _series_of(self, rows: Tensor, x: Block, t: Block, number: int) -> Tensor:
+        """Return Σ w (e^x - 1 - x) of some rows' parts by one of the series."""
+        copied = _few(rows, len(x.rows))
+        if copied:
+            x, t = self._some(rows, x, self._some_x), self._some(rows, t, self._some_t)
+        out = self._layout.block(self._s, len(x.rows))
+        _set_higher(x, t, number, out=out)
+        return out.sums() if copied else out.sums()[rows]
+
+    def _centered(self, q: Tensor, ref: Reference, rows: Tensor, mean: Tensor) -> Tensor:
+        """Return Σ P (e^x - 1 - x) of some rows, x less its mean (R,) under P."""
+        w = self._layout.block(self._w, len(ref.p))
+        copied = _few(rows, len(q))
+        if copied:
+            w = self._some(rows, w, self._some_t)
+            q, p, m_p, likeliest, mean = (y[rows] for y in (q, ref.p, ref.m_p, ref.likeliest, mean))
+            ref = ref._replace(p=p, m_p=m_p, z_p=ref.z_p[rows], likeliest=likeliest)
+        x, s = (self._layout.block(memory, len(q)) for memory in (self._x, self._s))
+        _set_rises(q, ref, x.rows, mean.float()[:, None])
+        # What the mean is off by hardly counts: its square is a part of the sum of second order.
+        torch.expm1(x.even, out=s.even).sub_(x.even).mul_(w.even)
+        found = _total(s.sums()) / ref.z_p
+        return found if copied else found[rows]
+
+    def _some(self, rows: Tensor, block: Block, memory: Tensor) -> Block:
+        """Return a copy of some rows."""
+        some = self._layout.block(memory, len(rows))
+        torch.index_select(block.padded, 0, rows, out=some.padded)
+        return some
+
+
+def _few(rows: Tensor, n_rows: int) -> bool:
+    """Whether it takes less time to copy some rows than to compute what is asked of some for all."""
+    return 2 * len(rows) < n_rows
+
+
+def _total(sums: Tensor) -> Tensor:
+    return sums.sum(-1, dtype=torch.float64)
+
+
+def _set_rises(q: Tensor, ref: Reference, x: Tensor, less: Tensor | None = None) -> None:
+    """Set x, less a number a row if there is one."""
     there = q.gather(-1, ref.likeliest)
-    c = ref.m_p - there
-    apart = c.abs() > _LARGE_PIVOT
-    if apart.any():
-        of_p = c.where(apart & (ref.m_p.abs() > there.abs()), 0.0)
-        of_q = c.where(apart, 0.0) - of_p
-        rest = (ref.m_p - of_p) - (there + of_q)
-        torch.add(q, of_q, out=x).sub_(ref.p - of_p).add_(rest)
+    rest = ref.m_p - there
+    lowest, highest = map(float, torch.aminmax(rest))
+    if lowest >= -_LARGE_PIVOT and highest <= _LARGE_PIVOT:
+        torch.sub(q, ref.p, out=x)
     else:
-        torch.sub(q, ref.p, out=x).add_(c)
-    # A fall without end is summed as such by exponentials. A NaN comes out as the last.
-    rise, fall = x.amax(-1), x.amin(-1).neg_().clamp_(max=2 * _REACHES[_N_SERIES - 1])
-    return torch.bucketize(torch.maximum(rise, fall), _REACHES, right=True)
+        large = rest.where(rest.abs() > _LARGE_PIVOT, 0.0)
+        of_p = large.where(ref.m_p.abs() > there.abs(), 0.0)
+        of_q = large - of_p
+        rest = (ref.m_p - of_p) - (there + of_q)
+        torch.add(q, of_q, out=x).sub_(ref.p - of_p)
+    x.add_(rest if less is None else rest - less)
 
 
-def _series_kl(
-    x: Tensor, t: Tensor, first: Tensor, z_p: Tensor, formula: Tensor, spare: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the divergences (R,) of rows by their series, in float64, and which are good enough."""
-    # A column of a row's coefficients; those above its own series are 0, and cost it no digit.
-    start = _FIRST_POWER[int(formula.max())]
-    highest, next_lower, *lower = _SERIES[start:, formula][:, :, None]
-    # Of two operands with a number a row PyTorch's loop would take one element at a time.
-    series = torch.mul(x, highest, out=spare[: len(x)]).add_(next_lower)
+def _choose(x: Tensor, *, deep: bool, out: Tensor) -> None:
+    """Set each row's formula: a series' number, then exponentials, then none (R,)."""
+    rise, fall = x.amax(-1), x.amin(-1)
+    # A NaN comes out as the last.
+    torch.bucketize(torch.maximum(rise, fall.neg_()), _REACHES, right=True, out=out)
+    if deep:
+        # A NaN is not below anything.
+        out.masked_fill_(~(rise <= _HIGHEST_RISE), _N_SERIES + 1)
+
+
+def _set_higher(x: Block, t: Block, number: int, *, out: Block) -> None:
+    """Set w (e^x - 1 - x) by one of the series, given t = w x."""
+    next_lower, *lower = _LOWER[number]
+    torch.add(next_lower, x.even, alpha=_SERIES[number][0], out=out.even)
     for coefficient in lower:
-        torch.addcmul(coefficient, series, x, out=series)
-    higher = row_sums(series.mul_(x).mul_(t)) / z_p
-    divergence = torch.log1p(first + higher).sub_(first)
-    # About higher - first² / 2: the difference costs digits where the pivot was a bad one.
-    return divergence, first.square() <= divergence * 32
+        torch.addcmul(coefficient, out.even, x.even, out=out.even)
+    torch.div(x.even, out.even, out=out.even).mul_(t.even)
 
 
-def _plain_kl(
-    x: Tensor, w: Tensor, first: Tensor, z_p: Tensor, spare: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the same by exponentials."""
+def _change(x: Block, w: Block, first: Tensor) -> None:
+    """Replace x by w (e^x - 1), or by w e^x in rows that fell."""
+    # exp2 is PyTorch's own, and takes down to a fourth of the time of exp, which is another library's.
+    x.even.mul_(math.log2(math.e)).exp2_()
     # Without the 1 a sum's rounding is that of the differences only; with it, where all but the
     # likeliest token fell, that of the little that is left. Σ P e^x is at least e^first.
-    ones = (first > _FELL).to(x.dtype)
-    # Not exp2, which takes a fourth of the time: its bits depend on where in a block a number lies.
-    change = row_sums(torch.exp(x, out=spare[: len(x)]).sub_(ones[:, None]).mul_(w)) / z_p
-    divergence = torch.log1p(change.sub_(1).add_(ones)).sub_(first)
-    # `first` is off by some 1e-7 of itself.
-    good = divergence >= first.abs().div_(16).clamp_(min=_PLAIN_FROM)
-    if not good.all():
-        rows = (~good).nonzero()[:, 0]
-        x, w = x[rows].double(), w[rows].double()
-        z_p = row_sums(w)
-        first = row_sums(w * x) / z_p
-        found = torch.log1p(row_sums(torch.expm1(x).mul_(w)) / z_p) - first
-        divergence[rows], good[rows] = found, found > _PLAIN_64_FROM
-    return divergence, good
+    x.padded.sub_((first > _FELL).to(torch.float32)[:, None])
+    x.even.mul_(w.even)
+
+
+def _divergence(first: Tensor, second: Tensor, formula: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergences (K, R), and which are good enough, from each row's sums."""
+    by_series = formula < _N_SERIES
+    change = torch.where(by_series, first + second, second - (first <= _FELL).double())
+    divergence = torch.log1p(change) - first
+    good = torch.where(
+        by_series,
+        # About second - first² / 2: the difference costs digits where the pivot was a bad one.
+        first.square() <= divergence * _BAD_PIVOT,
+        # `first` is off by some 1e-7 of itself.
+        divergence >= first.abs().div(16).clamp_(min=_PLAIN_FROM),
+    )
+    return divergence, good & (formula <= _N_SERIES) & (second < torch.inf)

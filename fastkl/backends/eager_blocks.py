@@ -1,0 +1,84 @@
+"""Memory for blocks of rows on the CPU, laid out so that a row's bits depend on that row alone.
+
+PyTorch gives each thread a share of a tensor's elements, and what is left of a share after its last
+whole vector to a loop of its own, whose exponentials differ in their last bit. So rows are padded, and
+what is computed on is a number of elements that shares out in whole vectors.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Floats that PyTorch's loops take at a time: two vectors of 512 bits.
+_STEP = 32
+# Elements for which PyTorch wakes another thread.
+_GRAIN = 1 << 15
+# Elements that are summed in float32; their sums are added up in float64.
+_PART = 2048
+# Elements a block: six float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
+# not stay in the cache.
+_BLOCK_ELEMENTS = 1 << 19
+
+
+class Block(NamedTuple):
+    """A block of rows (R, V) in memory of its own, each padded to M parts of C elements."""
+
+    rows: Tensor  # (R, V)
+    padded: Tensor  # (R, M · C)
+    parts: Tensor  # (R, M, C)
+    even: Tensor  # the same, and what follows until threads share evenly (N,)
+
+    def sums(self, out: Tensor | None = None) -> Tensor:
+        """Return Σ of each row's parts (R, M)."""
+        return torch.sum(self.parts, -1, out=out)
+
+
+class Layout:
+    """How rows of a length are padded, and how many make a block.
+
+    Parameters
+    ----------
+    n_rows, n_cols : int
+        All rows that there are, and their length.
+    """
+
+    def __init__(self, n_rows: int, n_cols: int) -> None:
+        self.n_cols = n_cols
+        self.n_parts = -(-n_cols // _PART)
+        self.part = _round_up(-(-n_cols // self.n_parts), _STEP)
+        self._padded = self.n_parts * self.part
+        self.n_rows = max(1, min(n_rows, _BLOCK_ELEMENTS // self._padded))
+
+    def slices(self, n_rows: int) -> Iterator[slice]:
+        """Yield the blocks of so many rows."""
+        for start in range(0, n_rows, self.n_rows):
+            yield slice(start, min(start + self.n_rows, n_rows))
+
+    def memory(self, n_buffers: int) -> list[Tensor]:
+        """Return memory for as many blocks, with zeros where rows are padded, which stay there."""
+        size = _even(self.n_rows * self._padded)
+        buffers = [torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(n_buffers)]
+        for buffer in buffers:
+            self.block(buffer, self.n_rows).padded[:, self.n_cols :] = 0
+        return buffers
+
+    def block(self, memory: Tensor, n_rows: int) -> Block:
+        """Return a block of so many rows in memory."""
+        size = n_rows * self._padded
+        padded = memory[:size].view(n_rows, self._padded)
+        parts = padded.view(n_rows, self.n_parts, self.part)
+        return Block(padded[:, : self.n_cols], padded, parts, memory[: _even(size)])
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _even(n: int) -> int:
+    """Return the smallest number of elements, from n on, that threads share in whole vectors."""
+    n, most = _round_up(n, _STEP), torch.get_num_threads()
+    while n % (_STEP * min(most, -(-n // _GRAIN))):
+        n += _STEP
+    return n
