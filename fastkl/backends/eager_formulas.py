@@ -113,12 +113,20 @@ class Looks:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._w, self._x, self._t, self._s, self._some_x, self._some_t = layout.memory(6)
+        self._deep = False
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
     def read(self, p: Tensor) -> Reference:
         """Return a block of reference rows (R, V), which is good until the next is read."""
         w = self._layout.block(self._w, len(p))
-        return Reference.read(p, w.rows)._replace(z_p=_total(w.sums()))
+        # PyTorch takes ten times as long to say where a maximum is.
+        likeliest = torch.from_numpy(p.detach().numpy().argmax(-1))[:, None]
+        m_p, lowest = p.gather(-1, likeliest), p.amin(-1, keepdim=True)
+        exponentials(p, m_p, out=w.rows)
+        absent = None if lowest.amin() > -torch.inf else p == -torch.inf
+        # A NaN is not below anything.
+        self._deep = not (m_p - lowest).amax() <= _DEEPEST
+        return Reference(p, w.rows, m_p, _total(w.sums()), likeliest, absent)
 
     def kl(
         self, circuit: Callable[[int], Tensor], n_circuits: int, ref: Reference
@@ -140,14 +148,13 @@ class Looks:
         w, x, t, s = (
             self._layout.block(memory, n_rows) for memory in (self._w, self._x, self._t, self._s)
         )
-        deep = not (ref.m_p - ref.p.amin(-1, keepdim=True)).amax() <= _DEEPEST
         shape = (2, n_circuits, n_rows, self._layout.n_parts)
         firsts, seconds = torch.empty(shape, dtype=torch.float32, device="cpu")
         formulas = torch.empty(shape[1:3], dtype=torch.int64, device="cpu")
         for k in range(n_circuits):
             first, second, formula = firsts[k], seconds[k], formulas[k]
             _set_rises(circuit(k), ref, x.rows)
-            _choose(x.rows, deep=deep, out=formula)
+            _choose(x.rows, deep=self._deep, out=formula)
             torch.mul(x.even, w.even, out=t.even)
             t.sums(out=first)
             lowest, highest = map(int, torch.aminmax(formula))
