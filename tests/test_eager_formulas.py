@@ -13,7 +13,7 @@ from fastkl.backends import eager_formulas as formulas
 
 N_COLS = 2053
 SERIES = range(formulas._N_SERIES)
-EXPONENTIALS, NONE = formulas._N_SERIES, formulas._N_SERIES + 1
+EXPONENTIALS, HIGH, NONE = formulas._EXPONENTIALS, formulas._HIGH, formulas._NONE
 
 
 def pair(generator, reach, n_rows=1, at=1.0):
@@ -25,11 +25,11 @@ def pair(generator, reach, n_rows=1, at=1.0):
     return reference + rise, reference
 
 
-def chosen(circuit, reference, *, deep=False):
-    x, weights = torch.empty_like(circuit), torch.empty_like(circuit)
-    formulas._set_rises(circuit, formulas.Reference.read(reference, weights), x)
-    numbers = torch.empty(len(x), dtype=torch.int64)
-    formulas._choose(x, deep=deep, out=numbers)
+def chosen(circuit, reference):
+    ref = formulas.Workspace(blocks.Layout(*reference.shape)).read(reference)
+    x, numbers = torch.empty_like(circuit), torch.empty(len(circuit), dtype=torch.int64)
+    formulas._set_rises(circuit, ref, x, torch.empty_like(x))
+    formulas._choose(x, ref.deep, out=numbers)
     return numbers.tolist()
 
 
@@ -42,17 +42,35 @@ def test_reaches(generator, number, side):
 
 
 @pytest.mark.parametrize("side", [0.98, 1.02], ids=["within", "beyond"])
-def test_the_highest_rise(generator, side):
-    """A weight too small for float32, and a circuit that puts much of its mass there."""
-    rise = formulas._HIGHEST_RISE * side
+@pytest.mark.parametrize(
+    ("depth", "limit", "numbers"),
+    [
+        (80, formulas._HIGH_RISE, (EXPONENTIALS, HIGH)),
+        (80, formulas._HIGHEST_RISE, (HIGH, HIGH)),
+        (100, formulas._HIGHEST_RISE, (HIGH, NONE)),
+    ],
+)
+def test_high_rises(generator, depth, limit, numbers, side):
+    """A weight small for float32, too small for it, and a circuit that prefers the token."""
+    rise = limit * side
     circuit, reference = pair(generator, 1.0, 2)
-    reference[:, 9] = reference.amax(-1) - 100
+    reference[:, 9] = reference.amax(-1) - depth
     circuit[:, 9] = reference[:, 9] + rise
+    # A fall of any depth is summed.
     circuit[:, 3] -= 2 * rise
-    # A fall of any depth is summed; what rises too far is left to the states.
-    assert chosen(circuit, reference, deep=True) == [EXPONENTIALS + (side > 1)] * 2
-    assert chosen(circuit, reference) == [EXPONENTIALS] * 2
+    assert chosen(circuit, reference) == [numbers[side > 1]] * 2
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+def test_a_rise_far_above_float32s_digits(generator):
+    """P e^x is then off by 1e-5 of itself, and most of what KL is."""
+    depth = torch.linspace(30, 87, 400)[:, None]
+    share = torch.linspace(-4, -1, 7)[:, None]
+    noise = torch.rand(400, 1, generator=generator)
+    reference = torch.cat([noise, noise - depth], 1)
+    for more in share:
+        circuit = torch.cat([noise * 3, noise * 3 + more], 1)
+        assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
 @pytest.mark.parametrize("above", [5.0, 20.0])
@@ -90,19 +108,32 @@ def test_series(number):
 
 def test_each_rows_bits_are_its_own(generator):
     """Rows of every formula in one block, and each of them alone."""
-    reaches = [0.0, 0.03, 0.2, 0.8, 3.0, 20.0, 40.0]
+    reaches = [0.0, 0.03, 0.2, 0.8, 3.0, 20.0, 70.0]
     pairs = [pair(generator, reach) for reach in reaches]
     circuit, reference = (torch.cat(rows) for rows in zip(*pairs, strict=True))
     circuit = torch.cat([circuit, circuit[:2]])
     reference = torch.cat([reference, reference[:2]])
     circuit[-2, 5], circuit[-1, 5] = torch.nan, -torch.inf
-    assert set(chosen(circuit, reference)) == {*SERIES, EXPONENTIALS}
+    assert set(chosen(circuit, reference)) == {*SERIES, EXPONENTIALS, HIGH}
     together = kl_rows([circuit], reference, "eager")[0]
     alone = torch.cat(
         [kl_rows([circuit[i : i + 1]], reference[i : i + 1], "eager")[0] for i in range(9)]
     )
     torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
     assert_matches(together, oracle(circuit, reference))
+
+
+def test_bits_beside_a_row_that_lies_deep(generator):
+    """Only a deep row's own tokens are too deep."""
+    circuit, reference = pair(generator, 1.0, 40)
+    reference[:, 9] = reference.amax(-1) - torch.linspace(60, 86, 40)
+    circuit[:, 9] = reference.amax(-1) - 1
+    deep = reference[:3].clone()
+    deep[0, 5], deep[1, 5], deep[2, 5] = -torch.inf, torch.nan, deep[2].amax() - 100
+    alone = kl_rows([circuit], reference, "eager")[0]
+    beside = kl_rows([torch.cat([deep, circuit])], torch.cat([deep, reference]), "eager")[0, 3:]
+    assert torch.equal(alone, beside)
+    assert_matches(alone, oracle(circuit, reference))
 
 
 @pytest.mark.parametrize("few", [1, 3], ids=["copied", "computed with the others"])
@@ -157,8 +188,7 @@ def test_rows_are_padded_with_zeros(n_cols):
     block = layout.block(memory, layout.n_rows)
     assert block.rows.shape == (layout.n_rows, n_cols)
     assert not block.padded[:, n_cols:].any()
-    assert block.padded.shape[1] - n_cols < 32 * layout.n_parts
-    assert block.parts.shape[2] % 32 == 0
+    assert block.padded.shape[1] - n_cols < layout.n_parts
     assert block.parts.shape[2] <= 2048
     block.rows.fill_(1)
     assert block.sums().sum() == layout.n_rows * n_cols
@@ -184,6 +214,41 @@ def test_only_the_likeliest_token_moved(n_cols, height):
     reference[:, 0] = height + 1e-3
     circuit = reference.clone()
     circuit[:, 0] += torch.linspace(-1.2, 1.2, 1201)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize(
+    ("n_cols", "height", "moved"),
+    [
+        (914, 4.408248424530029, -1.3485432863235474),
+        (1878, 4.637124061584473, -1.5877864360809326),
+        (609, 3.000575065612793, -2.027707815170288),
+        (455, 2.718919038772583, -2.0056638717651367),
+    ],
+)
+def test_all_but_the_likeliest_token_moved_alike(n_cols, height, moved):
+    """What a search found: so do their roundings, all to one side."""
+    reference = torch.zeros(1, n_cols)
+    reference[0, 0] = height
+    circuit = reference + moved
+    circuit[0, 0] = height
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize(
+    ("reference", "circuit"),
+    [
+        ([5.998123645782471, 5.99313497543335], [-5.443721771240234, -5.539163589477539]),
+        (
+            [2.0883612632751465, 5.892886638641357, 5.837714195251465],
+            [-5.921059608459473, -2.204273223876953, -2.167781352996826],
+        ),
+        ([0.0008616447448730469, 0.06974649429321289], [15.743414878845215, 15.72089672088623]),
+    ],
+)
+def test_sides_ten_apart(reference, circuit):
+    """What a search found: differences rounded at that size, where little is left of them."""
+    circuit, reference = torch.tensor([circuit]), torch.tensor([reference])
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
@@ -214,7 +279,7 @@ def test_circuits_in_groups(generator, monkeypatch):
     circuits = [reference + 0.3 * torch.randn(9, 20, generator=generator) for _ in range(5)]
     together = kl_rows(circuits, reference, "eager")
     monkeypatch.setattr(formulas, "_KEPT_SUMS", 18)
-    assert formulas.Looks(blocks.Layout(9, 20)).n_circuits == 2
+    assert formulas.Workspace(blocks.Layout(9, 20)).n_circuits == 2
     assert torch.equal(kl_rows(circuits, reference, "eager"), together)
 
 

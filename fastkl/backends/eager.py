@@ -1,8 +1,8 @@
 """KL divergence in plain PyTorch: any device, float64 too, no compiler needed.
 
-Rows are taken in blocks that stay in the cache, so that each logit comes from memory once and the
-dozen elementwise passes over a block do not leave the chip; the reference's exponentials are
-computed once for all circuits.
+Rows are taken in blocks that stay in the cache, so that a logit comes from memory once, twice in rows
+that are measured again, and the dozen elementwise passes over a block do not leave the chip; the
+reference's exponentials are computed once for all circuits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fastkl import gradient, jensen_shannon, state
 from fastkl.backends.eager_blocks import Layout
-from fastkl.backends.eager_formulas import Looks, Reference, exponentials, on_cpu, row_sums
+from fastkl.backends.eager_formulas import (
+    Reference,
+    Workspace,
+    exponentials,
+    on_cpu,
+    row_sums,
+)
 from fastkl.rows import KNOWN, compute_dtype, cool, differences
 from fastkl.state import RowState
 
@@ -66,7 +72,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
         (len(circuits), reference.shape[0]), dtype=dtype, device=reference.device
     )
     if on_cpu(reference) and dtype == torch.float32:
-        _look_at_rows(circuits, reference, temperature, divergence)
+        _measure_blocks(circuits, reference, temperature, divergence)
         return divergence
     # Choosing by values would wait for the device: all rows get the full treatment.
     for rows, ref, e in _blocks(reference, dtype, temperature):
@@ -104,21 +110,21 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     return result
 
 
-def _look_at_rows(
+def _measure_blocks(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, divergence: Tensor
 ) -> None:
     """Set the divergences (K, R) of rows on the CPU."""
     layout = Layout(*reference.shape)
-    looks = Looks(layout)
+    workspace = Workspace(layout)
     for rows in layout.slices(len(reference)):
-        ref = looks.read(cool(reference[rows], torch.float32, temperature))
-        for start in range(0, len(circuits), looks.n_circuits):
-            some = circuits[start : start + looks.n_circuits]
+        ref = workspace.read(cool(reference[rows], torch.float32, temperature))
+        for start in range(0, len(circuits), workspace.n_circuits):
+            some = circuits[start : start + workspace.n_circuits]
 
             def circuit(k: int, rows: slice = rows, some: Sequence[Tensor] = some) -> Tensor:
                 return cool(some[k][rows], torch.float32, temperature)
 
-            found, good = looks.kl(circuit, len(some), ref)
+            found, good = workspace.kl(circuit, len(some), ref)
             bad = good.logical_not()
             for k in bad.any(-1).nonzero()[:, 0].tolist():
                 far = bad[k].nonzero()[:, 0]

@@ -1,8 +1,9 @@
 """Memory for blocks of rows on the CPU, laid out so that a row's bits depend on that row alone.
 
 PyTorch gives each thread a share of a tensor's elements, and what is left of a share after its last
-whole vector to a loop of its own, whose exponentials differ in their last bit. So rows are padded, and
-what is computed on is a number of elements that shares out in whole vectors.
+whole vector to a loop of its own, whose exponentials differ in their last bit. So what is computed on is
+a number of elements that shares out in whole vectors: those of the rows, and some that nobody looks at.
+Long rows are summed in parts, and padded so that all have the same length.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Layout:
     def __init__(self, n_rows: int, n_cols: int) -> None:
         self.n_cols = n_cols
         self.n_parts = -(-n_cols // _PART)
-        self.part = _round_up(-(-n_cols // self.n_parts), _STEP)
+        self.part = -(-n_cols // self.n_parts)
         self._padded = self.n_parts * self.part
         self.n_rows = max(1, min(n_rows, _BLOCK_ELEMENTS // self._padded))
 
@@ -72,13 +73,9 @@ class Layout:
         return Block(padded[:, : self.n_cols], padded, parts, memory[: _even(size)])
 
 
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
 def _even(n: int) -> int:
-    """Return the smallest number of elements, from n on, that threads share in whole vectors."""
-    n, most = _round_up(n, _STEP), torch.get_num_threads()
+    """Return the smallest number of elements >= n that threads share in whole vectors."""
+    n, most = -(-n // _STEP) * _STEP, torch.get_num_threads()
     while n % (_STEP * min(most, -(-n // _GRAIN))):
         n += _STEP
     return n

@@ -7,9 +7,11 @@ With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d
 for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
 The reach of a row is its largest |x|:
 
-- where it is small, e^x - 1 is x and a series, whose sum tells KL by what it adds to that of x;
+- where it is small, Σ P (e^x - 1) is Σ P x and a sum of higher order, by a series;
 - where it is not, exponentials are taken, which is good for divergences that are not small;
 - where neither is good, x is counted from its mean: KL = log(1 + Σ P (e^x - 1 - x)) then.
+
+What no formula is good for, the backend measures by `fastkl.state`.
 
 Which formula a row gets depends on that row alone, and so do its bits.
 """
@@ -38,17 +40,23 @@ _LOWER = tuple(
     for coefficients in _SERIES
 )
 _N_SERIES = len(_SERIES)
-# Of first² / KL, up to it a series' error and its sums' are multiplied by less than ten.
-_BAD_PIVOT = 16.0
-# Divergences from which float32 is good enough for e^x - 1: it is off by 2e-7 at the worst.
-_PLAIN_FROM = 0.03
+# Numbers of the other formulas: exponentials, the same with a high rise, none.
+_EXPONENTIALS, _HIGH, _NONE = range(_N_SERIES, _N_SERIES + 3)
+# Of (Σ P x)² / KL, up to it a series' error and its sums' are multiplied by no more than five.
+_BAD_PIVOT = 8.0
+# By exponentials a divergence is good from here on, and from this part of |Σ P x|: where many tokens
+# move alike, so does their rounding, to 1e-7 of either.
+_PLAIN_FROM, _PLAIN_PART = 0.03, 1 / 8
 # Of Σ P x, below it Σ P e^x may be so far below 1 that e^x - 1 would lose it.
 _FELL = -0.7
-# A reference's logits so far below its largest still have weights in float32. Where some lie deeper, no
-# token may rise by more than the other: what the lost weights hold of Σ P e^x is less than 1e-8 then.
+# The exponential of a rise like this is off by 7e-6 of itself and more, which is little only of a large
+# divergence.
+_HIGH_RISE, _HIGH_FROM = 30.0, 3.0
+# A reference's logits so far below its largest may have weights too small for float32: where one has, no
+# token may rise by more than 56, so that what these weights hold of Σ P e^x is less than 1e-8.
 _DEEPEST, _HIGHEST_RISE = 87.0, 56.0
-# A pivot this large is taken off the larger side before the difference is rounded at its size, to 1e-6.
-_LARGE_PIVOT = 16.0
+# A pivot this large is taken off the larger side before the difference is rounded at its size, to 5e-7.
+_LARGE_PIVOT = 4.0
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
 
@@ -62,6 +70,7 @@ class Reference(NamedTuple):
     z_p: Tensor  # Σ w (R,), float64
     likeliest: Tensor  # argmax p (R, 1)
     absent: Tensor | None  # p = -inf (R, V); None if known to be so nowhere
+    deep: Tensor | None = None  # whether logits lie too deep (R,); None if they do nowhere
 
     @classmethod
     def read(cls, p: Tensor, w: Tensor) -> "Reference":
@@ -73,7 +82,7 @@ class Reference(NamedTuple):
 
     def pick(self, rows: Tensor) -> "Reference":
         """Return a copy of some rows."""
-        p, w, m_p, z_p, likeliest, absent = self
+        p, w, m_p, z_p, likeliest, absent, _ = self
         some_absent = None if absent is None else absent[rows]
         return Reference(p[rows], w[rows], m_p[rows], z_p[rows], likeliest[rows], some_absent)
 
@@ -96,7 +105,7 @@ def row_sums(x: Tensor) -> Tensor:
     return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 
-class Looks:
+class Workspace:
     """Measures blocks of rows of one length by these formulas, in memory that it keeps.
 
     Parameters
@@ -112,8 +121,7 @@ class Looks:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._w, self._x, self._t, self._s, self._some_x, self._some_t = layout.memory(6)
-        self._deep = False
+        self._w, self._x, self._t, self._s, *self._copies = layout.memory(6)
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
     def read(self, p: Tensor) -> Reference:
@@ -124,16 +132,17 @@ class Looks:
         m_p, lowest = p.gather(-1, likeliest), p.amin(-1, keepdim=True)
         exponentials(p, m_p, out=w.rows)
         absent = None if lowest.amin() > -torch.inf else p == -torch.inf
-        # A NaN is not below anything.
-        self._deep = not (m_p - lowest).amax() <= _DEEPEST
-        return Reference(p, w.rows, m_p, _total(w.sums()), likeliest, absent)
+        deep = (m_p - lowest > _DEEPEST)[:, 0]
+        return Reference(
+            p, w.rows, m_p, _total(w.sums()), likeliest, absent, deep if deep.any() else None
+        )
 
     def kl(
         self, circuit: Callable[[int], Tensor], n_circuits: int, ref: Reference
     ) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of a block's rows in float64, and which are good enough.
 
-        The others' logits are infinite or NaN, or the sides are far apart.
+        The others have infinite or NaN logits, or tokens that rise too far.
 
         Parameters
         ----------
@@ -153,8 +162,8 @@ class Looks:
         formulas = torch.empty(shape[1:3], dtype=torch.int64, device="cpu")
         for k in range(n_circuits):
             first, second, formula = firsts[k], seconds[k], formulas[k]
-            _set_rises(circuit(k), ref, x.rows)
-            _choose(x.rows, deep=self._deep, out=formula)
+            _set_rises(circuit(k), ref, x.rows, t.rows)
+            _choose(x.rows, ref.deep, out=formula)
             torch.mul(x.even, w.even, out=t.even)
             t.sums(out=first)
             lowest, highest = map(int, torch.aminmax(formula))
@@ -173,7 +182,7 @@ class Looks:
                 second[rows] = sums
         first, second = _total(firsts) / ref.z_p, _total(seconds) / ref.z_p
         divergence, good = _divergence(first, second, formulas)
-        again = ~good & (formulas <= _N_SERIES) & first.isfinite() & second.isfinite()
+        again = ~good & (formulas <= _EXPONENTIALS) & first.isfinite() & second.isfinite()
         for k in again.any(-1).nonzero()[:, 0].tolist():
             rows = again[k].nonzero()[:, 0]
             found = self._centered(circuit(k), ref, rows, first[k])
@@ -186,7 +195,7 @@ class Looks:
         """Return Σ w (e^x - 1 - x) of some rows' parts by one of the series."""
         copied = _few(rows, len(x.rows))
         if copied:
-            x, t = self._some(rows, x, self._some_x), self._some(rows, t, self._some_t)
+            x, t = (self._copy(rows, *pair) for pair in zip((x, t), self._copies, strict=True))
         out = self._layout.block(self._s, len(x.rows))
         _set_higher(x, t, number, out=out)
         return out.sums() if copied else out.sums()[rows]
@@ -196,21 +205,21 @@ class Looks:
         w = self._layout.block(self._w, len(ref.p))
         copied = _few(rows, len(q))
         if copied:
-            w = self._some(rows, w, self._some_t)
+            w = self._copy(rows, w, self._copies[0])
             q, p, m_p, likeliest, mean = (y[rows] for y in (q, ref.p, ref.m_p, ref.likeliest, mean))
             ref = ref._replace(p=p, m_p=m_p, z_p=ref.z_p[rows], likeliest=likeliest)
         x, s = (self._layout.block(memory, len(q)) for memory in (self._x, self._s))
-        _set_rises(q, ref, x.rows, mean.float()[:, None])
+        _set_rises(q, ref, x.rows, s.rows, mean.float()[:, None])
         # What the mean is off by hardly counts: its square is a part of the sum of second order.
         torch.expm1(x.even, out=s.even).sub_(x.even).mul_(w.even)
         found = _total(s.sums()) / ref.z_p
         return found if copied else found[rows]
 
-    def _some(self, rows: Tensor, block: Block, memory: Tensor) -> Block:
+    def _copy(self, rows: Tensor, block: Block, memory: Tensor) -> Block:
         """Return a copy of some rows."""
-        some = self._layout.block(memory, len(rows))
-        torch.index_select(block.padded, 0, rows, out=some.padded)
-        return some
+        copy = self._layout.block(memory, len(rows))
+        torch.index_select(block.padded, 0, rows, out=copy.padded)
+        return copy
 
 
 def _few(rows: Tensor, n_rows: int) -> bool:
@@ -222,8 +231,10 @@ def _total(sums: Tensor) -> Tensor:
     return sums.sum(-1, dtype=torch.float64)
 
 
-def _set_rises(q: Tensor, ref: Reference, x: Tensor, less: Tensor | None = None) -> None:
-    """Set x, less a number a row if there is one."""
+def _set_rises(
+    q: Tensor, ref: Reference, x: Tensor, spare: Tensor, less: Tensor | None = None
+) -> None:
+    """Set x, less a number a row if there is one; spare, of its shape, may be written over."""
     there = q.gather(-1, ref.likeliest)
     rest = ref.m_p - there
     lowest, highest = map(float, torch.aminmax(rest))
@@ -234,18 +245,18 @@ def _set_rises(q: Tensor, ref: Reference, x: Tensor, less: Tensor | None = None)
         of_p = large.where(ref.m_p.abs() > there.abs(), 0.0)
         of_q = large - of_p
         rest = (ref.m_p - of_p) - (there + of_q)
-        torch.add(q, of_q, out=x).sub_(ref.p - of_p)
+        torch.add(q, of_q, out=x).sub_(torch.sub(ref.p, of_p, out=spare))
     x.add_(rest if less is None else rest - less)
 
 
-def _choose(x: Tensor, *, deep: bool, out: Tensor) -> None:
-    """Set each row's formula: a series' number, then exponentials, then none (R,)."""
+def _choose(x: Tensor, deep: Tensor | None, *, out: Tensor) -> None:
+    """Set the number of each row's formula (R,)."""
     rise, fall = x.amax(-1), x.amin(-1)
-    # A NaN comes out as the last.
+    # Of a NaN the sums are NaN too, by any formula; here it comes out as exponentials.
     torch.bucketize(torch.maximum(rise, fall.neg_()), _REACHES, right=True, out=out)
-    if deep:
-        # A NaN is not below anything.
-        out.masked_fill_(~(rise <= _HIGHEST_RISE), _N_SERIES + 1)
+    out.add_(rise > _HIGH_RISE)
+    if deep is not None:
+        out.masked_fill_((rise > _HIGHEST_RISE).logical_and_(deep), _NONE)
 
 
 def _set_higher(x: Block, t: Block, number: int, *, out: Block) -> None:
@@ -272,11 +283,11 @@ def _divergence(first: Tensor, second: Tensor, formula: Tensor) -> tuple[Tensor,
     by_series = formula < _N_SERIES
     change = torch.where(by_series, first + second, second - (first <= _FELL).double())
     divergence = torch.log1p(change) - first
+    smallest = torch.where(formula == _HIGH, _HIGH_FROM, _PLAIN_FROM)
     good = torch.where(
         by_series,
         # About second - first² / 2: the difference costs digits where the pivot was a bad one.
         first.square() <= divergence * _BAD_PIVOT,
-        # `first` is off by some 1e-7 of itself.
-        divergence >= first.abs().div(16).clamp_(min=_PLAIN_FROM),
+        divergence >= torch.maximum(first.abs() * _PLAIN_PART, smallest),
     )
-    return divergence, good & (formula <= _N_SERIES) & (second < torch.inf)
+    return divergence, good & (formula < _NONE) & (second < torch.inf)
