@@ -49,13 +49,14 @@ _BAD_PIVOT = 8.0
 _PLAIN_FROM, _PLAIN_PART = 0.03, 1 / 8
 # Of Σ P x, below it Σ P e^x may be so far below 1 that e^x - 1 would lose it.
 _FELL = -0.7
-# The exponential of a rise like this is off by 7e-6 of itself and more, which is little only of a large
+# The exponential of a rise like this is off by 5e-6 of itself and more, which is little only of a large
 # divergence.
-_HIGH_RISE, _HIGH_FROM = 30.0, 3.0
+_HIGH_RISE, _HIGH_FROM = 24.0, 3.0
 # A reference's logits so far below its largest may have weights too small for float32: where one has, no
 # token may rise by more than 56, so that what these weights hold of Σ P e^x is less than 1e-8.
 _DEEPEST, _HIGHEST_RISE = 87.0, 56.0
-# A pivot this large is taken off the larger side before the difference is rounded at its size, to 5e-7.
+# Of a pivot this large, integers are taken off the larger side before the difference is rounded at its
+# size, to 5e-7.
 _LARGE_PIVOT = 4.0
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
@@ -241,7 +242,8 @@ def _set_rises(
     if lowest >= -_LARGE_PIVOT and highest <= _LARGE_PIVOT:
         torch.sub(q, ref.p, out=x)
     else:
-        large = rest.where(rest.abs() > _LARGE_PIVOT, 0.0)
+        # An integer's sum with a logit is exact, but for unlikely tokens.
+        large = rest.round().where(rest.abs() > _LARGE_PIVOT, 0.0)
         of_p = large.where(ref.m_p.abs() > there.abs(), 0.0)
         of_q = large - of_p
         rest = (ref.m_p - of_p) - (there + of_q)
