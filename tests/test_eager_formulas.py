@@ -126,8 +126,9 @@ def test_each_rows_bits_are_its_own(generator):
 def test_bits_beside_a_row_that_lies_deep(generator):
     """Only a deep row's own tokens are too deep."""
     circuit, reference = pair(generator, 1.0, 40)
-    reference[:, 9] = reference.amax(-1) - torch.linspace(60, 86, 40)
-    circuit[:, 9] = reference.amax(-1) - 1
+    reference[:, 9] = reference.amax(-1) - torch.linspace(60, 80, 40)
+    # From 3 nats on a row that rises so far is measured by exponentials, unless it lies deep.
+    circuit[:, 9] = reference.amax(-1) + torch.linspace(-1, 7, 40)
     deep = reference[:3].clone()
     deep[0, 5], deep[1, 5], deep[2, 5] = -torch.inf, torch.nan, deep[2].amax() - 100
     alone = kl_rows([circuit], reference, "eager")[0]
