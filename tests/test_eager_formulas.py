@@ -10,10 +10,11 @@ from conftest import assert_matches, kl_rows, oracle
 from fastkl import available_backends
 from fastkl.backends import eager_blocks as blocks
 from fastkl.backends import eager_formulas as formulas
+from fastkl.backends import eager_workspace
+from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS
 
 N_COLS = 2053
-SERIES = range(formulas._N_SERIES)
-EXPONENTIALS, HIGH, NONE = formulas._EXPONENTIALS, formulas._HIGH, formulas._NONE
+SERIES = range(formulas.N_SERIES)
 
 
 def pair(generator, reach, n_rows=1, at=1.0):
@@ -26,39 +27,50 @@ def pair(generator, reach, n_rows=1, at=1.0):
 
 
 def chosen(circuit, reference):
-    ref = formulas.Workspace(blocks.Layout(*reference.shape)).read(reference)
-    x, numbers = torch.empty_like(circuit), torch.empty(len(circuit), dtype=torch.int64)
-    formulas._set_rises(circuit, ref, x, torch.empty_like(x))
-    formulas._choose(x, ref.deep, out=numbers)
-    return numbers.tolist()
+    workspace = eager_workspace.Workspace(blocks.Layout(*reference.shape))
+    workspace.read(reference)
+    tables = eager_workspace._Tables.empty(1, len(reference), workspace._layout.n_parts)
+    workspace._sum(lambda k, some: circuit, tables)
+    return tables.number[0].tolist()
+
+
+def good(circuit, reference):
+    """Whether rows were good by any formula."""
+    workspace = eager_workspace.Workspace(blocks.Layout(*reference.shape))
+    workspace.read(reference)
+    return workspace.kl(lambda k, some: circuit if some is None else circuit[some], 1)[1][
+        0
+    ].tolist()
 
 
 @pytest.mark.parametrize("side", [0.98, 1.02], ids=["within", "beyond"])
 @pytest.mark.parametrize("number", SERIES)
 def test_reaches(generator, number, side):
-    circuit, reference = pair(generator, float(formulas._REACHES[number]), 3, side)
+    circuit, reference = pair(generator, float(formulas.REACHES[number]), 3, side)
     assert chosen(circuit, reference) == [number + (side > 1)] * 3
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
 @pytest.mark.parametrize("side", [0.98, 1.02], ids=["within", "beyond"])
 @pytest.mark.parametrize(
-    ("depth", "limit", "numbers"),
+    ("depth", "limit", "fall", "expected"),
     [
-        (80, formulas._HIGH_RISE, (EXPONENTIALS, HIGH)),
-        (80, formulas._HIGHEST_RISE, (HIGH, HIGH)),
-        (100, formulas._HIGHEST_RISE, (HIGH, NONE)),
+        (80, formulas.HIGH_RISE, 0, (True, False)),
+        (80, formulas.HIGH_RISE, 16, (True, True)),
+        (80, formulas.HIGHEST_RISE, 16, (True, True)),
+        (100, formulas.HIGHEST_RISE, 16, (True, False)),
     ],
 )
-def test_high_rises(generator, depth, limit, numbers, side):
+def test_high_rises(generator, depth, limit, fall, expected, side):
     """A weight small for float32, too small for it, and a circuit that prefers the token."""
     rise = limit * side
     circuit, reference = pair(generator, 1.0, 2)
     reference[:, 9] = reference.amax(-1) - depth
-    circuit[:, 9] = reference[:, 9] + rise
-    # A fall of any depth is summed.
+    circuit[:, 9] = reference[:, 9] + rise - fall
+    # What the others rise by when the likeliest token falls; a fall of any depth is summed.
+    circuit.scatter_add_(-1, reference.argmax(-1, keepdim=True), torch.full((2, 1), -float(fall)))
     circuit[:, 3] -= 2 * rise
-    assert chosen(circuit, reference) == [numbers[side > 1]] * 2
+    assert good(circuit, reference) == [expected[side > 1]] * 2
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
@@ -94,7 +106,7 @@ def test_a_weight_of_few_digits(generator):
 @pytest.mark.parametrize("number", SERIES)
 def test_series(number):
     """The error stated for each, over its whole reach, against float64."""
-    reach = float(formulas._REACHES[number])
+    reach = float(formulas.REACHES[number])
     x = torch.linspace(-reach, reach, 4001)[torch.arange(4001) != 2000].double()
     series = torch.zeros_like(x)
     for coefficient in formulas._SERIES[number]:
@@ -114,7 +126,7 @@ def test_each_rows_bits_are_its_own(generator):
     circuit = torch.cat([circuit, circuit[:2]])
     reference = torch.cat([reference, reference[:2]])
     circuit[-2, 5], circuit[-1, 5] = torch.nan, -torch.inf
-    assert set(chosen(circuit, reference)) == {*SERIES, EXPONENTIALS, HIGH}
+    assert set(chosen(circuit, reference)) == {*SERIES, EXPONENTIALS}
     together = kl_rows([circuit], reference, "eager")[0]
     alone = torch.cat(
         [kl_rows([circuit[i : i + 1]], reference[i : i + 1], "eager")[0] for i in range(9)]
@@ -137,19 +149,44 @@ def test_bits_beside_a_row_that_lies_deep(generator):
     assert_matches(alone, oracle(circuit, reference))
 
 
-@pytest.mark.parametrize("few", [1, 3], ids=["copied", "computed with the others"])
-@pytest.mark.parametrize(
-    ("usual", "other"), [(0.8, 0.1), (3.0, 0.1), (3.0, 0.8)], ids=["series", "first", "second"]
-)
-def test_bits_among_rows_of_another_formula(generator, usual, other, few):
-    circuit, reference = (
-        torch.cat(rows)
-        for rows in zip(pair(generator, other, few), pair(generator, usual, 5 - few), strict=True)
+def far_but_small(generator, n_rows, level=0.005):
+    """Rows whose unlikely tokens move far while the likely ones hardly do, as those of real models."""
+    reference = torch.randn(n_rows, 5003, generator=generator) * 3
+    below = reference.amax(-1, keepdim=True) - reference
+    noise = torch.randn(n_rows, 5003, generator=generator)
+    return reference + level * noise * (1 + below**2), reference
+
+
+@pytest.mark.parametrize("apart", [0.0, 1000.0])
+def test_bits_among_rows_of_other_formulas(generator, apart):
+    """Few and many of each, in place, left to others, and brought together."""
+    rows = []
+    for n_few, n_many in ((1, 4), (3, 2)):
+        for few in (0.1, 0.8, 3.0, None):
+            for many in (0.1, 0.8, 3.0, None):
+                for n, reach in ((n_few, few), (n_many, many)):
+                    circuit, reference = far_but_small(generator, n)
+                    if reach is not None:
+                        noise = torch.rand(n, 5003, generator=generator) * 2 - 1
+                        circuit = reference + reach * noise
+                    rows.append((circuit, reference))
+    circuit, reference = (torch.cat(some) for some in zip(*rows, strict=True))
+    circuit[::3] += apart
+    alone = torch.cat(
+        [kl_rows([q[None]], p[None], "eager")[0] for q, p in zip(circuit, reference, strict=True)]
     )
-    together = kl_rows([circuit], reference, "eager")[0]
-    alone = [kl_rows([circuit[i : i + 1]], reference[i : i + 1], "eager")[0] for i in range(5)]
-    assert torch.equal(together, torch.cat(alone))
-    assert_matches(together, oracle(circuit, reference))
+    # Blocks of five rows, and of all.
+    for n_rows in (5, len(circuit)):
+        found = [
+            kl_rows(
+                [circuit[i : i + n_rows], circuit.flip(0)[:n_rows]],
+                reference[i : i + n_rows],
+                "eager",
+            )[0]
+            for i in range(0, len(circuit), n_rows)
+        ]
+        assert torch.equal(torch.cat(found), alone)
+    assert_matches(alone, oracle(circuit, reference))
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
@@ -182,7 +219,7 @@ def test_threads_share_whole_vectors(n_threads, n):
     assert even - n < 64 * n_threads
 
 
-@pytest.mark.parametrize("n_cols", [1, 32, 33, 2048, 2049, 50257, 600_000])
+@pytest.mark.parametrize("n_cols", [1, 32, 33, 256, 257, 50257, 600_000])
 def test_rows_are_padded_with_zeros(n_cols):
     layout = blocks.Layout(7, n_cols)
     (memory,) = layout.memory(1)
@@ -190,18 +227,17 @@ def test_rows_are_padded_with_zeros(n_cols):
     assert block.rows.shape == (layout.n_rows, n_cols)
     assert not block.padded[:, n_cols:].any()
     assert block.padded.shape[1] - n_cols < layout.n_parts
-    assert block.parts.shape[2] <= 2048
+    assert block.parts.shape[2] <= 256
     block.rows.fill_(1)
     assert block.sums().sum() == layout.n_rows * n_cols
 
 
 @pytest.mark.parametrize("level", [0.003, 0.005, 0.008])
 def test_few_tokens_far_and_a_small_divergence(generator, level):
-    """As the unlikely tokens of real models are: too far for a series, too close for exponentials."""
-    reference = torch.randn(8, 5003, generator=generator) * 3
-    below = reference.amax(-1, keepdim=True) - reference
-    circuit = reference + level * torch.randn(8, 5003, generator=generator) * (1 + below**2)
-    assert set(chosen(circuit, reference)) == {EXPONENTIALS}
+    """Too far for a series, too close for exponentials."""
+    circuit, reference = far_but_small(generator, 8, level)
+    assert set(chosen(circuit, reference)) == {CENTERED}
+    assert all(good(circuit, reference))
     divergence = kl_rows([circuit], reference, "eager")[0]
     assert divergence.max() < formulas._PLAIN_FROM
     assert_matches(divergence, oracle(circuit, reference))
@@ -280,8 +316,8 @@ def test_circuits_in_groups(generator, monkeypatch):
     reference = torch.randn(9, 20, generator=generator)
     circuits = [reference + 0.3 * torch.randn(9, 20, generator=generator) for _ in range(5)]
     together = kl_rows(circuits, reference, "eager")
-    monkeypatch.setattr(formulas, "_KEPT_SUMS", 18)
-    assert formulas.Workspace(blocks.Layout(9, 20)).n_circuits == 2
+    monkeypatch.setattr(eager_workspace, "_KEPT_SUMS", 18)
+    assert eager_workspace.Workspace(blocks.Layout(9, 20)).n_circuits == 2
     assert torch.equal(kl_rows(circuits, reference, "eager"), together)
 
 

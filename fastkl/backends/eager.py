@@ -6,36 +6,21 @@ reference's exponentials are computed once for all circuits.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkl import gradient, jensen_shannon, state
+from fastkl import gradient, jensen_shannon
+from fastkl.backends import eager_states as states
 from fastkl.backends.eager_blocks import Layout
-from fastkl.backends.eager_formulas import (
-    Reference,
-    Workspace,
-    exponentials,
-    on_cpu,
-    row_sums,
-)
-from fastkl.rows import KNOWN, compute_dtype, cool, differences
+from fastkl.backends.eager_workspace import Workspace
+from fastkl.rows import compute_dtype, cool
 from fastkl.state import RowState
 
 NAME = "eager"
 N_KEPT = 0
 # Elements a block where all rows get the full treatment.
 _BLOCK_ELEMENTS = 1 << 19
-
-
-class _Circuit(NamedTuple):
-    """A block of circuit rows."""
-
-    q: Tensor  # logits (R, V)
-    e: Tensor  # e^(q - m_q) (R, V)
-    m_q: Tensor  # max q (R, 1)
-    z_q: Tensor  # Σ e (R,), float64
 
 
 gradients = gradient.gradients
@@ -71,14 +56,14 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     divergence = torch.empty(
         (len(circuits), reference.shape[0]), dtype=dtype, device=reference.device
     )
-    if on_cpu(reference) and dtype == torch.float32:
+    if states.on_cpu(reference) and dtype == torch.float32:
         _measure_blocks(circuits, reference, temperature, divergence)
         return divergence
     # Choosing by values would wait for the device: all rows get the full treatment.
     for rows, ref, e in _blocks(reference, dtype, temperature):
         for k, circuit in enumerate(circuits):
-            cir = _read_circuit(cool(circuit[rows], dtype, temperature), e)
-            divergence[k, rows] = _finalize(cir, ref)
+            cir = states.read_circuit(cool(circuit[rows], dtype, temperature), e)
+            divergence[k, rows] = states.finalize(cir, ref)
     return divergence
 
 
@@ -104,8 +89,8 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     )
     for rows, ref, e in _blocks(reference, dtype):
         for k, circuit in enumerate(circuits):
-            cir = _read_circuit(circuit[rows], e)
-            for field, value in zip(result, _state(cir, ref), strict=True):
+            cir = states.read_circuit(circuit[rows], e)
+            for field, value in zip(result, states.row_state(cir, ref), strict=True):
                 field[k, rows] = value
     return result
 
@@ -117,25 +102,30 @@ def _measure_blocks(
     layout = Layout(*reference.shape)
     workspace = Workspace(layout)
     for rows in layout.slices(len(reference)):
-        ref = workspace.read(cool(reference[rows], torch.float32, temperature))
+        p = cool(reference[rows], torch.float32, temperature)
+        workspace.read(p)
         for start in range(0, len(circuits), workspace.n_circuits):
-            some = circuits[start : start + workspace.n_circuits]
+            blocks = [circuit[rows] for circuit in circuits[start : start + workspace.n_circuits]]
 
-            def circuit(k: int, rows: slice = rows, some: Sequence[Tensor] = some) -> Tensor:
-                return cool(some[k][rows], torch.float32, temperature)
+            def circuit(k: int, some: Tensor | None, blocks: Sequence[Tensor] = blocks) -> Tensor:
+                block = blocks[k] if some is None else blocks[k][some]
+                return cool(block, torch.float32, temperature)
 
-            found, good = workspace.kl(circuit, len(some), ref)
+            found, good = workspace.kl(circuit, len(blocks))
             bad = good.logical_not()
             for k in bad.any(-1).nonzero()[:, 0].tolist():
                 far = bad[k].nonzero()[:, 0]
-                q = circuit(k)[far]
-                found[k, far] = _finalize(_read_circuit(q, torch.empty_like(q)), ref.pick(far))
-            divergence[start : start + len(some), rows] = found
+                ref, cir = p[far], circuit(k, far)
+                found[k, far] = states.finalize(
+                    states.read_circuit(cir, torch.empty_like(cir)),
+                    states.Reference.read(ref, torch.empty_like(ref)),
+                )
+            divergence[start : start + len(blocks), rows] = found
 
 
 def _blocks(
     reference: Tensor, dtype: torch.dtype, temperature: float = 1.0
-) -> Iterator[tuple[slice, Reference, Tensor]]:
+) -> Iterator[tuple[slice, states.Reference, Tensor]]:
     """Yield blocks of rows with the reference's exponentials, and a buffer of their shape."""
     n_rows, n_cols = reference.shape
     size = max(1, min(n_rows, _BLOCK_ELEMENTS // n_cols))
@@ -143,63 +133,4 @@ def _blocks(
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))
         n = rows.stop - rows.start
-        yield rows, Reference.read(cool(reference[rows], dtype, temperature), w[:n]), e[:n]
-
-
-def _read_circuit(q: Tensor, e: Tensor) -> _Circuit:
-    """Return a block of circuit rows, its exponentials written to e."""
-    q = q.to(e.dtype)
-    m_q = q.amax(-1, keepdim=True)
-    exponentials(q, m_q, out=e)
-    return _Circuit(q, e, m_q, row_sums(e).double())
-
-
-def _finalize(cir: _Circuit, ref: Reference) -> Tensor:
-    """Return the divergences (R,) of whole rows.
-
-    Where a pivot would not be known even to float64, both sides are counted from their maxima first:
-    next to such a pivot no logit of the smaller side is left.
-    """
-    apart = (ref.m_p.double() - cir.m_q.double()).abs()
-    far = (apart >= KNOWN) & apart.isfinite()
-    # Asking another device than the CPU would wait for it.
-    if not on_cpu(far) or far.any():
-        m_p, m_q = (m.where(far, 0.0) for m in (ref.m_p, cir.m_q))
-        ref = ref._replace(p=ref.p - m_p, m_p=ref.m_p - m_p)
-        cir = cir._replace(q=cir.q - m_q, m_q=cir.m_q - m_q)
-    return state.finalize(_state(cir, ref))
-
-
-def _state(cir: _Circuit, ref: Reference) -> RowState:
-    """Return the state of each row, its pivot the slice's own difference of log-sum-exps."""
-    m_p, m_q, z_p, z_q = ref.m_p[:, 0].double(), cir.m_q[:, 0].double(), ref.z_p, cir.z_q
-    c = (m_p - m_q) + torch.log(z_p / z_q)
-    c = torch.where(c.isfinite(), c, 0.0)[:, None]
-    d, c = differences(cir.q, ref.p, m_p[:, None], c)
-    # NaN and infinities, a masked token's among them, are not below anything.
-    largest = max(map(abs, map(float, torch.aminmax(d)))) if on_cpu(d) else torch.inf
-    infinite = torch.zeros_like(m_p, dtype=torch.bool)
-    if not largest < torch.inf:
-        if ref.absent is not None:
-            # A token without reference mass is far, and its weight is 0.
-            d.masked_fill_(ref.absent, 1.0)
-        infinite = (d == torch.inf).any(-1)
-    t = d * ref.w
-    s = torch.where(infinite, torch.inf, row_sums(t).double())
-    if largest < state.NEAR:
-        h = row_sums(_near_terms(t, d))
-        g = torch.zeros_like(h)
-    else:
-        near = d.abs() < state.NEAR
-        h = row_sums(torch.where(near, _near_terms(t, d), t - ref.w))
-        g = row_sums(torch.where(near, 0.0, cir.e))
-    h, g = h.double(), g.double()
-    # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
-    accurate = h + g * (z_p / z_q)
-    s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)
-    return RowState(m_p, z_p, m_q, z_q, s, h, g, c[:, 0])
-
-
-def _near_terms(t: Tensor, d: Tensor) -> Tensor:
-    """e^(p - m_p) φ(d) for |d| < NEAR, given t = e^(p - m_p) d."""
-    return state.phi_over_square(d).mul_(d).mul_(t)
+        yield rows, states.Reference.read(cool(reference[rows], dtype, temperature), w[:n]), e[:n]

@@ -17,7 +17,7 @@ _STEP = 32
 # Elements for which PyTorch wakes another thread.
 _GRAIN = 1 << 15
 # Elements that are summed in float32; their sums are added up in float64.
-_PART = 2048
+_PART = 256
 # Elements a block: six float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
 # not stay in the cache.
 _BLOCK_ELEMENTS = 1 << 19

@@ -1,0 +1,114 @@
+"""Rows by their states, on any device: what all rows can be measured by, and some have to be."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkl import state
+from fastkl.rows import KNOWN, differences
+from fastkl.state import RowState
+
+
+class Circuit(NamedTuple):
+    """A block of circuit rows."""
+
+    q: Tensor  # logits (R, V)
+    e: Tensor  # e^(q - m_q) (R, V)
+    m_q: Tensor  # max q (R, 1)
+    z_q: Tensor  # Σ e (R,), float64
+
+
+class Reference(NamedTuple):
+    """A block of reference rows and what all circuits share of it."""
+
+    p: Tensor  # logits (R, V)
+    w: Tensor  # e^(p - m_p) (R, V)
+    m_p: Tensor  # max p (R, 1)
+    z_p: Tensor  # Σ w (R,), float64
+    absent: Tensor | None  # p = -inf (R, V); None if known to be so nowhere
+
+    @classmethod
+    def read(cls, p: Tensor, w: Tensor) -> "Reference":
+        """Return the block of logits p, its weights written to w."""
+        m_p = p.amax(-1, keepdim=True)
+        exponentials(p, m_p, out=w)
+        absent = None if on_cpu(p) and p.amin() > -torch.inf else p == -torch.inf
+        return cls(p, w, m_p, row_sums(w).double(), absent)
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether values may be asked for: elsewhere the host would wait for the device."""
+    return t.device.type == "cpu"
+
+
+def exponentials(logits: Tensor, maximum: Tensor, *, out: Tensor) -> None:
+    """Write e^(logits - maximum) to out: of a row of nothing but -inf, 0."""
+    torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out).exp_()
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Σ over the last dimension, whose bits do not depend on how many rows there are.
+
+    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
+    """
+    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
+
+
+def read_circuit(q: Tensor, e: Tensor) -> Circuit:
+    """Return a block of circuit rows, its exponentials written to e."""
+    q = q.to(e.dtype)
+    m_q = q.amax(-1, keepdim=True)
+    exponentials(q, m_q, out=e)
+    return Circuit(q, e, m_q, row_sums(e).double())
+
+
+def finalize(cir: Circuit, ref: Reference) -> Tensor:
+    """Return the divergences (R,) of whole rows.
+
+    Where a pivot would not be known even to float64, both sides are counted from their maxima first:
+    next to such a pivot no logit of the smaller side is left.
+    """
+    apart = (ref.m_p.double() - cir.m_q.double()).abs()
+    far = (apart >= KNOWN) & apart.isfinite()
+    # Asking another device than the CPU would wait for it.
+    if not on_cpu(far) or far.any():
+        m_p, m_q = (m.where(far, 0.0) for m in (ref.m_p, cir.m_q))
+        ref = ref._replace(p=ref.p - m_p, m_p=ref.m_p - m_p)
+        cir = cir._replace(q=cir.q - m_q, m_q=cir.m_q - m_q)
+    return state.finalize(row_state(cir, ref))
+
+
+def row_state(cir: Circuit, ref: Reference) -> RowState:
+    """Return the state of each row, its pivot the slice's own difference of log-sum-exps."""
+    m_p, m_q, z_p, z_q = ref.m_p[:, 0].double(), cir.m_q[:, 0].double(), ref.z_p, cir.z_q
+    c = (m_p - m_q) + torch.log(z_p / z_q)
+    c = torch.where(c.isfinite(), c, 0.0)[:, None]
+    d, c = differences(cir.q, ref.p, m_p[:, None], c)
+    # NaN and infinities, a masked token's among them, are not below anything.
+    largest = max(map(abs, map(float, torch.aminmax(d)))) if on_cpu(d) else torch.inf
+    infinite = torch.zeros_like(m_p, dtype=torch.bool)
+    if not largest < torch.inf:
+        if ref.absent is not None:
+            # A token without reference mass is far, and its weight is 0.
+            d.masked_fill_(ref.absent, 1.0)
+        infinite = (d == torch.inf).any(-1)
+    t = d * ref.w
+    s = torch.where(infinite, torch.inf, row_sums(t).double())
+    if largest < state.NEAR:
+        h = row_sums(_near_terms(t, d))
+        g = torch.zeros_like(h)
+    else:
+        near = d.abs() < state.NEAR
+        h = row_sums(torch.where(near, _near_terms(t, d), t - ref.w))
+        g = row_sums(torch.where(near, 0.0, cir.e))
+    h, g = h.double(), g.double()
+    # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
+    accurate = h + g * (z_p / z_q)
+    s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)
+    return RowState(m_p, z_p, m_q, z_q, s, h, g, c[:, 0])
+
+
+def _near_terms(t: Tensor, d: Tensor) -> Tensor:
+    """e^(p - m_p) φ(d) for |d| < NEAR, given t = e^(p - m_p) d."""
+    return state.phi_over_square(d).mul_(d).mul_(t)
