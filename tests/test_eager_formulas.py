@@ -65,10 +65,12 @@ def test_high_rises(generator, depth, limit, fall, expected, side):
     """A weight small for float32, too small for it, and a circuit that prefers the token."""
     rise = limit * side
     circuit, reference = pair(generator, 1.0, 2)
-    reference[:, 9] = reference.amax(-1) - depth
+    reference[:, 9] = reference.amax(-1) + 2 - depth
     circuit[:, 9] = reference[:, 9] + rise - fall
     # What the others rise by when the likeliest token falls; a fall of any depth is summed.
-    circuit.scatter_add_(-1, reference.argmax(-1, keepdim=True), torch.full((2, 1), -float(fall)))
+    likeliest = reference.argmax(-1, keepdim=True)
+    reference.scatter_add_(-1, likeliest, torch.full((2, 1), 2.0))
+    circuit.scatter_add_(-1, likeliest, torch.full((2, 1), 2.0 - fall))
     circuit[:, 3] -= 2 * rise
     assert good(circuit, reference) == [expected[side > 1]] * 2
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
