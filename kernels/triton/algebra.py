@@ -8,9 +8,9 @@ at two bases, b_p and b_q, each an estimate of log2 of what that side's 2^(u·lo
     w = 2^(p u - b_p)                      the reference's weight; z_p = Σ w
     s = Σ w d                              h = Σ w φ(d), φ(x) = e^(-x) - 1 + x ≥ 0
 
-2^(q u - b_q) = w e^(-d) is then the circuit's weight in the scale of the reference's: a token that is
-far from the pivot adds e^(-d) w - w + w d to h, and the circuit's mass is z_p + h - s. With both at the
-pivot of the whole row,
+w e^(-d) = 2^(q u - b_q) is then the circuit's weight in the scale of the reference's, and its mass is
+z_p + h - s: neither is summed. A token far from the pivot adds w (e^(-d) - 1 + d) to h. With both bases
+at the pivot of the whole row,
 
     KL = s / z_p = h / z_p
 
@@ -23,14 +23,18 @@ together first, the larger one moved by an integer, which is exact for all but u
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
-- both logits -inf, or p alone: d is NaN or -inf, and `setp.gt.f32` + `selp.f32` (or a `max.f32` without
-  .NaN, which is the same) put FAR_BELOW in its place; its weight ex2(-inf) is +0 and takes it out of s.
-- q alone -inf: d is +inf, and `add.f32` carries it into s and h as +inf, or NaN where the weight is 0.
-- NaN or +inf in a row: ex2(NaN) and ex2(+inf) are NaN and +inf, and `add.f32` keeps them in z_p and h.
+- both logits -inf: `max.NaN.f32` puts the lowest float in the place of each. d is finite then, e^(-d) is
+  too, and the weight ex2(-inf), +0, takes the token out of all sums.
+- q alone -inf: d is +inf, and `fma.f32` carries it into s and h as +inf, or NaN where the weight is 0.
+- p alone -inf, or so low that e^(-d) is +inf: NaN, by a weight of 0.
+- NaN or +inf in a row: ex2(NaN) and ex2(+inf) are NaN and +inf, and `add.f32` keeps them in z_p, or by d
+  in s and h.
 - a whole row -inf: its sum is 0.
 
 None of these is finite or positive, so that the row is looked at again, its maxima first: `max.f32`
-finds +inf, or -inf alone, and `setp.nan.f32` a NaN. What is none of the three is a divergence of +inf.
+finds +inf, or -inf alone, and `setp.nan.f32` a NaN. Then both sides' exponentials are summed, and
+FAR_BELOW stands for the d of a token without reference mass. What is not finite even so is a divergence
+of +inf.
 """
 
 import triton
@@ -44,6 +48,13 @@ LN_2_HIGH = tl.constexpr(0.693115234375)
 LN_2_LOW = tl.constexpr(3.195543829267077e-05)
 # |d| from which φ(d) is e^(-d) - 1 + d instead of a polynomial, as in fastkl.state.
 NEAR = tl.constexpr(0.5)
+# The same in units of log 2.
+NEAR_2 = tl.constexpr(0.7213475204444817)
+# The least float32.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Added to the exponents of weights, the quick way: a token whose weight vanishes all the same has no mass
+# of the circuit, or an infinite e^(-d).
+SCALE = tl.constexpr(30.0)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
 # What a row may be off by without being looked at again: the tolerance of the tests.
@@ -86,6 +97,13 @@ def phi_over_square(d):
     """Return (e^(-d) - 1 + d) / d² for |d| < 0.5: minimax, relative error 8e-7."""
     series = 0.041667476858 + d * (-0.0083954112 + d * 0.0013914653)
     return 0.49999995973 + d * (-0.16666280113 + d * series)
+
+
+@triton.jit
+def rise_over_square(x):
+    """Return (e^y - 1 - y) / x² for y = x log 2 and |y| < 0.5: the same polynomial."""
+    series = 0.009618316128 + x * (0.00134328844 + x * 0.000154321042)
+    return 0.24022648761 + x * (0.05550282135 + x * series)
 
 
 @triton.jit
@@ -218,6 +236,27 @@ def terms(d, weight, q, base_q, unit):
 
 
 @triton.jit
+def quick_terms(p, q, weight, apart, unit):
+    """Return what tokens add to -s / log 2 and to h, given how far apart the bases are.
+
+    Of d they take x = -d / log 2, of which 2^x is the circuit's weight as a part of the reference's.
+    """
+    # Subtracted first: a rounded product on one side only would make identical rows differ. A token that
+    # both sides mask is 0 apart, one that a single side does infinitely far.
+    x = tl.fma(unmasked(q) - unmasked(p), unit, apart)
+    rise = tl.where(
+        tl.abs(x) < NEAR_2, x * (x * rise_over_square(x)), (tl.exp2(x) - 1.0) - x * LN_2
+    )
+    return weight * x, weight * rise
+
+
+@triton.jit
+def unmasked(logits):
+    """Return logits with the least that is not -inf in its place."""
+    return tl.maximum(logits, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def bits_above(value, exponent: tl.constexpr):
     """Return log2(value / 2^exponent) to within 0.1, 0 if that is negative."""
     # The bits of a float32 are its logarithm, but for the mantissa. tl.log2 takes 30 instructions.
@@ -256,9 +295,8 @@ def merge(state, stretch, KEEP: tl.constexpr):
 
     new_b_q = top_q - ratio
     _, lost = pivot_of(top_p, new_b_q, stretch)
-    # A slice that was summed again has its pivot as it is, and not as float32 rounds it.
-    _, lost_before = pivot_of(b_p, b_q, stretch)
-    lost_before = tl.where(size > 0.0, lost_before, -rounded_off(b_p, b_q) * LN_2)
+    # A slice has its pivot as it is, once summed again not even as float32 rounds it.
+    lost_before = tl.where(size > 0.0, 0.0, -rounded_off(b_p, b_q) * LN_2)
     # The parts of the pivots' difference, the exact ones first.
     moved_by = ((top_p - new_b_q) - (b_p - b_q)) * LN_2 + (lost_before - lost)
     x = (ratio - (top_q - new_b_q) + rounded_off(top_p, new_b_q)) * LN_2 + lost

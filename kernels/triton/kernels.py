@@ -10,14 +10,16 @@ import triton.language as tl
 
 from .algebra import (
     GRID,
+    LN_2,
     LOG2_E,
     NEGLIGIBLE,
+    SCALE,
     estimate,
     exact_differences,
     judge,
     kept,
     merge,
-    pivot_of,
+    quick_terms,
     stretch_of,
     terms,
     to_grid,
@@ -44,6 +46,8 @@ TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
 # Times that a row may be looked at again: at its own pivot, where that matters; at its own pivot
 # altogether; at its maxima, where a sum overflowed; and from these at its own pivot.
 LOOKS = tl.constexpr(4)
+# What takes the scale of weights off their sums.
+UNSCALE = tl.constexpr(2.0**-SCALE.value)
 # A mass, at a base that means nothing, below which some of it may have been too little for a float32.
 FAINT = tl.constexpr(2.0**-60)
 
@@ -106,7 +110,7 @@ def absorb(
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
-        weight = weights(ps[part], unit, base_p)
+        weight = weights(ps[part], unit, base_p if AGAIN else base_p - SCALE)
         z_p += tl.sum(weight, axis=1)
         new_sums = ()
         for i in tl.static_range(G):
@@ -114,15 +118,12 @@ def absorb(
             p, q = ps[part], qs[i][part]
             if AGAIN:
                 d = exact_differences(p, q, base_p, bases_q[i], unit, inverse)
+                t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
+                mass += tl.sum(circuit_weight, axis=1)
             else:
-                # Subtracted first: a rounded product on one side only would make identical rows differ.
-                pivot, _ = pivot_of(base_p, bases_q[i], 0.0)
-                d = (p - q) * inverse - pivot
-            t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
+                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit)
             s += tl.sum(t, axis=1)
             h += tl.sum(term, axis=1)
-            if AGAIN:
-                mass += tl.sum(circuit_weight, axis=1)
             new_sums = new_sums + ((s, h, mass),)
         sums = new_sums
     return z_p, sums
@@ -190,8 +191,12 @@ def sweep(
     total = ()
     for i in tl.static_range(G):
         s, h, mass = sums[i]
-        total = total + ((tl.sum(s, axis=0), tl.sum(h, axis=0), tl.sum(mass, axis=0)),)
-    return tl.sum(z_p, axis=0), total
+        s, h, mass = tl.sum(s, axis=0), tl.sum(h, axis=0), tl.sum(mass, axis=0)
+        if not AGAIN:
+            s, h = s * (-LN_2 * UNSCALE), h * UNSCALE
+        total = total + ((s, h, mass),)
+    z_p = tl.sum(z_p, axis=0)
+    return z_p if AGAIN else z_p * UNSCALE, total
 
 
 @triton.jit
