@@ -12,8 +12,6 @@ _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_BLOCK_ELEMENTS = 1 << 23
 # Sides less than this apart are subtracted as they are, which is exact for logits alike.
 _APART = 4.0
-# Beyond it float32 has no fractions. Of two sides that large, neither comes near 0.
-_INTEGERS = 2.0**24
 # Beyond it float64 knows how far apart sides are to no more than 1e-4.
 KNOWN = 2.0**40
 
@@ -112,38 +110,35 @@ def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor
     """
     c = (ref.m - cir.m) + temperature * torch.log(ref.z / cir.z)
     c = torch.where(c.isfinite(), c, 0.0)
-    d, c = differences(cir.logits, ref.logits, ref.m, c)
+    d, c = differences(cir.logits, ref.logits, c)
     return (d, c) if temperature == 1 else (_divide(d, temperature), c / temperature)
 
 
-def differences(q: Tensor, p: Tensor, m_p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Return p - q - c (R, V), and c as it was subtracted.
 
-    Two sides far apart are brought together before they are subtracted: else the difference would be
-    rounded at the size of c. That of the larger logits is moved, and by an integer, which for all but
-    unlikely tokens is exact.
+    Two sides far apart have a difference that is rounded at the size of c: what is rounded off is added
+    again, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
 
     Parameters
     ----------
     q, p : Tensor (R, V)
         Logits.
-    m_p : Tensor (R, 1)
-        The largest of p.
     c : Tensor (R, 1)
         A pivot in float64.
     """
-    size, m_q = c.abs(), m_p - c
-    apart = (size >= _APART) & (size < KNOWN) & (torch.minimum(m_p.abs(), m_q.abs()) < _INTEGERS)
-    # Rounded to float32's integers, of which there are fewer the further they are from 0.
-    moved = torch.where(apart, c.round().to(p.dtype).double(), 0.0)
-    rest = (c - moved).to(p.dtype)
+    apart = (c.abs() >= _APART) & (c.abs() < KNOWN)
+    high = c.to(p.dtype)
+    d = torch.sub(p, q)
     # Asking another device than the CPU would wait for it.
     if p.device.type == "cpu" and not apart.any():
-        d = torch.sub(p, q)
-    else:
-        of_p = torch.where(m_p.abs() > m_q.abs(), moved, 0.0)
-        d = torch.sub(p, of_p.to(p.dtype)).sub_(q + (moved - of_p).to(p.dtype))
-    return d.sub_(rest), moved + rest.double()
+        return d.sub_(high), high.double()
+    back = d - p
+    lost = (p - (d - back)).sub_(back.add_(q))
+    # Of an infinite difference nothing is.
+    lost.masked_fill_(~(apart & d.isfinite()), 0.0)
+    low = torch.where(apart, c - high.double(), 0.0).to(p.dtype)
+    return d.sub_(high).add_(lost.sub_(low)), high.double() + low.double()
 
 
 def masked(logits: Tensor) -> Tensor | None:

@@ -274,6 +274,39 @@ def test_all_but_the_likeliest_token_moved_alike(n_cols, height, moved):
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
+@pytest.mark.parametrize("n_cols", [512, 1000])
+@pytest.mark.parametrize(("height", "moved"), [(0.0, 23.0), (4.7, -1.3), (4.7, 1.3), (5.5, 0.24)])
+def test_sums_of_many_alike(n_cols, height, moved):
+    """Each addition rounds to the same side, in sums and in means."""
+    reference = torch.zeros(400, n_cols)
+    reference[:, 0] = height
+    circuit = reference + torch.linspace(0.7, 1.0, 400)[:, None] * moved
+    circuit[:, 0] = reference[:, 0]
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("heavy", [2, 23])
+def test_many_tiny_terms_beside_few_large_ones(generator, heavy):
+    """A large term takes digits from all that are added to it."""
+    reference = -torch.linspace(4, 16, 300)[:, None].repeat(1, 240)
+    reference[:, ::10][:, :heavy] = torch.rand(300, heavy, generator=generator) * 1e-3
+    circuit = reference.clone()
+    moved = torch.linspace(0.25, 0.9, 300)[:, None] * torch.randn(300, heavy, generator=generator)
+    circuit[:, ::10][:, :heavy] += moved
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+def test_states_of_many_tokens_just_beyond_the_series(generator):
+    """One token rises too far for any formula, and all others are as far as a series goes."""
+    reference = torch.zeros(300, 400)
+    reference[:, 0], reference[:, 1] = torch.linspace(4, 10, 300), -60.0
+    circuit = reference + torch.linspace(-0.7, 0.7, 300)[:, None]
+    circuit[:, 0] = reference[:, 0]
+    circuit[:, 1] += 50
+    assert not any(good(circuit, reference))
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
 @pytest.mark.parametrize(
     ("reference", "circuit"),
     [

@@ -78,6 +78,27 @@ def test_identical_rows_measure_exactly_zero(backend, pair):
         assert kl_rows([reference.clone()], reference, backend)[0].tolist() == [0.0]
 
 
+@pytest.mark.parametrize("n_cols", [3, 100, 1001, 5003])
+def test_identical_rows_with_masked_tokens_measure_exactly_zero(backend, generator, n_cols):
+    n_rows = 3 if backend == "triton" else 30
+    reference = 3 * torch.randn(n_rows, n_cols, generator=generator)
+    reference[:, 1] = -torch.inf
+    assert kl_rows([reference.clone()], reference, backend)[0].tolist() == [0.0] * n_rows
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("power", [4, 6, 8, 12, 16])
+def test_sides_on_both_sides_of_a_power_of_two(backend, power, masked):
+    """The likeliest token lies above it and the others below, on a grid twice as fine."""
+    apart = 2.0**power
+    circuit = torch.linspace(-4.2, -3.2, 20)[None] + apart
+    reference = torch.linspace(-3.8, -4.7, 20)[None] - apart
+    circuit[0, 0], reference[0, 0] = apart + 0.3, -apart - 0.2
+    if masked:
+        circuit[0, 5] = reference[0, 5] = -torch.inf
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
 @pytest.mark.parametrize("n_circuits", [1, 3, 9])
 @pytest.mark.parametrize("scale", [30, 100, 1000])
 def test_identical_rows_of_any_size_measure_exactly_zero(

@@ -37,13 +37,18 @@ _LOWER = tuple(
     for coefficients in _SERIES
 )
 N_SERIES = len(_SERIES)
-# Numbers of the other formulas: exponentials; counted from the mean; not measured.
-EXPONENTIALS, CENTERED, LEFT = range(N_SERIES, N_SERIES + 3)
-# Of (Σ P x)² / KL: up to it the errors of a series and of its sums are multiplied by no more than nine.
-_BAD_PIVOT = 16.0
-# By exponentials a divergence is good from here on, and from this part of |Σ P x|: where many tokens
-# move alike, so does their rounding, to 1e-7 of either.
-_PLAIN_FROM, _PLAIN_PART = 0.05, 1 / 8
+# Numbers of the other formulas: exponentials; counted from the mean.
+EXPONENTIALS, CENTERED = N_SERIES, N_SERIES + 1
+# Of (Σ P x)² / KL: up to it the errors of sums, up to 7e-7 of themselves where roundings align, leave
+# something of the tolerance.
+_BAD_PIVOT = 8.0
+# By exponentials less 1 a divergence is good from here on, and from this part of |Σ P x|: where many
+# tokens move alike, so does their rounding. And by exponentials alone.
+_CHANGE_FROM, _CHANGE_PART = 0.03, 1 / 8
+_PLAIN_FROM, _PLAIN_PART = 0.12, 1 / 4
+# Of Σ P x: only above it 1 is taken off. Σ P e^x, at least e^(Σ P x), may be so far below 1 that the
+# difference would lose it.
+FELL = -0.7
 # Of the sum of the parts' |Σ P x|: below it most divergences are too small for exponentials.
 SMALL_CHANGE = 0.1
 # The exponential of a rise like this is off by 5e-6 of itself and more, which is little only of a large
@@ -54,7 +59,9 @@ HIGH_RISE, _HIGH_FROM = 24.0, 3.0
 DEEPEST, HIGHEST_RISE = 87.0, 56.0
 # Of sides this far apart the difference is rounded at that size, to 2e-7 and more, which is little only
 # of a divergence that is no smaller than this part of it.
-LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.02
+LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
+# Less far apart, float64 holds the difference of two logits to 1e-10.
+LARGEST_PIVOT = 2.0**20
 
 
 def series(x: Block, t: Block, number: int, *, out: Block) -> Block:
@@ -67,24 +74,24 @@ def series(x: Block, t: Block, number: int, *, out: Block) -> Block:
     return out
 
 
-def exponentials(x: Block, w: Block) -> Block:
-    """Return w e^x, in x."""
+def exponentials(x: Block, w: Block, less: NDArray[np.bool_]) -> Block:
+    """Return w e^x, in x, or w (e^x - 1) in some rows (R,)."""
     # exp2 is PyTorch's own, and takes down to a fourth of the time of exp, another library's.
-    x.even.mul_(math.log2(math.e)).exp2_().mul_(w.even)
+    x.even.mul_(math.log2(math.e)).exp2_()
+    if np.count_nonzero(less):
+        x.padded.sub_(torch.from_numpy(less.astype(np.float32))[:, None])
+    x.even.mul_(w.even)
     return x
 
 
-def centered(x: Block, w: Block, mean: NDArray[np.float64], *, out: Block) -> Block:
-    """Return w (e^x - 1 - x), in out, of an x less its mean (R,), which x becomes."""
-    # What the mean is off by hardly counts: its square is a part of the sum of second order.
-    x.rows.sub_(torch.from_numpy(mean.astype(np.float32))[:, None])
+def centered(x: Block, w: Block, *, out: Block) -> Block:
+    """Return w (e^x - 1 - x), in out."""
     torch.expm1(x.even, out=out.even).sub_(x.even).mul_(w.even)
     return out
 
 
-def centered_at_pivot(mean: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return e^x - 1 - x of the likeliest token, whose x is 0 less a mean (R,)."""
-    x = -mean.astype(np.float32).astype(np.float64)
+def second_order(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return e^x - 1 - x."""
     return np.expm1(x) - x
 
 
@@ -94,6 +101,7 @@ def divergences(
     second: NDArray[np.float64],
     *,
     top: NDArray[np.float64],
+    less: NDArray[np.bool_],
     rise: NDArray[np.float32],
     apart: NDArray[np.float32],
     deep: NDArray[np.bool_],
@@ -110,6 +118,8 @@ def divergences(
         What the formula sums, over z_p.
     top : NDArray (R,)
         P of the likeliest token.
+    less : NDArray (K, R)
+        Whether exponentials were summed less 1.
     rise : NDArray (K, R)
         The largest x.
     apart : NDArray (K, R)
@@ -118,18 +128,22 @@ def divergences(
         Whether the reference has logits that lie too deep for the highest rises.
     """
     by_series, plain = number < N_SERIES, number == EXPONENTIALS
-    change = second + np.where(by_series, first, top * centered_at_pivot(first))
-    divergence = np.where(plain, np.log(top + second), np.log1p(change))
+    # What x is counted from was rounded to float32.
+    mean = first.astype(np.float32).astype(np.float64)
+    change = second + np.where(by_series, first, 0.0)
+    change += np.where(number == CENTERED, top * second_order(-mean), 0.0)
+    divergence = np.where(plain & ~less, np.log(top + second), np.log1p(change))
     divergence -= np.where(number == CENTERED, 0.0, first)
     size = np.abs(apart)
     near, high = size <= LARGE_PIVOT, rise > HIGH_RISE
-    least = np.maximum(np.where(high, _HIGH_FROM, _PLAIN_FROM), _PLAIN_PART * np.abs(first))
+    least = np.where(less, _CHANGE_FROM, _PLAIN_FROM)
+    least = np.maximum(least, np.where(less, _CHANGE_PART, _PLAIN_PART) * np.abs(first))
+    least = np.maximum(least, np.where(high, _HIGH_FROM, 0.0))
     least = np.maximum(least, np.where(near, 0.0, _LARGE_PIVOT_PART * size))
     good = np.where(plain, divergence >= least, near)
     good &= ~plain | ~(deep & (rise > HIGHEST_RISE))
     # About second - first² / 2: the difference costs digits where the pivot was a bad one.
     good &= ~by_series | (first**2 <= divergence * _BAD_PIVOT)
     # A rounded sum of terms that are not below 0 may be.
-    good &= (number != CENTERED) | ((second >= 0) & ~high)
-    good &= (number != LEFT) & np.isfinite(first) & np.isfinite(second)
-    return divergence, good
+    good &= (number != CENTERED) | (change >= 0)
+    return divergence, good & np.isfinite(first) & np.isfinite(second)

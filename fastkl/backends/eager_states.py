@@ -9,6 +9,10 @@ from fastkl import state
 from fastkl.rows import KNOWN, differences
 from fastkl.state import RowState
 
+# |d| from which on a token's e^(-d) is the circuit's own exponential: up to it what is left of
+# e^(-d) - 1 + d is little, and beyond it the reference's weight may have vanished.
+_FAR = 4.0
+
 
 class Circuit(NamedTuple):
     """A block of circuit rows."""
@@ -84,14 +88,14 @@ def row_state(cir: Circuit, ref: Reference) -> RowState:
     m_p, m_q, z_p, z_q = ref.m_p[:, 0].double(), cir.m_q[:, 0].double(), ref.z_p, cir.z_q
     c = (m_p - m_q) + torch.log(z_p / z_q)
     c = torch.where(c.isfinite(), c, 0.0)[:, None]
-    d, c = differences(cir.q, ref.p, m_p[:, None], c)
+    d, c = differences(cir.q, ref.p, c)
     # NaN and infinities, a masked token's among them, are not below anything.
     largest = max(map(abs, map(float, torch.aminmax(d)))) if on_cpu(d) else torch.inf
     infinite = torch.zeros_like(m_p, dtype=torch.bool)
     if not largest < torch.inf:
         if ref.absent is not None:
             # A token without reference mass is far, and its weight is 0.
-            d.masked_fill_(ref.absent, 1.0)
+            d.masked_fill_(ref.absent, _FAR)
         infinite = (d == torch.inf).any(-1)
     t = d * ref.w
     s = torch.where(infinite, torch.inf, row_sums(t).double())
@@ -99,9 +103,11 @@ def row_state(cir: Circuit, ref: Reference) -> RowState:
         h = row_sums(_near_terms(t, d))
         g = torch.zeros_like(h)
     else:
-        near = d.abs() < state.NEAR
-        h = row_sums(torch.where(near, _near_terms(t, d), t - ref.w))
-        g = row_sums(torch.where(near, 0.0, cir.e))
+        size = d.abs()
+        known = size < _FAR
+        terms = torch.where(known, torch.expm1(-d).add_(d).mul_(ref.w), t - ref.w)
+        h = row_sums(torch.where(size < state.NEAR, _near_terms(t, d), terms))
+        g = row_sums(torch.where(known, 0.0, cir.e))
     h, g = h.double(), g.double()
     # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
     accurate = h + g * (z_p / z_q)

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends.eager_blocks import Block, Layout
-from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, LEFT, N_SERIES
+from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, N_SERIES
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
 _MANY_PARTS = 16
+# Exponentials are written over what they are taken of, and counting from the mean over a series' terms.
+_ORDER = (*range(N_SERIES), CENTERED, EXPONENTIALS)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
 Circuit = Callable[[int, Tensor | None], Tensor]
 
@@ -55,6 +57,7 @@ class _Tables(NamedTuple):
     first: Tensor  # Σ w x of parts (K, R, M)
     second: Tensor  # what the formula sums of parts (K, R, M)
     number: NDArray[np.int64]  # of the formula (K, R)
+    less: NDArray[np.bool_]  # whether exponentials are summed less 1 (K, R)
 
     @classmethod
     def empty(cls, n_circuits: int, n_rows: int, n_parts: int) -> "_Tables":
@@ -62,7 +65,8 @@ class _Tables(NamedTuple):
         there, apart = torch.empty((2, *shape, 1), dtype=torch.float32, device="cpu")
         rise, fall = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
         first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
-        return cls(there, apart, rise, fall, first, second, np.full(shape, EXPONENTIALS))
+        number, less = np.full(shape, EXPONENTIALS), np.zeros(shape, bool)
+        return cls(there, apart, rise, fall, first, second, number, less)
 
 
 class Workspace:
@@ -84,6 +88,7 @@ class Workspace:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._w, self._some_w, *self._others = layout.memory(5)
+        self._wide: Tensor | None = None
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
     def read(self, p: Tensor) -> None:
@@ -119,22 +124,26 @@ class Workspace:
         with np.errstate(all="ignore"):
             self._sum(circuit, tables)
             first, second = (_total(t).numpy() / z_p for t in (tables.first, tables.second))
-            rise = tables.rise.numpy()
+            rise, apart = tables.rise.numpy(), tables.apart[..., 0].numpy()
             divergence, good = formulas.divergences(
                 tables.number,
                 first,
                 second,
                 top=top / z_p,
+                less=tables.less,
                 rise=rise,
-                apart=tables.apart[..., 0].numpy(),
+                apart=apart,
                 deep=self._deep(np.fmax.reduce(rise)),
             )
             again = ~good & np.isfinite(first) & (rise <= formulas.HIGH_RISE)
+            again &= np.abs(apart) < formulas.LARGEST_PIVOT
             circuits, rows = again.nonzero()
             for start in range(0, len(rows), self._layout.n_rows):
                 some = slice(start, start + self._layout.n_rows)
                 at = circuits[some], rows[some]
-                divergence[at], good[at] = self._measure_again(circuit, *at, tables.there[at])
+                divergence[at], good[at] = self._measure_again(
+                    circuit, *at, tables.there[at], first[at]
+                )
         return torch.from_numpy(divergence), torch.from_numpy(good)
 
     def _deep(self, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -155,10 +164,9 @@ class Workspace:
         p, likeliest, m_p = self._known[:3]
         w, x, t, s = self._buffers(self._w, len(p))
         z_p = self._known.z_p.numpy()
-        limit = formulas.SMALL_CHANGE * z_p
         # Parts tell how tokens moved if they are many.
-        many = self._layout.n_parts >= _MANY_PARTS
-        for k, (there, apart, rise, fall, first, second, number) in enumerate(
+        small = z_p * (formulas.SMALL_CHANGE if self._layout.n_parts >= _MANY_PARTS else 0.0)
+        for k, (there, apart, rise, fall, first, second, number, less) in enumerate(
             zip(*tables, strict=True)
         ):
             q = circuit(k, None)
@@ -175,23 +183,27 @@ class Workspace:
             torch.mul(x.even, w.even, out=t.even)
             t.sums(out=first)
             present = np.flatnonzero(np.bincount(number)).tolist()
-            if many and EXPONENTIALS in present:
-                small = np.abs(first.numpy()).sum(-1) < limit
-                if np.count_nonzero(small):
-                    small &= (number == EXPONENTIALS) & (rise.numpy() <= formulas.HIGH_RISE)
-                    number[small] = CENTERED
+            if EXPONENTIALS in present:
+                parts = first.numpy()
+                moved = parts.sum(-1)
+                np.greater(moved, formulas.FELL * z_p, out=less)
+                if np.count_nonzero(few := np.abs(moved) < small):
+                    few &= np.abs(parts).sum(-1) < small
+                    few &= (number == EXPONENTIALS) & (rise.numpy() <= formulas.HIGH_RISE)
+                    few &= np.abs(apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
+                    number[few] = CENTERED
                     present = np.unique(number).tolist()
-            for formula in present:
+            for formula in _ORDER:
+                if formula not in present:
+                    continue
                 if formula < N_SERIES:
                     sums = formulas.series(x, t, formula, out=s)
-                elif formula == EXPONENTIALS:
-                    sums = formulas.exponentials(x, w)
-                elif EXPONENTIALS in present:
-                    # x is overwritten.
-                    number[number == CENTERED] = LEFT
-                    continue
+                elif formula == CENTERED:
+                    mean = torch.from_numpy((_total(first).numpy() / z_p).astype(np.float32))
+                    torch.sub(x.rows, mean[:, None], out=t.rows)
+                    sums = formulas.centered(t, w, out=s)
                 else:
-                    sums = formulas.centered(x, w, _total(first).numpy() / z_p, out=s)
+                    sums = formulas.exponentials(x, w, less)
                 if len(present) == 1:
                     sums.sums(out=second)
                 else:
@@ -204,36 +216,37 @@ class Workspace:
         circuits: NDArray[np.int64],
         rows: NDArray[np.int64],
         there: Tensor,
+        mean: NDArray[np.float64],
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return the divergences of some rows (N,) of some circuits (N,), and whether they are good.
+        """Return divergences of rows (N,) of circuits (N,), in order, and whether they are good.
 
-        Sides far apart are brought together before they are subtracted; x is counted from its mean.
+        They are counted from about their means, by differences that are rounded once.
         """
         known, index = self._known, torch.from_numpy(rows)
         w, x, t, s = self._buffers(self._some_w, len(rows))
         torch.index_select(self._layout.block(self._w, len(known.p)).padded, 0, index, out=w.padded)
-        m_p = known.m_p[index]
-        apart = m_p - there
-        # An integer's sum with a logit is exact, but for unlikely tokens.
-        moved = apart.round().where(apart.abs() > formulas.LARGE_PIVOT, 0.0)
-        of_p = moved.where(m_p.abs() > there.abs(), 0.0)
-        of_q = moved - of_p
+        # Memory that is written over later, and need not be padded.
+        p = t.even[: len(rows) * self._layout.n_cols].view(len(rows), -1)
+        torch.index_select(known.p, 0, index, out=p)
+        if self._wide is None:
+            shape = self._layout.n_rows, self._layout.n_cols
+            self._wide = torch.empty(shape, dtype=torch.float64, device="cpu")
+        wide = self._wide[: len(rows)]
         numbers, starts = np.unique(circuits, return_index=True)
         for k, start, stop in zip(numbers, starts, (*starts[1:], len(rows)), strict=True):
-            at = slice(start, stop)
-            torch.add(circuit(int(k), index[at]), of_q[at], out=x.rows[at])
-        # Memory that is written next, and need not be padded.
-        p = t.even[: len(rows) * self._layout.n_cols].view(len(rows), -1)
-        torch.index_select(known.p, 0, index, out=p).sub_(of_p)
-        x.rows.sub_(p).add_((m_p - of_p) - (there + of_q))
-        rise = x.rows.amax(-1).numpy()
-        torch.mul(x.even, w.even, out=t.even)
+            wide[start:stop] = circuit(int(k), index[start:stop])
+        apart = known.m_p[index].double() - there.double()
+        x.rows.copy_(wide.sub_(p).add_(apart - torch.from_numpy(mean)[:, None]))
+
         z_p = known.z_p.numpy()[rows]
-        mean = _total(t.sums()).numpy() / z_p
-        change = _total(formulas.centered(x, w, mean, out=s).sums()).numpy() / z_p
-        change += known.top[:, 0].numpy()[rows] / z_p * formulas.centered_at_pivot(mean)
-        good = (change >= 0) & (change < np.inf) & (rise <= formulas.HIGH_RISE)
-        return np.log1p(change), good
+        top = known.top[:, 0].numpy()[rows] / z_p
+        torch.mul(x.even, w.even, out=t.even)
+        first = _total(t.sums()).numpy() / z_p - top * mean
+        second = _total(formulas.centered(x, w, out=s).sums()).numpy() / z_p
+        second += top * formulas.second_order(-mean)
+        divergence = np.log1p(first + second) - first
+        rise = x.rows.amax(-1).numpy() + mean
+        return divergence, (divergence >= 0) & (divergence < np.inf) & (rise <= formulas.HIGH_RISE)
 
 
 def _total(sums: Tensor) -> Tensor:

@@ -160,10 +160,14 @@ struct ExponentialSums {
 
 // A pivot of p - q in parts: p - q - c = (p - of_p) - (q + of_q) - rest. Two sides far apart are brought
 // together before they are subtracted, or the difference is rounded at the size of the pivot. That of
-// the larger logits is moved, and by an integer, which for all but unlikely tokens is exact.
+// the larger logits is moved, and by an integer, which for all but unlikely tokens is exact where these
+// lie on the largest one's grid. Where a difference has to be exact for all, it is rounded, and what was
+// rounded off is added again, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
 struct Pivot {
     float of_p, of_q, rest;
-    bool lost;  // p - q - c is rounded by as much as d may be
+    float high, low;  // the pivot
+    bool apart;       // whether differences are rounded at its size
+    bool lost;        // p - q - c is rounded by as much as d may be
 
     Pivot() = default;
     Pivot(double max_p, double pivot) {
@@ -182,9 +186,22 @@ struct Pivot {
         of_q = p_moves ? 0.0f : moved;
         rest = float(pivot - moved);
         lost = size >= kIntegers && !moves;
+        apart = size >= kApart && size < kKnown;
+        high = float(pivot);
+        low = apart ? float(pivot - high) : 0.0f;
     }
 
-    double value() const { return double(of_p) + of_q + rest; }
+    double value() const { return double(high) + low; }
+
+    // p - q - c.
+    INLINE vf difference(vf p, vf q) const {
+        const vf d = p - q;
+        if (!apart) return d - high;
+        const vf back = d - p;
+        const vf off = (p - (d - back)) - (q + back);
+        // Of an infinite difference nothing is rounded off.
+        return (d - high) + ((d - d == 0.0f ? off : vf{}) - low);
+    }
 };
 
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
@@ -194,13 +211,13 @@ struct Pivot {
 template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
     Pivot c;
-    float base, lost;  // the base is one for q + c.of_q
+    float top, base, lost;  // the base is one for q + c.of_q
     Sum s, h;
     vi n_far;
 
     DivergenceSums() = default;
     DivergenceSums(const Block& block, double pivot)
-        : p(block.p), w(block.w), c(block.max, pivot), base(0), lost(0), s{}, h{}, n_far{} {
+        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost(0), s{}, h{}, n_far{} {
         if (block.max == -__builtin_inff()) return;
         const double exact = double(block.max) - c.of_p - c.rest;
         base = float(exact);
@@ -213,7 +230,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
         for (int u = 0; u < U; ++u) {
             const vf logit = load(p + i + u * W);
             // Exact for logits alike, unlike the difference of a and q - base.
-            d[u] = ((logit - c.of_p) - (load(from + u * W) + c.of_q)) - c.rest;
+            d[u] = c.difference(logit, load(from + u * W));
             if constexpr (MASKED) d[u] = logit == -inf ? vf{} : d[u];
             square[u] = d[u] * d[u];
             vf extent = square[u];
@@ -222,12 +239,14 @@ template <bool OFTEN_FAR> struct DivergenceSums {
         }
         if (OFTEN_FAR || __builtin_expect(any_at_least(largest_square, kNear * kNear), 0)) {
             for (int u = 0; u < U; ++u) {
-                const vf x = load(from + u * W) + c.of_q;
+                const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
-                vf e = exponential<true>((x - base) - lost);
-                if constexpr (MASKED) e = x == -inf ? vf{} : e;
+                vf x = ((q + c.of_q) - base) - lost;
+                if (c.apart) x = MASKED ? (logit == -inf ? x : (logit - top) - d[u]) : (logit - top) - d[u];
+                vf e = exponential<true>(x);
+                if constexpr (MASKED) e = q == -inf ? vf{} : e;
                 vi far = square[u] >= kNear * kNear;
-                if constexpr (MASKED) far |= load(p + i + u * W) == -inf;
+                if constexpr (MASKED) far |= logit == -inf;
                 n_far -= far;
                 const vf t = weight * d[u];
                 const vf near = weight * (square[u] * phi_over_square(d[u]));

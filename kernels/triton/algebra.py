@@ -18,8 +18,8 @@ the first good to 1e-7, absolute, the second to 1e-6 of itself: see `fastkl.stat
 
 Bases are poor where a slice's first tokens say nothing of the others. Then a sum overflows or vanishes,
 or what changes its pivot is larger than what is left; and where the sides lie far apart, p - q is
-rounded at that distance. `merge` says which slices are to be summed again. Then the sides are brought
-together first, the larger one moved by an integer, which is exact for all but unlikely tokens.
+rounded at that distance. `merge` says which slices are to be summed again. Then what is rounded off is
+added again.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
@@ -52,8 +52,8 @@ NEAR = tl.constexpr(0.5)
 NEAR_2 = tl.constexpr(0.7213475204444817)
 # The least float32.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Added to the exponents of weights, the quick way: a token whose weight vanishes all the same has no mass
-# of the circuit, or an infinite e^(-d).
+# Added to the exponents of weights, the quick way: where a weight vanishes all the same, so has the mass
+# of the circuit, or its e^(-d) is infinite.
 SCALE = tl.constexpr(30.0)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
@@ -203,11 +203,12 @@ def moved_differences(p, q, of_p, of_q, rest, inverse):
 
 @triton.jit
 def exact_differences(p, q, base_p, base_q, unit, inverse):
-    """Return d of tokens at the pivot that two bases have, unrounded."""
+    """Return d of tokens at the pivot that two bases have, of differences that are not rounded."""
     pivot, lost = exact_pivot(base_p, base_q, unit, inverse)
-    moved, rest = move_of(pivot, inverse)
-    of_p, of_q = sides(moved, base_p, base_q)
-    return moved_differences(p, q, of_p, of_q, rest, inverse) - lost
+    difference = p - q
+    # Of an infinite difference nothing is rounded off.
+    off = tl.where(tl.abs(difference) < float("inf"), rounded_off(p, q), 0.0)
+    return tl.fma(difference, inverse, -pivot) + tl.fma(off, inverse, -lost)
 
 
 @triton.jit

@@ -148,7 +148,7 @@ def sweep(
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
-    A slice that is summed AGAIN has its sides brought together first; only then is there a mass.
+    A slice that is summed AGAIN has exact differences; only then is there a mass.
 
     All pointers point to a multiple of 16 bytes if `aligned`. The body starts at the first token that
     lies on such a multiple: tiles of VEC tokens a lane, in 128-bit loads without a mask. What is left,
