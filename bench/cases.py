@@ -17,7 +17,14 @@ SEED = 20261123
 _KEY = 0
 # Standard deviation of what is added to the reference's logits: log-spaced over the circuits,
 # between these two, times a factor of 1/2 to 2 that differs from row to row.
-_NOISE = {"mixed": (1e-3, 3.0), "small": (1e-3, 3e-2), "large": (3.0, 6.0)}
+_NOISE = {
+    "mixed": (1e-3, 3.0),
+    "small": (1e-3, 3e-2),
+    "large": (3.0, 6.0),
+    # Times 1 + the square of how far a token lies below the likeliest: unlikely tokens move by far more
+    # than likely ones, as those of trained models do, and divergences stay below 0.1 or so.
+    "unlikely": (1e-3, 5e-3),
+}
 KINDS = tuple(_NOISE)
 
 
@@ -139,6 +146,8 @@ def _make(case: Case, seed: int) -> list[Tensor]:
     for level in _levels(case):
         factor = 2 ** (2 * torch.rand(case.n_rows, 1, generator=generator) - 1)
         noise = torch.randn(shape, generator=generator).mul_(level * factor)
+        if case.divergences == "unlikely":
+            noise.mul_((reference.amax(-1, keepdim=True) - reference).square_().add_(1))
         logits.append(noise.add_(reference).to(dtype))
     return logits
 

@@ -33,6 +33,7 @@ GRID = (
     MAIN,
     replace(MAIN, divergences="small"),
     replace(MAIN, divergences="large"),
+    replace(MAIN, divergences="unlikely"),
     replace(MAIN, dtype="bfloat16"),
     replace(MAIN, dtype="float16"),
     replace(MAIN, n_circuits=1),

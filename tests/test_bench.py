@@ -66,7 +66,8 @@ def test_a_seed_makes_the_same_logits_and_another_one_others():
 
 
 @pytest.mark.parametrize(
-    ("kind", "low", "high"), [("mixed", 0, 20), ("small", 0, 0.1), ("large", 0.1, 60)]
+    ("kind", "low", "high"),
+    [("mixed", 0, 20), ("small", 0, 0.1), ("large", 0.1, 60), ("unlikely", 0, 0.2)],
 )
 def test_divergences_are_of_the_magnitudes_that_the_kind_promises(kind, low, high):
     rows = cases.Inputs(cases.Case(20, 16, 5000, divergences=kind)).rows64

@@ -274,6 +274,13 @@ def test_all_but_the_likeliest_token_moved_alike(n_cols, height, moved):
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
+@pytest.mark.parametrize("apart", [2.0**19, 2.0**30, 2.0**39])
+def test_sides_further_apart_than_float64_has_digits_for(generator, apart):
+    reference = 0.01 * torch.randn(3, 100, generator=generator)
+    circuit = torch.full((3, 100), apart)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
 @pytest.mark.parametrize("n_cols", [512, 1000])
 @pytest.mark.parametrize(("height", "moved"), [(0.0, 23.0), (4.7, -1.3), (4.7, 1.3), (5.5, 0.24)])
 def test_sums_of_many_alike(n_cols, height, moved):
@@ -291,8 +298,10 @@ def test_many_tiny_terms_beside_few_large_ones(generator, heavy):
     reference = -torch.linspace(4, 16, 300)[:, None].repeat(1, 240)
     reference[:, ::10][:, :heavy] = torch.rand(300, heavy, generator=generator) * 1e-3
     circuit = reference.clone()
-    moved = torch.linspace(0.25, 0.9, 300)[:, None] * torch.randn(300, heavy, generator=generator)
+    moved = torch.linspace(0.01, 0.9, 300)[:, None] * torch.randn(300, heavy, generator=generator)
     circuit[:, ::10][:, :heavy] += moved
+    # Too far for a series.
+    circuit[:, 5] += 3
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
