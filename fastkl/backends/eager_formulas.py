@@ -37,11 +37,11 @@ _LOWER = tuple(
     for coefficients in _SERIES
 )
 N_SERIES = len(_SERIES)
-# Numbers of the other formulas: exponentials; counted from the mean.
-EXPONENTIALS, CENTERED = N_SERIES, N_SERIES + 1
-# Of (Σ P x)² / KL: up to it the errors of sums, up to 7e-7 of themselves where roundings align, leave
-# something of the tolerance.
-_BAD_PIVOT = 8.0
+# Numbers of the other formulas: exponentials; counted from the mean; the same, but not summed.
+EXPONENTIALS, CENTERED, LEFT = range(N_SERIES, N_SERIES + 3)
+# Of (Σ P x)² / KL, for each: up to it the errors of sums, up to 7e-7 of themselves where roundings align,
+# leave something of the tolerance.
+_BAD_PIVOTS = np.array([8.0, 5.0])
 # By exponentials less 1 a divergence is good from here on, and from this part of |Σ P x|: where many
 # tokens move alike, so does their rounding. And by exponentials alone.
 _CHANGE_FROM, _CHANGE_PART = 0.03, 1 / 8
@@ -60,8 +60,12 @@ DEEPEST, HIGHEST_RISE = 87.0, 56.0
 # Of sides this far apart the difference is rounded at that size, to 2e-7 and more, which is little only
 # of a divergence that is no smaller than this part of it.
 LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
+# Rows apart that reach no further are likely to have small divergences, and are not tried as they are.
+LOW_REACH = 4.0
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
+# Counted from a mean this large, what it is off by counts.
+LARGE_MEAN = 1.0
 
 
 def series(x: Block, t: Block, number: int, *, out: Block) -> Block:
@@ -123,17 +127,13 @@ def divergences(
     rise : NDArray (K, R)
         The largest x.
     apart : NDArray (K, R)
-        c.
+        c, or 0 where x is as good as if it were.
     deep : NDArray (R,)
         Whether the reference has logits that lie too deep for the highest rises.
     """
     by_series, plain = number < N_SERIES, number == EXPONENTIALS
-    # What x is counted from was rounded to float32.
-    mean = first.astype(np.float32).astype(np.float64)
     change = second + np.where(by_series, first, 0.0)
-    change += np.where(number == CENTERED, top * second_order(-mean), 0.0)
-    divergence = np.where(plain & ~less, np.log(top + second), np.log1p(change))
-    divergence -= np.where(number == CENTERED, 0.0, first)
+    divergence = np.where(plain & ~less, np.log(top + second), np.log1p(change)) - first
     size = np.abs(apart)
     near, high = size <= LARGE_PIVOT, rise > HIGH_RISE
     least = np.where(less, _CHANGE_FROM, _PLAIN_FROM)
@@ -143,7 +143,19 @@ def divergences(
     good = np.where(plain, divergence >= least, near)
     good &= ~plain | ~(deep & (rise > HIGHEST_RISE))
     # About second - first² / 2: the difference costs digits where the pivot was a bad one.
-    good &= ~by_series | (first**2 <= divergence * _BAD_PIVOT)
+    limit = _BAD_PIVOTS[np.minimum(number, N_SERIES - 1)]
+    good &= ~by_series | (first**2 <= divergence * limit)
+    good &= np.isfinite(first) & np.isfinite(second) & (number != LEFT)
+    centered, fine = centered_divergences(first, second, top)
+    which = number == CENTERED
+    return np.where(which, centered, divergence), good & (fine | ~which)
+
+
+def centered_divergences(
+    mean: NDArray[np.float64], second: NDArray[np.float64], top: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return divergences of rows that were counted from their mean, and whether they are good."""
+    # As float32 rounds it, it was taken from x.
+    change = second + top * second_order(-mean.astype(np.float32).astype(np.float64))
     # A rounded sum of terms that are not below 0 may be.
-    good &= (number != CENTERED) | (change >= 0)
-    return divergence, good & np.isfinite(first) & np.isfinite(second)
+    return np.log1p(change), (change >= 0) & (change < np.inf)

@@ -7,7 +7,7 @@ Which formula a row gets depends on that row alone, and so do its bits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends.eager_blocks import Block, Layout
-from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, N_SERIES
+from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, LEFT, N_SERIES
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
@@ -58,6 +58,7 @@ class _Tables(NamedTuple):
     second: Tensor  # what the formula sums of parts (K, R, M)
     number: NDArray[np.int64]  # of the formula (K, R)
     less: NDArray[np.bool_]  # whether exponentials are summed less 1 (K, R)
+    exact: NDArray[np.bool_]  # whether x is as good as if the sides were not apart (K, R)
 
     @classmethod
     def empty(cls, n_circuits: int, n_rows: int, n_parts: int) -> "_Tables":
@@ -65,8 +66,9 @@ class _Tables(NamedTuple):
         there, apart = torch.empty((2, *shape, 1), dtype=torch.float32, device="cpu")
         rise, fall = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
         first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
-        number, less = np.full(shape, EXPONENTIALS), np.zeros(shape, bool)
-        return cls(there, apart, rise, fall, first, second, number, less)
+        less, exact = np.zeros((2, *shape), bool)
+        number = np.full(shape, EXPONENTIALS)
+        return cls(there, apart, rise, fall, first, second, number, less, exact)
 
 
 class Workspace:
@@ -132,18 +134,21 @@ class Workspace:
                 top=top / z_p,
                 less=tables.less,
                 rise=rise,
-                apart=apart,
+                apart=np.where(tables.exact, 0.0, apart),
                 deep=self._deep(np.fmax.reduce(rise)),
             )
             again = ~good & np.isfinite(first) & (rise <= formulas.HIGH_RISE)
             again &= np.abs(apart) < formulas.LARGEST_PIVOT
-            circuits, rows = again.nonzero()
-            for start in range(0, len(rows), self._layout.n_rows):
-                some = slice(start, start + self._layout.n_rows)
-                at = circuits[some], rows[some]
-                divergence[at], good[at] = self._measure_again(
-                    circuit, *at, tables.there[at], first[at]
-                )
+            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(first) > formulas.LARGE_MEAN)
+            for which, measure in (
+                (again & ~exact, self._measure_centered),
+                (again & exact, self._measure_exactly),
+            ):
+                for at in self._groups(which):
+                    some, found = measure(circuit, *at, tables.there[at], first[at])
+                    # A block that is taken as a whole has other rows too.
+                    divergence[at] = np.where(which[at], some, divergence[at])
+                    good[at] = np.where(which[at], found, good[at])
         return torch.from_numpy(divergence), torch.from_numpy(good)
 
     def _deep(self, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -161,56 +166,127 @@ class Workspace:
 
     def _sum(self, circuit: Circuit, tables: _Tables) -> None:
         """Fill the tables."""
-        p, likeliest, m_p = self._known[:3]
-        w, x, t, s = self._buffers(self._w, len(p))
         z_p = self._known.z_p.numpy()
         # Parts tell how tokens moved if they are many.
         small = z_p * (formulas.SMALL_CHANGE if self._layout.n_parts >= _MANY_PARTS else 0.0)
-        for k, (there, apart, rise, fall, first, second, number, less) in enumerate(
-            zip(*tables, strict=True)
-        ):
-            q = circuit(k, None)
-            torch.gather(q, -1, likeliest, out=there)
-            torch.sub(m_p, there, out=apart)
-            torch.sub(q, p, out=x.rows)
-            x.rows.add_(apart)
-            torch.amax(x.rows, -1, out=rise)
-            # Of a NaN the sums are NaN too, by any formula.
-            if np.count_nonzero(rise.numpy() < formulas.REACHES[-1]):
-                torch.amin(x.rows, -1, out=fall)
-                reach = np.maximum(rise.numpy(), -fall.numpy())
-                number[:] = formulas.REACHES.searchsorted(reach, side="right")
+        buffers = self._buffers(self._w, len(z_p))
+        w, x, t, s = buffers
+        for k, fields in enumerate(zip(*tables, strict=True)):
+            block = _Tables(*fields)
+            self._subtract(circuit(k, None), block, buffers)
             torch.mul(x.even, w.even, out=t.even)
-            t.sums(out=first)
-            present = np.flatnonzero(np.bincount(number)).tolist()
-            if EXPONENTIALS in present:
-                parts = first.numpy()
+            t.sums(out=block.first)
+            number = block.number
+            if np.count_nonzero(plain := number == EXPONENTIALS):
+                parts = block.first.numpy()
                 moved = parts.sum(-1)
-                np.greater(moved, formulas.FELL * z_p, out=less)
+                np.greater(moved, formulas.FELL * z_p, out=block.less)
                 if np.count_nonzero(few := np.abs(moved) < small):
-                    few &= np.abs(parts).sum(-1) < small
-                    few &= (number == EXPONENTIALS) & (rise.numpy() <= formulas.HIGH_RISE)
-                    few &= np.abs(apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
-                    number[few] = CENTERED
-                    present = np.unique(number).tolist()
+                    few &= plain & (np.abs(parts).sum(-1) < small)
+                    few &= block.rise.numpy() <= formulas.HIGH_RISE
+                    few &= np.abs(block.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
+                    # Few among others are left for later.
+                    number[few] = CENTERED if 2 * np.count_nonzero(few) >= len(few) else LEFT
+            present = np.flatnonzero(np.bincount(number)).tolist()
             for formula in _ORDER:
                 if formula not in present:
                     continue
                 if formula < N_SERIES:
                     sums = formulas.series(x, t, formula, out=s)
                 elif formula == CENTERED:
-                    mean = torch.from_numpy((_total(first).numpy() / z_p).astype(np.float32))
-                    torch.sub(x.rows, mean[:, None], out=t.rows)
+                    mean = (_total(block.first).numpy() / z_p).astype(np.float32)
+                    torch.sub(x.rows, torch.from_numpy(mean)[:, None], out=t.rows)
                     sums = formulas.centered(t, w, out=s)
                 else:
-                    sums = formulas.exponentials(x, w, less)
+                    sums = formulas.exponentials(x, w, block.less)
                 if len(present) == 1:
-                    sums.sums(out=second)
+                    sums.sums(out=block.second)
                 else:
                     which = number == formula
-                    second.numpy()[which] = sums.sums().numpy()[which]
+                    block.second.numpy()[which] = sums.sums().numpy()[which]
 
-    def _measure_again(
+    def _subtract(self, q: Tensor, block: _Tables, buffers: _Buffers) -> None:
+        """Set x, and of the tables of one circuit what it says."""
+        known = self._known
+        _, x, t, s = buffers
+        torch.gather(q, -1, known.likeliest, out=block.there)
+        torch.sub(known.m_p, block.there, out=block.apart)
+        torch.sub(q, known.p, out=x.rows)
+        x.rows.add_(block.apart)
+        torch.amax(x.rows, -1, out=block.rise)
+        far = np.abs(block.apart[:, 0].numpy())
+        low = (far > formulas.LARGE_PIVOT) & (far < formulas.LARGEST_PIVOT)
+        if np.count_nonzero(low) and np.count_nonzero(
+            low := low & (block.rise.numpy() < formulas.LOW_REACH)
+        ):
+            torch.amin(x.rows, -1, out=block.fall)
+            np.logical_and(low, block.fall.numpy() > -formulas.LOW_REACH, out=block.exact)
+            if np.count_nonzero(block.exact):
+                lost = known.m_p.double() - block.there.double() - block.apart.double()
+                x.rows.add_(_rounded_off(q, known.p, lost.float(), block.exact, t.rows, s.rows))
+                torch.amax(x.rows, -1, out=block.rise)
+        # Of a NaN the sums are NaN too, by any formula.
+        if np.count_nonzero(block.rise.numpy() < formulas.REACHES[-1]):
+            torch.amin(x.rows, -1, out=block.fall)
+            reach = np.maximum(block.rise.numpy(), -block.fall.numpy())
+            block.number[:] = formulas.REACHES.searchsorted(reach, side="right")
+
+    def _groups(
+        self, again: NDArray[np.bool_]
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield circuits and rows (N,) to measure together: whole blocks where half of one is asked."""
+        n_rows = again.shape[1]
+        many = 2 * again.sum(-1) >= n_rows
+        for k in many.nonzero()[0]:
+            yield np.full(n_rows, k), np.arange(n_rows)
+        circuits, rows = (again & ~many[:, None]).nonzero()
+        for start in range(0, len(rows), self._layout.n_rows):
+            some = slice(start, start + self._layout.n_rows)
+            yield circuits[some], rows[some]
+
+    def _gather(
+        self, circuit: Circuit, circuits: NDArray[np.int64], index: Tensor, q: Tensor
+    ) -> tuple[_Buffers, Tensor]:
+        """Return memory for rows of circuits, with the weights, and the reference's logits.
+
+        These last until t is written. q becomes the circuits' logits.
+        """
+        p, n = self._known.p, len(index)
+        numbers, starts = np.unique(circuits, return_index=True)
+        if n == len(p) and len(numbers) == 1:
+            q.copy_(circuit(int(numbers[0]), None))
+            return self._buffers(self._w, n), p
+        buffers = self._buffers(self._some_w, n)
+        weights = self._layout.block(self._w, len(p)).padded
+        torch.index_select(weights, 0, index, out=buffers.w.padded)
+        for k, start, stop in zip(numbers, starts, (*starts[1:], n), strict=True):
+            q[start:stop] = circuit(int(k), index[start:stop])
+        some_p = buffers.t.even[: n * self._layout.n_cols].view(n, -1)
+        return buffers, torch.index_select(p, 0, index, out=some_p)
+
+    def _measure_centered(
+        self,
+        circuit: Circuit,
+        circuits: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        there: Tensor,
+        mean: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return divergences of rows (N,) of circuits (N,), in order, and whether they are good.
+
+        To the last bit those that the rows would have had among others that are counted from the mean.
+        """
+        known, index = self._known, torch.from_numpy(rows)
+        x = self._layout.block(self._others[0], len(rows))
+        (w, _, _, s), p = self._gather(circuit, circuits, index, x.rows)
+        x.rows.sub_(p).add_(known.m_p[index] - there)
+        x.rows.sub_(torch.from_numpy(mean.astype(np.float32))[:, None])
+        z_p = known.z_p.numpy()[rows]
+        second = _total(formulas.centered(x, w, out=s).sums()).numpy() / z_p
+        top = known.top[:, 0].numpy()[rows] / z_p
+        return formulas.centered_divergences(mean, second, top)
+
+    def _measure_exactly(
         self,
         circuit: Circuit,
         circuits: NDArray[np.int64],
@@ -223,20 +299,13 @@ class Workspace:
         They are counted from about their means, by differences that are rounded once.
         """
         known, index = self._known, torch.from_numpy(rows)
-        w, x, t, s = self._buffers(self._some_w, len(rows))
-        torch.index_select(self._layout.block(self._w, len(known.p)).padded, 0, index, out=w.padded)
-        # Memory that is written over later, and need not be padded.
-        p = t.even[: len(rows) * self._layout.n_cols].view(len(rows), -1)
-        torch.index_select(known.p, 0, index, out=p)
         if self._wide is None:
             shape = self._layout.n_rows, self._layout.n_cols
             self._wide = torch.empty(shape, dtype=torch.float64, device="cpu")
-        wide = self._wide[: len(rows)]
-        numbers, starts = np.unique(circuits, return_index=True)
-        for k, start, stop in zip(numbers, starts, (*starts[1:], len(rows)), strict=True):
-            wide[start:stop] = circuit(int(k), index[start:stop])
+        d = self._wide[: len(rows)]
+        (w, x, t, s), p = self._gather(circuit, circuits, index, d)
         apart = known.m_p[index].double() - there.double()
-        x.rows.copy_(wide.sub_(p).add_(apart - torch.from_numpy(mean)[:, None]))
+        x.rows.copy_(d.sub_(p).add_(apart - torch.from_numpy(mean)[:, None]))
 
         z_p = known.z_p.numpy()[rows]
         top = known.top[:, 0].numpy()[rows] / z_p
@@ -247,6 +316,22 @@ class Workspace:
         divergence = np.log1p(first + second) - first
         rise = x.rows.amax(-1).numpy() + mean
         return divergence, (divergence >= 0) & (divergence < np.inf) & (rise <= formulas.HIGH_RISE)
+
+
+def _rounded_off(
+    q: Tensor, p: Tensor, lost: Tensor, rows: NDArray[np.bool_], t: Tensor, s: Tensor
+) -> Tensor:
+    """Return what q - p was rounded by and something lost, in t; 0 in all but some rows (R,).
+
+    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+    """
+    torch.sub(q, p, out=t)
+    torch.sub(t, q, out=s)
+    torch.sub(q, t.sub_(s), out=t).sub_(s.add_(p))
+    # Of an infinite difference nothing is.
+    t.nan_to_num_(nan=0.0).add_(lost)
+    t[torch.from_numpy(~rows)] = 0
+    return t
 
 
 def _total(sums: Tensor) -> Tensor:
