@@ -39,7 +39,7 @@ _LOWER = tuple(
 N_SERIES = len(_SERIES)
 # Numbers of the other formulas: exponentials; counted from the mean; the same, but not summed.
 EXPONENTIALS, CENTERED, LEFT = range(N_SERIES, N_SERIES + 3)
-# Of (Σ P x)² / KL, for each: up to it the errors of sums, up to 7e-7 of themselves where roundings align,
+# Of (Σ P x)² / KL, for each: up to it the errors of sums, which are 7e-7 of them where roundings align,
 # leave something of the tolerance.
 _BAD_PIVOTS = np.array([8.0, 5.0])
 # By exponentials less 1 a divergence is good from here on, and from this part of |Σ P x|: where many
