@@ -48,6 +48,17 @@ def test_parity(generator, arch, dtype, approx_ulp):
     assert (divergence[1:] > 0)[oracle(circuits[1], reference).expand(5, -1) > 0].all()
 
 
+def test_weights_that_vanish(generator):
+    """Exponentials flush to 0 what is below 2^-126, where e^(-d) is not infinite yet."""
+    depth = torch.linspace(84, 104, 11)
+    reference = torch.randn(11, 100, generator=generator)
+    circuit = reference + 0.1 * torch.randn(11, 100, generator=generator)
+    for token, rise in ((40, 88.0), (60, 84.0), (80, 80.0)):
+        reference[:, token] = -depth
+        circuit[:, token] = torch.minimum(rise - depth, torch.tensor(1.0))
+    check([circuit], reference, arch=80)
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype"), [*((80, dtype) for dtype in DTYPES), (100, torch.float32)]
 )

@@ -101,6 +101,17 @@ def test_disjoint_peaks(backend):
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
+def test_circuit_mass_where_the_references_vanishes_in_float32(backend, generator):
+    """e^(p - m_p) is 0 there, or has few digits, while e^(q - p) is still a float32."""
+    depth = torch.linspace(84, 110, 27)
+    reference = torch.randn(27, 100, generator=generator)
+    circuit = reference + 0.1 * torch.randn(27, 100, generator=generator)
+    for token, rise in ((40, 88.0), (60, 84.0), (80, 80.0)):
+        reference[:, token] = -depth
+        circuit[:, token] = torch.minimum(rise - depth, torch.tensor(1.0))
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
 def test_circuit_mass_where_the_reference_has_none(backend, generator):
     """A masked prefix longer than any slice holds a logit of 10,000, which overflows as e^10000."""
     reference = torch.randn(1, 40000 if backend == "native" else 9000, generator=generator)
