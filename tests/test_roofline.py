@@ -69,8 +69,7 @@ def test_memory_binds_on_an_h100(dtype, group):
     prediction = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.binds == "memory"
     assert prediction.fraction_of_peak == 1
-    # Both sums of four half-precision circuits do not fit into 85 %: see test_codegen.py.
-    assert prediction.share("issue") <= (0.9 if (dtype, group) == ("bf16", 4) else 0.85)
+    assert prediction.share("issue") <= 0.85
     assert prediction.share("special") <= 0.85
 
 
@@ -84,7 +83,7 @@ def test_whole_rows_on_an_h100(dtype, group, n_cols):
     )
     loop = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.share("issue") > loop.share("issue")
-    assert prediction.share("issue") <= (0.99 if (dtype, group) == ("bf16", 4) else 0.85)
+    assert prediction.share("issue") <= (0.94 if (dtype, group) == ("bf16", 4) else 0.85)
     assert prediction.share("special") <= 0.85
     assert (prediction.binds, prediction.fraction_of_peak) == ("memory", 1)
 
