@@ -22,7 +22,7 @@ _NOISE = {
     "small": (1e-3, 3e-2),
     "large": (3.0, 6.0),
     # Times 1 + the square of how far a token lies below the likeliest: unlikely tokens move by far more
-    # than likely ones, as those of trained models do, and divergences stay below 0.1 or so.
+    # than likely ones, and divergences stay below 0.1 or so.
     "unlikely": (1e-3, 5e-3),
 }
 KINDS = tuple(_NOISE)

@@ -118,7 +118,7 @@ def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Return p - q - c (R, V), and c as it was subtracted.
 
     Two sides far apart have a difference that is rounded at the size of c: what is rounded off is added
-    again, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+    again.
 
     Parameters
     ----------
@@ -133,12 +133,22 @@ def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     # Asking another device than the CPU would wait for it.
     if p.device.type == "cpu" and not apart.any():
         return d.sub_(high), high.double()
-    back = d - p
-    lost = (p - (d - back)).sub_(back.add_(q))
-    # Of an infinite difference nothing is.
-    lost.masked_fill_(~(apart & d.isfinite()), 0.0)
+    lost = rounded_off(p, q, out=torch.empty_like(d), spare=torch.empty_like(d))
+    lost.masked_fill_(~apart, 0.0)
     low = torch.where(apart, c - high.double(), 0.0).to(p.dtype)
     return d.sub_(high).add_(lost.sub_(low)), high.double() + low.double()
+
+
+def rounded_off(a: Tensor, b: Tensor, *, out: Tensor, spare: Tensor) -> Tensor:
+    """Return a - b less what it is rounded to, exactly, in out; 0 where that is infinite or NaN.
+
+    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B. `spare`, of the same shape,
+    is written over.
+    """
+    torch.sub(a, b, out=out)
+    torch.sub(out, a, out=spare)
+    torch.sub(a, out.sub_(spare), out=out).sub_(spare.add_(b))
+    return out.nan_to_num_(nan=0.0)
 
 
 def masked(logits: Tensor) -> Tensor | None:

@@ -83,6 +83,17 @@ def oracle_gradients(
     )
 
 
+def vanishing_weights(generator: torch.Generator, depth: torch.Tensor) -> list[torch.Tensor]:
+    """Return rows in which e^(p - m_p) is 0 in float32, or has few digits, and e^(q - p) is finite."""
+    n_rows = len(depth)
+    reference = torch.randn(n_rows, 100, generator=generator)
+    circuit = reference + 0.1 * torch.randn(n_rows, 100, generator=generator)
+    for token, rise in ((40, 88.0), (60, 84.0), (80, 80.0)):
+        reference[:, token] = -depth
+        circuit[:, token] = torch.minimum(rise - depth, torch.tensor(1.0))
+    return [circuit, reference]
+
+
 def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
     """Assert that divergences are within the tolerance of the oracle's, NaN and inf in their places."""
     wide = divergence.dtype == torch.float64

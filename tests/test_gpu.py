@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from conftest import assert_matches, oracle, oracle_gradients
-from test_edge_cases import TABLE
+from test_edge_cases import TRITON_TABLE
 from test_gradient import BOUND, error
 
 import fastkl
@@ -90,9 +90,9 @@ def test_strided_rows():
 
 @pytest.mark.parametrize("n_circuits", [1, 4])
 @pytest.mark.parametrize("place", [0, 300, 1099])
-@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("case", TRITON_TABLE)
 def test_edge_cases(case, place, n_circuits):
-    p_v, q_v, expected = TABLE[case]
+    p_v, q_v, expected = TRITON_TABLE[case]
     circuits, reference = make(n_circuits, 3, 1100)
     reference[1, place] = p_v
     for circuit in circuits:

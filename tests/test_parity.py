@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ON_GPU, assert_matches, kl_rows, oracle
+from conftest import ON_GPU, assert_matches, kl_rows, oracle, vanishing_weights
 
 NOISES = (0, 1e-5, 1e-3, 0.1, 1, 5)
 
@@ -102,13 +102,7 @@ def test_disjoint_peaks(backend):
 
 
 def test_circuit_mass_where_the_references_vanishes_in_float32(backend, generator):
-    """e^(p - m_p) is 0 there, or has few digits, while e^(q - p) is still a float32."""
-    depth = torch.linspace(84, 110, 27)
-    reference = torch.randn(27, 100, generator=generator)
-    circuit = reference + 0.1 * torch.randn(27, 100, generator=generator)
-    for token, rise in ((40, 88.0), (60, 84.0), (80, 80.0)):
-        reference[:, token] = -depth
-        circuit[:, token] = torch.minimum(rise - depth, torch.tensor(1.0))
+    circuit, reference = vanishing_weights(generator, torch.linspace(84, 110, 27))
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 

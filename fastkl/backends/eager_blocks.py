@@ -18,7 +18,7 @@ _STEP = 32
 _GRAIN = 1 << 15
 # Elements that are summed in float32; their sums are added up in float64.
 _PART = 256
-# Elements a block: six float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
+# Elements a block: five float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
 # not stay in the cache.
 _BLOCK_ELEMENTS = 1 << 19
 

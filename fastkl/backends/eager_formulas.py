@@ -146,9 +146,9 @@ def divergences(
     limit = _BAD_PIVOTS[np.minimum(number, N_SERIES - 1)]
     good &= ~by_series | (first**2 <= divergence * limit)
     good &= np.isfinite(first) & np.isfinite(second) & (number != LEFT)
-    centered, fine = centered_divergences(first, second, top)
+    from_mean, fine = centered_divergences(first, second, top)
     which = number == CENTERED
-    return np.where(which, centered, divergence), good & (fine | ~which)
+    return np.where(which, from_mean, divergence), good & (fine | ~which)
 
 
 def centered_divergences(

@@ -18,9 +18,11 @@ from torch import Tensor
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends.eager_blocks import Block, Layout
 from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, LEFT, N_SERIES
+from fastkl.rows import rounded_off
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
+# Parts from which on their sums tell how a row's tokens moved.
 _MANY_PARTS = 16
 # Exponentials are written over what they are taken of, and counting from the mean over a series' terms.
 _ORDER = (*range(N_SERIES), CENTERED, EXPONENTIALS)
@@ -69,6 +71,15 @@ class _Tables(NamedTuple):
         less, exact = np.zeros((2, *shape), bool)
         number = np.full(shape, EXPONENTIALS)
         return cls(there, apart, rise, fall, first, second, number, less, exact)
+
+
+class _Some(NamedTuple):
+    """Rows that are measured again, of whichever circuits, in order."""
+
+    circuits: NDArray[np.int64]  # (N,)
+    rows: NDArray[np.int64]  # (N,)
+    there: Tensor  # q at the reference's likeliest token (N, 1)
+    mean: NDArray[np.float64]  # Σ P x (N,)
 
 
 class Workspace:
@@ -145,10 +156,10 @@ class Workspace:
                 (again & exact, self._measure_exactly),
             ):
                 for at in self._groups(which):
-                    some, found = measure(circuit, *at, tables.there[at], first[at])
+                    found, fine = measure(circuit, _Some(*at, tables.there[at], first[at]))
                     # A block that is taken as a whole has other rows too.
-                    divergence[at] = np.where(which[at], some, divergence[at])
-                    good[at] = np.where(which[at], found, good[at])
+                    divergence[at] = np.where(which[at], found, divergence[at])
+                    good[at] = np.where(which[at], fine, good[at])
         return torch.from_numpy(divergence), torch.from_numpy(good)
 
     def _deep(self, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -167,7 +178,6 @@ class Workspace:
     def _sum(self, circuit: Circuit, tables: _Tables) -> None:
         """Fill the tables."""
         z_p = self._known.z_p.numpy()
-        # Parts tell how tokens moved if they are many.
         small = z_p * (formulas.SMALL_CHANGE if self._layout.n_parts >= _MANY_PARTS else 0.0)
         buffers = self._buffers(self._w, len(z_p))
         w, x, t, s = buffers
@@ -223,7 +233,9 @@ class Workspace:
             np.logical_and(low, block.fall.numpy() > -formulas.LOW_REACH, out=block.exact)
             if np.count_nonzero(block.exact):
                 lost = known.m_p.double() - block.there.double() - block.apart.double()
-                x.rows.add_(_rounded_off(q, known.p, lost.float(), block.exact, t.rows, s.rows))
+                off = rounded_off(q, known.p, out=t.rows, spare=s.rows).add_(lost.float())
+                off[torch.from_numpy(~block.exact)] = 0
+                x.rows.add_(off)
                 torch.amax(x.rows, -1, out=block.rise)
         # Of a NaN the sums are NaN too, by any formula.
         if np.count_nonzero(block.rise.numpy() < formulas.REACHES[-1]):
@@ -265,17 +277,13 @@ class Workspace:
         return buffers, torch.index_select(p, 0, index, out=some_p)
 
     def _measure_centered(
-        self,
-        circuit: Circuit,
-        circuits: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        there: Tensor,
-        mean: NDArray[np.float64],
+        self, circuit: Circuit, some: _Some
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return divergences of rows (N,) of circuits (N,), in order, and whether they are good.
+        """Return divergences (N,), and whether they are good.
 
         To the last bit those that the rows would have had among others that are counted from the mean.
         """
+        circuits, rows, there, mean = some
         known, index = self._known, torch.from_numpy(rows)
         x = self._layout.block(self._others[0], len(rows))
         (w, _, _, s), p = self._gather(circuit, circuits, index, x.rows)
@@ -287,17 +295,13 @@ class Workspace:
         return formulas.centered_divergences(mean, second, top)
 
     def _measure_exactly(
-        self,
-        circuit: Circuit,
-        circuits: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        there: Tensor,
-        mean: NDArray[np.float64],
+        self, circuit: Circuit, some: _Some
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return divergences of rows (N,) of circuits (N,), in order, and whether they are good.
+        """Return divergences (N,), and whether they are good.
 
         They are counted from about their means, by differences that are rounded once.
         """
+        circuits, rows, there, mean = some
         known, index = self._known, torch.from_numpy(rows)
         if self._wide is None:
             shape = self._layout.n_rows, self._layout.n_cols
@@ -316,22 +320,6 @@ class Workspace:
         divergence = np.log1p(first + second) - first
         rise = x.rows.amax(-1).numpy() + mean
         return divergence, (divergence >= 0) & (divergence < np.inf) & (rise <= formulas.HIGH_RISE)
-
-
-def _rounded_off(
-    q: Tensor, p: Tensor, lost: Tensor, rows: NDArray[np.bool_], t: Tensor, s: Tensor
-) -> Tensor:
-    """Return what q - p was rounded by and something lost, in t; 0 in all but some rows (R,).
-
-    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
-    """
-    torch.sub(q, p, out=t)
-    torch.sub(t, q, out=s)
-    torch.sub(q, t.sub_(s), out=t).sub_(s.add_(p))
-    # Of an infinite difference nothing is.
-    t.nan_to_num_(nan=0.0).add_(lost)
-    t[torch.from_numpy(~rows)] = 0
-    return t
 
 
 def _total(sums: Tensor) -> Tensor:

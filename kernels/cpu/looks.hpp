@@ -217,7 +217,8 @@ template <bool OFTEN_FAR> struct DivergenceSums {
 
     DivergenceSums() = default;
     DivergenceSums(const Block& block, double pivot)
-        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost(0), s{}, h{}, n_far{} {
+        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost(0), s{}, h{},
+          n_far{} {
         if (block.max == -__builtin_inff()) return;
         const double exact = double(block.max) - c.of_p - c.rest;
         base = float(exact);
@@ -242,7 +243,10 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
                 vf x = ((q + c.of_q) - base) - lost;
-                if (c.apart) x = MASKED ? (logit == -inf ? x : (logit - top) - d[u]) : (logit - top) - d[u];
+                if (c.apart) {
+                    const vf exact = (logit - top) - d[u];
+                    x = MASKED ? (logit == -inf ? x : exact) : exact;
+                }
                 vf e = exponential<true>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;
                 vi far = square[u] >= kNear * kNear;
