@@ -142,8 +142,8 @@ def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 def rounded_off(a: Tensor, b: Tensor, *, out: Tensor, spare: Tensor) -> Tensor:
     """Return a - b less what it is rounded to, exactly, in out; 0 where that is infinite or NaN.
 
-    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B. `spare`, of the same shape,
-    is written over.
+    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B. `spare`, of the same
+    shape, is written over.
     """
     torch.sub(a, b, out=out)
     torch.sub(out, a, out=spare)

@@ -42,6 +42,10 @@ LOWEST = "q masked, p the lowest float"
 TRITON_TABLE = TABLE | {LOWEST: (*TABLE[LOWEST][:2], None)}
 
 
+def as_triton_reads(reference):
+    return reference.masked_fill(reference < -1e38, -INF)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", TABLE)
 def test_one_token(backend, generator, case, place):
@@ -50,7 +54,8 @@ def test_one_token(backend, generator, case, place):
     untouched = oracle(circuit, reference)
     reference[1, PLACES[place]], circuit[1, PLACES[place]] = p_v, q_v
     divergence = kl_rows([circuit], reference, backend)[0]
-    row = oracle(circuit, reference)[1] if expected is None else torch.tensor(expected)
+    read = as_triton_reads(reference) if backend == "triton" else reference
+    row = oracle(circuit, read)[1] if expected is None else torch.tensor(expected)
     assert_matches(divergence, torch.stack([untouched[0], row.double(), untouched[2]]))
 
 
