@@ -5,16 +5,16 @@ With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d
     KL = log(Σ P e^x) - Σ P x
 
 for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
-The reach of a row is its largest |x|:
+Exponentials as they are, are good for divergences that are not small; for the others x is counted from
+its mean::
 
-- where it is small, Σ P e^x is 1 + Σ P x and a sum of higher order, by a series;
-- where it is not, exponentials are taken, which is good for divergences that are not small;
-- where neither is good, x is counted from its mean: KL = log(1 + Σ P (e^x - 1 - x)) then.
+    KL = log(1 + Σ P (e^x - 1 - x))
 
-What no formula is good for, the backend measures by `fastkl.state`.
+What neither is good for, the backend measures by `fastkl.state`.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,35 +22,9 @@ from numpy.typing import NDArray
 
 from fastkl.backends.eager_blocks import Block
 
-# Up to these reaches e^x - 1 - x is x² by a series.
-REACHES = np.array([0.25, 1.4], np.float32)
-# The coefficients of x² / (e^x - 1 - x) for each, from the highest power down: minimax, with relative
-# errors of 1.1e-7 and 1.2e-7. It takes fewer of them than its reciprocal does.
-_SERIES = (
-    (0.00369357713, 0.0555395894, -0.666666389, 2.0),
-    (-6.96224379e-5, -3.09602008e-4, 0.00370000559, 0.0555561259, -0.666665852, 2.0),
-)
-# The highest is a factor in PyTorch's first term, the rest are tensors. These lie on the CPU in float32,
-# whatever the defaults are when this is imported.
-_LOWER = tuple(
-    torch.tensor(coefficients[1:], dtype=torch.float32, device="cpu").unbind()
-    for coefficients in _SERIES
-)
-N_SERIES = len(_SERIES)
-# Numbers of the other formulas: exponentials; counted from the mean; the same, but not summed.
-EXPONENTIALS, CENTERED, LEFT = range(N_SERIES, N_SERIES + 3)
-# Of (Σ P x)² / KL, for each: up to it the errors of sums, which are 7e-7 of them where roundings align,
-# leave something of the tolerance.
-_BAD_PIVOTS = np.array([8.0, 5.0])
-# By exponentials less 1 a divergence is good from here on, and from this part of |Σ P x|: where many
-# tokens move alike, so does their rounding. And by exponentials alone.
-_CHANGE_FROM, _CHANGE_PART = 0.03, 1 / 8
-_PLAIN_FROM, _PLAIN_PART = 0.12, 1 / 4
-# Of Σ P x: only above it 1 is taken off. Σ P e^x, at least e^(Σ P x), may be so far below 1 that the
-# difference would lose it.
-FELL = -0.7
-# Of the sum of the parts' |Σ P x|: below it most divergences are too small for exponentials.
-SMALL_CHANGE = 0.1
+# A divergence is good by exponentials from here on, and from this part of |Σ P x|: where many tokens
+# move alike, so does their rounding.
+PLAIN_FROM, _PLAIN_PART = 0.12, 1 / 4
 # The exponential of a rise like this is off by 5e-6 of itself and more, which is little only of a large
 # divergence.
 HIGH_RISE, _HIGH_FROM = 24.0, 3.0
@@ -60,32 +34,17 @@ DEEPEST, HIGHEST_RISE = 87.0, 56.0
 # Of sides this far apart the difference is rounded at that size, to 2e-7 and more, which is little only
 # of a divergence that is no smaller than this part of it.
 LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
-# Rows apart that reach no further are likely to have small divergences, and are not tried as they are.
-LOW_REACH = 4.0
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
 # Counted from a mean this large, what it is off by counts.
 LARGE_MEAN = 1.0
 
 
-def series(x: Block, t: Block, number: int, *, out: Block) -> Block:
-    """Return w (e^x - 1 - x) by one of the series, in out, given t = w x."""
-    next_lower, *lower = _LOWER[number]
-    torch.add(next_lower, x.even, alpha=_SERIES[number][0], out=out.even)
-    for coefficient in lower:
-        torch.addcmul(coefficient, out.even, x.even, out=out.even)
-    torch.div(x.even, out.even, out=out.even).mul_(t.even)
-    return out
-
-
-def exponentials(x: Block, w: Block, less: NDArray[np.bool_]) -> Block:
-    """Return w e^x, in x, or w (e^x - 1) in some rows (R,)."""
+def exponentials(x: Block, w: Block, *, out: Block) -> Block:
+    """Return w e^x, in out."""
     # exp2 is PyTorch's own, and takes down to a fourth of the time of exp, another library's.
-    x.even.mul_(math.log2(math.e)).exp2_()
-    if np.count_nonzero(less):
-        x.padded.sub_(torch.from_numpy(less.astype(np.float32))[:, None])
-    x.even.mul_(w.even)
-    return x
+    torch.mul(x.even, math.log2(math.e), out=out.even).exp2_().mul_(w.even)
+    return out
 
 
 def centered(x: Block, w: Block, *, out: Block) -> Block:
@@ -99,56 +58,73 @@ def second_order(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.expm1(x) - x
 
 
+class Spread(NamedTuple):
+    """How far the tokens of reference rows lie apart in parts, to estimate divergences from Σ w x.
+
+    If tokens move by a drift and, each by itself, by more or less than that, then a part's Σ w x
+    varies about its share of the drift as the part's Σ w² says. Where tokens move otherwise the
+    estimate is a bad one, which costs time alone.
+    """
+
+    masses: NDArray[np.float32]  # Σ w of parts (R, M)
+    per_square: NDArray[np.float64]  # 1 / Σ masses² (R,)
+    variance: NDArray[np.float64]  # what a square of x about its drift counts, over Σ w² (R,)
+    drift: NDArray[np.float64]  # what a square of the drift counts (R,)
+
+    @classmethod
+    def of(
+        cls,
+        masses: NDArray[np.float32],
+        squares: NDArray[np.float64],
+        z_p: NDArray[np.float64],
+    ) -> "Spread":
+        """Return it for Σ w (R, M), Σ w² and z_p (R,)."""
+        share = masses.sum(-1, dtype=np.float64) / z_p
+        per_square = 1 / np.einsum("rm,rm->r", masses, masses, dtype=np.float64)
+        return cls(masses, per_square, share / (2 * squares), share * (1 - share) / 2)
+
+    def estimates(self, first: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return about what small divergences are (R,), half the variance of x, from Σ w x (R, M)."""
+        along = np.einsum("rm,rm->r", first, self.masses, dtype=np.float64)
+        drift = along * self.per_square
+        apart = np.einsum("rm,rm->r", first, first, dtype=np.float64) - along * drift
+        estimates: NDArray[np.float64] = self.variance * apart + self.drift * drift * drift
+        return estimates
+
+
 def divergences(
-    number: NDArray[np.int64],
     first: NDArray[np.float64],
     second: NDArray[np.float64],
     *,
     top: NDArray[np.float64],
-    less: NDArray[np.bool_],
     rise: NDArray[np.float32],
     apart: NDArray[np.float32],
     deep: NDArray[np.bool_],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return divergences (K, R) from sums without the likeliest token, and whether they are good.
+    """Return divergences (K, R) by exponentials, and whether they are good.
 
     Parameters
     ----------
-    number : NDArray (K, R)
-        Of the formula.
     first : NDArray (K, R)
         Σ P x.
     second : NDArray (K, R)
-        What the formula sums, over z_p.
+        Σ P e^x without the likeliest token.
     top : NDArray (R,)
         P of the likeliest token.
-    less : NDArray (K, R)
-        Whether exponentials were summed less 1.
     rise : NDArray (K, R)
         The largest x.
     apart : NDArray (K, R)
-        c, or 0 where x is as good as if it were.
+        c.
     deep : NDArray (R,)
         Whether the reference has logits that lie too deep for the highest rises.
     """
-    by_series, plain = number < N_SERIES, number == EXPONENTIALS
-    change = second + np.where(by_series, first, 0.0)
-    divergence = np.where(plain & ~less, np.log(top + second), np.log1p(change)) - first
+    divergence = np.log(top + second) - first
     size = np.abs(apart)
-    near, high = size <= LARGE_PIVOT, rise > HIGH_RISE
-    least = np.where(less, _CHANGE_FROM, _PLAIN_FROM)
-    least = np.maximum(least, np.where(less, _CHANGE_PART, _PLAIN_PART) * np.abs(first))
-    least = np.maximum(least, np.where(high, _HIGH_FROM, 0.0))
-    least = np.maximum(least, np.where(near, 0.0, _LARGE_PIVOT_PART * size))
-    good = np.where(plain, divergence >= least, near)
-    good &= ~plain | ~(deep & (rise > HIGHEST_RISE))
-    # About second - first² / 2: the difference costs digits where the pivot was a bad one.
-    limit = _BAD_PIVOTS[np.minimum(number, N_SERIES - 1)]
-    good &= ~by_series | (first**2 <= divergence * limit)
-    good &= np.isfinite(first) & np.isfinite(second) & (number != LEFT)
-    from_mean, fine = centered_divergences(first, second, top)
-    which = number == CENTERED
-    return np.where(which, from_mean, divergence), good & (fine | ~which)
+    least = np.maximum(PLAIN_FROM, _PLAIN_PART * np.abs(first))
+    least = np.maximum(least, np.where(rise > HIGH_RISE, _HIGH_FROM, 0.0))
+    least = np.maximum(least, np.where(size > LARGE_PIVOT, _LARGE_PIVOT_PART * size, 0.0))
+    good = (divergence >= least) & ~(deep & (rise > HIGHEST_RISE))
+    return divergence, good & np.isfinite(first) & np.isfinite(second)
 
 
 def centered_divergences(

@@ -17,15 +17,12 @@ from torch import Tensor
 
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends.eager_blocks import Block, Layout
-from fastkl.backends.eager_formulas import CENTERED, EXPONENTIALS, LEFT, N_SERIES
-from fastkl.rows import rounded_off
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
-# Parts from which on their sums tell how a row's tokens moved.
-_MANY_PARTS = 16
-# Exponentials are written over what they are taken of, and counting from the mean over a series' terms.
-_ORDER = (*range(N_SERIES), CENTERED, EXPONENTIALS)
+# What is summed of a row at first: exponentials as they are, or of x counted from its mean; or nothing,
+# where that is asked of few rows of a block, or takes exact differences.
+PLAIN, CENTERED, LEFT = range(3)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
 Circuit = Callable[[int, Tensor | None], Tensor]
 
@@ -38,6 +35,7 @@ class _Known(NamedTuple):
     m_p: Tensor  # max p (R, 1)
     top: Tensor  # e^(p - m_p) there (R, 1): 1 if there is any mass
     z_p: Tensor  # Σ e^(p - m_p) (R,), float64
+    spread: formulas.Spread
 
 
 class _Buffers(NamedTuple):
@@ -46,7 +44,6 @@ class _Buffers(NamedTuple):
     w: Block  # weights of the reference, 0 at its likeliest token
     x: Block  # rises
     t: Block
-    s: Block
 
 
 class _Tables(NamedTuple):
@@ -55,22 +52,17 @@ class _Tables(NamedTuple):
     there: Tensor  # q at the reference's likeliest token (K, R, 1)
     apart: Tensor  # p there less q (K, R, 1)
     rise: Tensor  # the largest x (K, R)
-    fall: Tensor  # the smallest x (K, R), if it was asked
     first: Tensor  # Σ w x of parts (K, R, M)
     second: Tensor  # what the formula sums of parts (K, R, M)
-    number: NDArray[np.int64]  # of the formula (K, R)
-    less: NDArray[np.bool_]  # whether exponentials are summed less 1 (K, R)
-    exact: NDArray[np.bool_]  # whether x is as good as if the sides were not apart (K, R)
+    formula: NDArray[np.int64]  # PLAIN, CENTERED or LEFT (K, R)
 
     @classmethod
     def empty(cls, n_circuits: int, n_rows: int, n_parts: int) -> "_Tables":
         shape = n_circuits, n_rows
         there, apart = torch.empty((2, *shape, 1), dtype=torch.float32, device="cpu")
-        rise, fall = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
+        rise = torch.empty(shape, dtype=torch.float32, device="cpu")
         first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
-        less, exact = np.zeros((2, *shape), bool)
-        number = np.full(shape, EXPONENTIALS)
-        return cls(there, apart, rise, fall, first, second, number, less, exact)
+        return cls(there, apart, rise, first, second, np.full(shape, PLAIN))
 
 
 class _Some(NamedTuple):
@@ -100,13 +92,13 @@ class Workspace:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._w, self._some_w, *self._others = layout.memory(5)
+        self._w, self._some_w, *self._others = layout.memory(4)
         self._wide: Tensor | None = None
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
     def read(self, p: Tensor) -> None:
         """Take a block of reference rows (R, V)."""
-        w = self._layout.block(self._w, len(p))
+        w, _, t = self._buffers(self._w, len(p))
         # PyTorch takes ten times as long to say where a maximum is.
         likeliest = torch.from_numpy(p.detach().numpy().argmax(-1))[:, None]
         m_p = p.gather(-1, likeliest)
@@ -116,7 +108,13 @@ class Workspace:
         top = w.rows.gather(-1, likeliest)
         # x is 0 there: sums of the other tokens alone are no larger than what moved.
         w.rows.scatter_(-1, likeliest, 0.0)
-        self._known = _Known(p, likeliest, m_p, top, top[:, 0] + _total(w.sums()))
+        masses = w.sums()
+        z_p = top[:, 0] + _total(masses)
+        torch.mul(w.even, w.even, out=t.even)
+        # Of a row that has no other tokens, or no weights, there is nothing to estimate.
+        with np.errstate(all="ignore"):
+            spread = formulas.Spread.of(masses.numpy(), _total(t.sums()).numpy(), z_p.numpy())
+        self._known = _Known(p, likeliest, m_p, top, z_p, spread)
 
     def kl(self, circuit: Circuit, n_circuits: int) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of the block's rows in float64, and which are good enough.
@@ -138,19 +136,21 @@ class Workspace:
             self._sum(circuit, tables)
             first, second = (_total(t).numpy() / z_p for t in (tables.first, tables.second))
             rise, apart = tables.rise.numpy(), tables.apart[..., 0].numpy()
-            divergence, good = formulas.divergences(
-                tables.number,
+            plain, good = formulas.divergences(
                 first,
                 second,
                 top=top / z_p,
-                less=tables.less,
                 rise=rise,
-                apart=np.where(tables.exact, 0.0, apart),
+                apart=apart,
                 deep=self._deep(np.fmax.reduce(rise)),
             )
+            near, fine = formulas.centered_divergences(first, second, top / z_p)
+            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(first) > formulas.LARGE_MEAN)
+            centered = tables.formula == CENTERED
+            divergence = np.where(centered, near, plain)
+            good = np.where(centered, fine & ~exact, good & (tables.formula == PLAIN))
             again = ~good & np.isfinite(first) & (rise <= formulas.HIGH_RISE)
             again &= np.abs(apart) < formulas.LARGEST_PIVOT
-            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(first) > formulas.LARGE_MEAN)
             for which, measure in (
                 (again & ~exact, self._measure_centered),
                 (again & exact, self._measure_exactly),
@@ -177,71 +177,42 @@ class Workspace:
 
     def _sum(self, circuit: Circuit, tables: _Tables) -> None:
         """Fill the tables."""
-        z_p = self._known.z_p.numpy()
-        small = z_p * (formulas.SMALL_CHANGE if self._layout.n_parts >= _MANY_PARTS else 0.0)
-        buffers = self._buffers(self._w, len(z_p))
-        w, x, t, s = buffers
+        known = self._known
+        w, x, t = self._buffers(self._w, len(known.p))
         for k, fields in enumerate(zip(*tables, strict=True)):
-            block = _Tables(*fields)
-            self._subtract(circuit(k, None), block, buffers)
+            block, q = _Tables(*fields), circuit(k, None)
+            torch.gather(q, -1, known.likeliest, out=block.there)
+            torch.sub(known.m_p, block.there, out=block.apart)
+            torch.sub(q, known.p, out=x.rows)
+            x.rows.add_(block.apart)
+            torch.amax(x.rows, -1, out=block.rise)
             torch.mul(x.even, w.even, out=t.even)
             t.sums(out=block.first)
-            number = block.number
-            if np.count_nonzero(plain := number == EXPONENTIALS):
-                parts = block.first.numpy()
-                moved = parts.sum(-1)
-                np.greater(moved, formulas.FELL * z_p, out=block.less)
-                if np.count_nonzero(few := np.abs(moved) < small):
-                    few &= plain & (np.abs(parts).sum(-1) < small)
-                    few &= block.rise.numpy() <= formulas.HIGH_RISE
-                    few &= np.abs(block.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
-                    # Few among others are left for later.
-                    number[few] = CENTERED if 2 * np.count_nonzero(few) >= len(few) else LEFT
-            present = np.flatnonzero(np.bincount(number)).tolist()
-            for formula in _ORDER:
-                if formula not in present:
-                    continue
-                if formula < N_SERIES:
-                    sums = formulas.series(x, t, formula, out=s)
-                elif formula == CENTERED:
-                    mean = (_total(block.first).numpy() / z_p).astype(np.float32)
-                    torch.sub(x.rows, torch.from_numpy(mean)[:, None], out=t.rows)
-                    sums = formulas.centered(t, w, out=s)
-                else:
-                    sums = formulas.exponentials(x, w, block.less)
-                if len(present) == 1:
+            self._choose(block)
+            n_plain, n_centered, _ = np.bincount(block.formula, minlength=3)
+            if n_plain:
+                sums = formulas.exponentials(x, w, out=t if n_centered else x)
+                sums.sums(out=block.second)
+            if n_centered:
+                mean = _total(block.first) / known.z_p
+                x.rows.sub_(mean.float()[:, None])
+                sums = formulas.centered(x, w, out=t)
+                if n_centered == len(mean):
                     sums.sums(out=block.second)
                 else:
-                    which = number == formula
+                    which = block.formula == CENTERED
                     block.second.numpy()[which] = sums.sums().numpy()[which]
 
-    def _subtract(self, q: Tensor, block: _Tables, buffers: _Buffers) -> None:
-        """Set x, and of the tables of one circuit what it says."""
-        known = self._known
-        _, x, t, s = buffers
-        torch.gather(q, -1, known.likeliest, out=block.there)
-        torch.sub(known.m_p, block.there, out=block.apart)
-        torch.sub(q, known.p, out=x.rows)
-        x.rows.add_(block.apart)
-        torch.amax(x.rows, -1, out=block.rise)
-        far = np.abs(block.apart[:, 0].numpy())
-        low = (far > formulas.LARGE_PIVOT) & (far < formulas.LARGEST_PIVOT)
-        if np.count_nonzero(low) and np.count_nonzero(
-            low := low & (block.rise.numpy() < formulas.LOW_REACH)
-        ):
-            torch.amin(x.rows, -1, out=block.fall)
-            np.logical_and(low, block.fall.numpy() > -formulas.LOW_REACH, out=block.exact)
-            if np.count_nonzero(block.exact):
-                lost = known.m_p.double() - block.there.double() - block.apart.double()
-                off = rounded_off(q, known.p, out=t.rows, spare=s.rows).add_(lost.float())
-                off[torch.from_numpy(~block.exact)] = 0
-                x.rows.add_(off)
-                torch.amax(x.rows, -1, out=block.rise)
-        # Of a NaN the sums are NaN too, by any formula.
-        if np.count_nonzero(block.rise.numpy() < formulas.REACHES[-1]):
-            torch.amin(x.rows, -1, out=block.fall)
-            reach = np.maximum(block.rise.numpy(), -block.fall.numpy())
-            block.number[:] = formulas.REACHES.searchsorted(reach, side="right")
+    def _choose(self, block: _Tables) -> None:
+        """Set the formulas, given the first sums."""
+        small = self._known.spread.estimates(block.first.numpy()) < formulas.PLAIN_FROM
+        # The estimate knows nothing of a token that only the circuit prefers.
+        small &= block.rise.numpy() <= formulas.HIGH_RISE
+        if np.count_nonzero(small):
+            block.formula[small] = LEFT
+            small &= np.abs(block.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
+            if 2 * np.count_nonzero(small) >= len(small):
+                block.formula[small] = CENTERED
 
     def _groups(
         self, again: NDArray[np.bool_]
@@ -286,11 +257,11 @@ class Workspace:
         circuits, rows, there, mean = some
         known, index = self._known, torch.from_numpy(rows)
         x = self._layout.block(self._others[0], len(rows))
-        (w, _, _, s), p = self._gather(circuit, circuits, index, x.rows)
+        (w, _, t), p = self._gather(circuit, circuits, index, x.rows)
         x.rows.sub_(p).add_(known.m_p[index] - there)
         x.rows.sub_(torch.from_numpy(mean.astype(np.float32))[:, None])
         z_p = known.z_p.numpy()[rows]
-        second = _total(formulas.centered(x, w, out=s).sums()).numpy() / z_p
+        second = _total(formulas.centered(x, w, out=t).sums()).numpy() / z_p
         top = known.top[:, 0].numpy()[rows] / z_p
         return formulas.centered_divergences(mean, second, top)
 
@@ -307,7 +278,7 @@ class Workspace:
             shape = self._layout.n_rows, self._layout.n_cols
             self._wide = torch.empty(shape, dtype=torch.float64, device="cpu")
         d = self._wide[: len(rows)]
-        (w, x, t, s), p = self._gather(circuit, circuits, index, d)
+        (w, x, t), p = self._gather(circuit, circuits, index, d)
         apart = known.m_p[index].double() - there.double()
         x.rows.copy_(d.sub_(p).add_(apart - torch.from_numpy(mean)[:, None]))
 
@@ -315,7 +286,7 @@ class Workspace:
         top = known.top[:, 0].numpy()[rows] / z_p
         torch.mul(x.even, w.even, out=t.even)
         first = _total(t.sums()).numpy() / z_p - top * mean
-        second = _total(formulas.centered(x, w, out=s).sums()).numpy() / z_p
+        second = _total(formulas.centered(x, w, out=t).sums()).numpy() / z_p
         second += top * formulas.second_order(-mean)
         divergence = np.log1p(first + second) - first
         rise = x.rows.amax(-1).numpy() + mean
