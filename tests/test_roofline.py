@@ -74,16 +74,17 @@ def test_memory_binds_on_an_h100(dtype, group):
 
 
 @pytest.mark.parametrize("n_cols", [50257, 151936])
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_whole_rows_on_an_h100(dtype, group, n_cols):
     """Head, tail and merging cost something, and leave the memory its peak."""
+    most = {("bf16", 2): 0.87, ("bf16", 4): 0.92}.get((dtype, group), 0.85)
     prediction = roofline.predict_rows(
         partial(dtype, group), finish(dtype), n_cols, card("H100 SXM")
     )
     loop = roofline.predict_loop(partial(dtype, group), card("H100 SXM"))
     assert prediction.share("issue") > loop.share("issue")
-    assert prediction.share("issue") <= (0.94 if (dtype, group) == ("bf16", 4) else 0.85)
+    assert prediction.share("issue") <= most
     assert prediction.share("special") <= 0.85
     assert (prediction.binds, prediction.fraction_of_peak) == ("memory", 1)
 

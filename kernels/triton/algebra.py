@@ -128,7 +128,7 @@ def estimate(logits, unit):
     top = tl.where(top == -float("inf"), 0.0, top)
     # Of up to 64 weights the largest is 1. Held to that, since logits beyond 1e7 have rounding left that
     # is large itself, and no other weight may be lost to it.
-    log2_sum = tl.log2(tl.sum(weights(logits, unit, top), axis=0))
+    log2_sum = about_log2(tl.sum(weights(logits, unit, top), axis=0))
     return to_grid(top + tl.minimum(tl.maximum(log2_sum, 0.0), 6.0))
 
 
@@ -258,9 +258,15 @@ def unmasked(logits):
 
 
 @triton.jit
+def about_log2(value):
+    """Return log2 of a positive number to within 0.1: it grows where the number does."""
+    # The bits of a float32 are its logarithm, but for the mantissa. tl.log2 takes 30 instructions.
+    return (value.to(tl.int32, bitcast=True) - 127 * 2**23).to(tl.float32) * 2.0**-23
+
+
+@triton.jit
 def bits_above(value, exponent: tl.constexpr):
     """Return log2(value / 2^exponent) to within 0.1, 0 if that is negative."""
-    # The bits of a float32 are its logarithm, but for the mantissa. tl.log2 takes 30 instructions.
     bits = value.to(tl.int32, bitcast=True) - (127 + exponent) * 2**23
     return tl.maximum(bits, 0).to(tl.float32) * 2.0**-23
 
