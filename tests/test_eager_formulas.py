@@ -229,8 +229,9 @@ def test_rows_are_padded_with_zeros(n_cols):
     block = layout.block(memory, layout.n_rows)
     assert block.rows.shape == (layout.n_rows, n_cols)
     assert not block.padded[:, n_cols:].any()
-    assert block.padded.shape[1] - n_cols < layout.n_parts
-    assert block.parts.shape[2] <= 256
+    assert block.padded.shape[1] - n_cols < 16 * layout.n_parts
+    assert block.parts.shape[2] <= 128
+    assert block.parts.shape[2] < 48 or block.parts.shape[2] % 16 == 0
     block.rows.fill_(1)
     assert block.sums().sum() == layout.n_rows * n_cols
 
@@ -290,6 +291,32 @@ def test_sums_of_many_alike(n_cols, height, moved):
     reference[:, 0] = height
     circuit = reference + torch.linspace(0.7, 1.0, 400)[:, None] * moved
     circuit[:, 0] = reference[:, 0]
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize(
+    ("n_cols", "far", "heavy", "top"),
+    [
+        (
+            (510, 255),
+            (-13.322858810424805, -14.367197036743164),
+            (-1.1294914484024048, -3.4423813819885254),
+            (32, -0.436829149723053, -1.7046159505844116),
+        ),
+        (
+            (2295, 255),
+            (-9.999709129333496, -10.25346565246582),
+            (-0.30040204524993896, -2.685586929321289),
+            (-1, 0.36200302839279175, -0.07460425794124603),
+        ),
+    ],
+)
+def test_one_heavy_token_a_part(n_cols, far, heavy, top):
+    """What a search found: each tiny term that is added to a heavy one rounds to the same side."""
+    reference, circuit = (torch.full((1, n_cols[0]), logit) for logit in far)
+    for rows, heavy_logit, top_logit in zip((reference, circuit), heavy, top[1:], strict=True):
+        rows[0, :: n_cols[1]] = heavy_logit
+        rows[0, top[0]] = top_logit
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
