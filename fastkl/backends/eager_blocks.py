@@ -19,12 +19,13 @@ from torch import Tensor
 _STEP = 32
 # Elements for which PyTorch wakes another thread.
 _GRAIN = 1 << 15
+# Elements of a vector of 512 bits.
+_VECTOR = 16
 # Elements that are summed in float32, to 7e-7 (256 to 9e-7, and 255 to 1.2e-6); their sums are added up
 # in float64. Parts of 64 would take twice the time, and are summed to 6e-7.
 _PART = 128
-# Elements of a vector of 512 bits. Parts of fewer than three are left as they are: padding them takes
-# more time than it is worth.
-_VECTOR, _FEW = 16, 48
+# Parts that a row should have: how much they differ tells how its tokens moved.
+_PARTS = 8
 # Elements a block: four float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
 # not stay in the cache.
 _BLOCK_ELEMENTS = 1 << 19
@@ -54,10 +55,10 @@ class Layout:
 
     def __init__(self, n_rows: int, n_cols: int) -> None:
         self.n_cols = n_cols
-        self.n_parts = -(-n_cols // _PART)
-        self.part = -(-n_cols // self.n_parts)
-        if self.part > _FEW:
-            self.part = -(-self.part // _VECTOR) * _VECTOR
+        even = -(-n_cols // (_PARTS * _VECTOR)) * _VECTOR
+        # Shorter rows are one part as they are: padding takes more time than it is worth.
+        self.part = n_cols if n_cols <= _PART else min(even, _PART)
+        self.n_parts = -(-n_cols // self.part)
         self._padded = self.n_parts * self.part
         self.n_rows = max(1, min(n_rows, _BLOCK_ELEMENTS // self._padded))
 

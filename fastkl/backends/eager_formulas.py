@@ -81,7 +81,9 @@ class Spread(NamedTuple):
         """Return it for Σ w (R, M), Σ w² and z_p (R,)."""
         share = masses.sum(-1, dtype=np.float64) / z_p
         per_square = 1 / np.einsum("rm,rm->r", masses, masses, dtype=np.float64)
-        return cls(masses, per_square, share / (2 * squares), share * (1 - share) / 2)
+        # Of a single part nothing is known but the drift: tokens may lie as far from it as it from 0.
+        rest = 1 if masses.shape[1] == 1 else 1 - share
+        return cls(masses, per_square, share / (2 * squares), share * rest / 2)
 
     def estimates(self, first: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return about what small divergences are (R,), half the variance of x, from Σ w x (R, M)."""
