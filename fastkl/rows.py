@@ -133,22 +133,19 @@ def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     # Asking another device than the CPU would wait for it.
     if p.device.type == "cpu" and not apart.any():
         return d.sub_(high), high.double()
-    lost = rounded_off(p, q, out=torch.empty_like(d), spare=torch.empty_like(d))
-    lost.masked_fill_(~apart, 0.0)
+    lost = _rounded_off(p, q).masked_fill_(~apart, 0.0)
     low = torch.where(apart, c - high.double(), 0.0).to(p.dtype)
     return d.sub_(high).add_(lost.sub_(low)), high.double() + low.double()
 
 
-def rounded_off(a: Tensor, b: Tensor, *, out: Tensor, spare: Tensor) -> Tensor:
-    """Return a - b less what it is rounded to, exactly, in out; 0 where that is infinite or NaN.
+def _rounded_off(a: Tensor, b: Tensor) -> Tensor:
+    """Return a - b less what it is rounded to, exactly; 0 where that is infinite or NaN.
 
-    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B. `spare`, of the same
-    shape, is written over.
+    After D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
     """
-    torch.sub(a, b, out=out)
-    torch.sub(out, a, out=spare)
-    torch.sub(a, out.sub_(spare), out=out).sub_(spare.add_(b))
-    return out.nan_to_num_(nan=0.0)
+    difference = a - b
+    taken = difference - a
+    return (a - difference.sub_(taken)).sub_(taken.add_(b)).nan_to_num_(nan=0.0)
 
 
 def masked(logits: Tensor) -> Tensor | None:

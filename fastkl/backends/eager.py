@@ -1,7 +1,7 @@
 """KL divergence in plain PyTorch: any device, float64 too, no compiler needed.
 
 Rows are taken in blocks that stay in the cache, so that a logit comes from memory once, twice in rows
-that are measured again, and the dozen elementwise passes over a block do not leave the chip; the
+that are measured again, and some ten elementwise passes over a block do not leave the chip; the
 reference's exponentials are computed once for all circuits.
 """
 

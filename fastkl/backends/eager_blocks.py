@@ -3,10 +3,10 @@
 PyTorch gives each thread a share of a tensor's elements, and what is left of a share after its last
 whole vector to a loop of its own, whose exponentials differ in their last bit. So what is computed on is
 a number of elements that shares out in whole vectors: those of the rows, and some that nobody looks at.
-Long rows are summed in parts, and padded so that all have the same length.
-PyTorch sums whole vectors of a part, then the lanes of what they add up to one after another, then what
-is left over: where one term is as large as all others, each of these additions may round to the same
-side. So parts are short, and whole vectors.
+Long rows are summed in parts, and padded so that all have the same length. PyTorch sums whole vectors of
+a part, then the lanes of what they add up to one after another, then what is left over: where one term
+is as large as all others, each of these additions may round to the same side. So parts are short, and
+whole vectors.
 """
 
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Floats that PyTorch's loops take at a time: two vectors of 512 bits.
-_STEP = 32
+# Floats of a vector of 512 bits, and what PyTorch's loops take at a time.
+_VECTOR = 16
+_STEP = 2 * _VECTOR
 # Elements for which PyTorch wakes another thread.
 _GRAIN = 1 << 15
-# Elements of a vector of 512 bits.
-_VECTOR = 16
 # Elements that are summed in float32, to 7e-7 (256 to 9e-7, and 255 to 1.2e-6); their sums are added up
-# in float64. Parts of 64 would take twice the time, and are summed to 6e-7.
+# in float64. Parts of 64 take 1.4 times as long to sum.
 _PART = 128
-# Parts that a row should have: how much they differ tells how its tokens moved.
+# About as many parts as a row of more than _PART has at least: how much they differ tells how its
+# tokens moved.
 _PARTS = 8
-# Elements a block: four float32 buffers of 2 MiB. Smaller ones spend their time on calls, larger ones do
-# not stay in the cache.
+# Elements a block: four float32 buffers of 2 MiB. Smaller blocks spend their time on calls, larger ones
+# are no faster.
 _BLOCK_ELEMENTS = 1 << 19
 
 
@@ -55,9 +55,9 @@ class Layout:
 
     def __init__(self, n_rows: int, n_cols: int) -> None:
         self.n_cols = n_cols
-        even = -(-n_cols // (_PARTS * _VECTOR)) * _VECTOR
+        short = -(-n_cols // (_PARTS * _VECTOR)) * _VECTOR
         # Shorter rows are one part as they are: padding takes more time than it is worth.
-        self.part = n_cols if n_cols <= _PART else min(even, _PART)
+        self.part = n_cols if n_cols <= _PART else min(short, _PART)
         self.n_parts = -(-n_cols // self.part)
         self._padded = self.n_parts * self.part
         self.n_rows = max(1, min(n_rows, _BLOCK_ELEMENTS // self._padded))
@@ -68,7 +68,10 @@ class Layout:
             yield slice(start, min(start + self.n_rows, n_rows))
 
     def memory(self, n_buffers: int) -> list[Tensor]:
-        """Return memory for as many blocks, with zeros where rows are padded, which stay there."""
+        """Return memory for as many blocks, with zeros where rows are padded.
+
+        Whoever writes over these restores them.
+        """
         size = _even(self.n_rows * self._padded)
         buffers = [torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(n_buffers)]
         for buffer in buffers:

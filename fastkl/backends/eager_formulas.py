@@ -5,12 +5,14 @@ With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d
     KL = log(Σ P e^x) - Σ P x
 
 for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
-Exponentials as they are, are good for divergences that are not small; for the others x is counted from
-its mean::
 
-    KL = log(1 + Σ P (e^x - 1 - x))
+- Plain: exponentials are taken of x as it is, which is good for divergences that are not small.
+- Centered: for the others x is counted from its mean first::
 
-What neither is good for, the backend measures by `fastkl.state`.
+      KL = log(1 + Σ P (e^x - 1 - x))
+
+`Spread` guesses beforehand which it will be. What neither is good for, the backend measures by
+`fastkl.state`.
 """
 
 import math
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from fastkl.backends.eager_blocks import Block
 
-# A divergence is good by exponentials from here on, and from this part of |Σ P x|: where many tokens
+# A plain divergence is good from here on, and from this part of |Σ P x|: where many tokens
 # move alike, so does their rounding, and sums are off by up to 7e-7 of themselves.
 PLAIN_FROM, _PLAIN_PART = 0.15, 1 / 4
 # The exponential of a rise like this is off by 5e-6 of itself and more, which is little only of a large
@@ -40,9 +42,10 @@ LARGEST_PIVOT = 2.0**20
 LARGE_MEAN = 1.0
 
 
-def exponentials(x: Block, w: Block, *, out: Block) -> Block:
+def plain(x: Block, w: Block, *, out: Block) -> Block:
     """Return w e^x, in out."""
-    # exp2 is PyTorch's own, and takes down to a fourth of the time of exp, another library's.
+    # exp2 is PyTorch's own. exp is another library's: some times slower on one maker's processors, and
+    # not even twice as fast on another's.
     torch.mul(x.even, math.log2(math.e), out=out.even).exp2_().mul_(w.even)
     return out
 
@@ -59,17 +62,21 @@ def second_order(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class Spread(NamedTuple):
-    """How far the tokens of reference rows lie apart in parts, to estimate divergences from Σ w x.
+    """What reference rows tell, from Σ w x of parts, of about how large a divergence is.
 
-    If tokens move by a drift and, each by itself, by more or less than that, then a part's Σ w x
-    varies about its share of the drift as the part's Σ w² says. Where tokens move otherwise the
-    estimate is a bad one, which costs time alone.
+    Suppose that each token but the likeliest moves by a drift, alike for all, and by noise of its own,
+    of variance σ². Then Σ w x of a part is drift · Σ w, to within σ √Σ w², and a small divergence is
+    half the variance of x, which is, with share = Σ w / z_p::
+
+        share σ² + share (1 - share) drift²
+
+    Where tokens move otherwise the estimate is a bad one, which costs time alone.
     """
 
     masses: NDArray[np.float32]  # Σ w of parts (R, M)
     per_square: NDArray[np.float64]  # 1 / Σ masses² (R,)
-    variance: NDArray[np.float64]  # what a square of x about its drift counts, over Σ w² (R,)
-    drift: NDArray[np.float64]  # what a square of the drift counts (R,)
+    noise_factor: NDArray[np.float64]  # share / (2 Σ w²) (R,)
+    drift_factor: NDArray[np.float64]  # share (1 - share) / 2 (R,)
 
     @classmethod
     def of(
@@ -81,21 +88,22 @@ class Spread(NamedTuple):
         """Return it for Σ w (R, M), Σ w² and z_p (R,)."""
         share = masses.sum(-1, dtype=np.float64) / z_p
         per_square = 1 / np.einsum("rm,rm->r", masses, masses, dtype=np.float64)
-        # Of a single part nothing is known but the drift: tokens may lie as far from it as it from 0.
+        # Of a single part only the drift is known: half of x's mean square then, not of its variance.
         rest = 1 if masses.shape[1] == 1 else 1 - share
         return cls(masses, per_square, share / (2 * squares), share * rest / 2)
 
     def estimates(self, first: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return about what small divergences are (R,), half the variance of x, from Σ w x (R, M)."""
+        """Return about what small divergences are (R,), from Σ w x (R, M)."""
         along = np.einsum("rm,rm->r", first, self.masses, dtype=np.float64)
         drift = along * self.per_square
-        apart = np.einsum("rm,rm->r", first, first, dtype=np.float64) - along * drift
-        estimates: NDArray[np.float64] = self.variance * apart + self.drift * drift * drift
+        # Σ (first - drift · masses)², about σ² Σ w².
+        noise = np.einsum("rm,rm->r", first, first, dtype=np.float64) - along * drift
+        estimates: NDArray[np.float64] = self.noise_factor * noise + self.drift_factor * drift**2
         return estimates
 
 
-def divergences(
-    first: NDArray[np.float64],
+def plain_divergences(
+    mean: NDArray[np.float64],
     second: NDArray[np.float64],
     *,
     top: NDArray[np.float64],
@@ -103,11 +111,11 @@ def divergences(
     apart: NDArray[np.float32],
     deep: NDArray[np.bool_],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return divergences (K, R) by exponentials, and whether they are good.
+    """Return plain divergences (K, R), and whether they are good.
 
     Parameters
     ----------
-    first : NDArray (K, R)
+    mean : NDArray (K, R)
         Σ P x.
     second : NDArray (K, R)
         Σ P e^x without the likeliest token.
@@ -120,20 +128,20 @@ def divergences(
     deep : NDArray (R,)
         Whether the reference has logits that lie too deep for the highest rises.
     """
-    divergence = np.log(top + second) - first
+    divergence = np.log(top + second) - mean
     size = np.abs(apart)
-    least = np.maximum(PLAIN_FROM, _PLAIN_PART * np.abs(first))
+    least = np.maximum(PLAIN_FROM, _PLAIN_PART * np.abs(mean))
     least = np.maximum(least, np.where(rise > HIGH_RISE, _HIGH_FROM, 0.0))
     least = np.maximum(least, np.where(size > LARGE_PIVOT, _LARGE_PIVOT_PART * size, 0.0))
     good = (divergence >= least) & ~(deep & (rise > HIGHEST_RISE))
-    return divergence, good & np.isfinite(first) & np.isfinite(second)
+    return divergence, good & np.isfinite(mean) & np.isfinite(second)
 
 
 def centered_divergences(
     mean: NDArray[np.float64], second: NDArray[np.float64], top: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Return divergences of rows that were counted from their mean, and whether they are good."""
-    # As float32 rounds it, it was taken from x.
+    # The mean was taken from x as float32 rounds it.
     change = second + top * second_order(-mean.astype(np.float32).astype(np.float64))
     # A rounded sum of terms that are not below 0 may be.
     return np.log1p(change), (change >= 0) & (change < np.inf)

@@ -20,8 +20,9 @@ from fastkl.backends.eager_blocks import Block, Layout
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
-# What is summed of a row at first: exponentials as they are, or of x counted from its mean; or nothing,
-# where that is asked of few rows of a block, or takes exact differences.
+# What is summed of a row at first. PLAIN: exponentials of x as it is. CENTERED: those of x counted from
+# its mean. LEFT: nothing; the row is measured again, from its mean, since few rows of its block are, or
+# since it takes exact differences.
 PLAIN, CENTERED, LEFT = range(3)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
 Circuit = Callable[[int, Tensor | None], Tensor]
@@ -35,7 +36,7 @@ class _Known(NamedTuple):
     m_p: Tensor  # max p (R, 1)
     top: Tensor  # e^(p - m_p) there (R, 1): 1 if there is any mass
     z_p: Tensor  # Σ e^(p - m_p) (R,), float64
-    spread: formulas.Spread
+    spread: formulas.Spread  # of w, to estimate divergences
 
 
 class _Buffers(NamedTuple):
@@ -43,7 +44,7 @@ class _Buffers(NamedTuple):
 
     w: Block  # weights of the reference, 0 at its likeliest token
     x: Block  # rises
-    t: Block
+    t: Block  # what is summed
 
 
 class _Tables(NamedTuple):
@@ -53,7 +54,7 @@ class _Tables(NamedTuple):
     apart: Tensor  # p there less q (K, R, 1)
     rise: Tensor  # the largest x (K, R)
     first: Tensor  # Σ w x of parts (K, R, M)
-    second: Tensor  # what the formula sums of parts (K, R, M)
+    second: Tensor  # what the formula sums of parts (K, R, M), anything if LEFT
     formula: NDArray[np.int64]  # PLAIN, CENTERED or LEFT (K, R)
 
     @classmethod
@@ -92,7 +93,7 @@ class Workspace:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._w, self._some_w, *self._others = layout.memory(4)
+        self._w, self._some_w, self._x, self._t = layout.memory(4)
         self._wide: Tensor | None = None
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
@@ -119,7 +120,7 @@ class Workspace:
     def kl(self, circuit: Circuit, n_circuits: int) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of the block's rows in float64, and which are good enough.
 
-        The others have infinite or NaN logits, or tokens that rise too far.
+        The others have infinite or NaN logits, tokens that rise too far, or sides too far apart.
 
         Parameters
         ----------
@@ -134,29 +135,30 @@ class Workspace:
         # Infinite and NaN logits are for whoever measures such rows to speak of.
         with np.errstate(all="ignore"):
             self._sum(circuit, tables)
-            first, second = (_total(t).numpy() / z_p for t in (tables.first, tables.second))
+            mean, second = (_total(t).numpy() / z_p for t in (tables.first, tables.second))
             rise, apart = tables.rise.numpy(), tables.apart[..., 0].numpy()
-            plain, good = formulas.divergences(
-                first,
+            divergence, good = formulas.plain_divergences(
+                mean,
                 second,
                 top=top / z_p,
                 rise=rise,
                 apart=apart,
                 deep=self._deep(np.fmax.reduce(rise)),
             )
-            near, fine = formulas.centered_divergences(first, second, top / z_p)
-            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(first) > formulas.LARGE_MEAN)
+            # What float32 rounds x to is too much of what is left when its mean has been taken off.
+            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(mean) > formulas.LARGE_MEAN)
             centered = tables.formula == CENTERED
-            divergence = np.where(centered, near, plain)
-            good = np.where(centered, fine & ~exact, good & (tables.formula == PLAIN))
-            again = ~good & np.isfinite(first) & (rise <= formulas.HIGH_RISE)
+            from_mean, from_mean_good = formulas.centered_divergences(mean, second, top / z_p)
+            divergence = np.where(centered, from_mean, divergence)
+            good = np.where(centered, from_mean_good & ~exact, good & (tables.formula == PLAIN))
+            again = ~good & np.isfinite(mean) & (rise <= formulas.HIGH_RISE)
             again &= np.abs(apart) < formulas.LARGEST_PIVOT
             for which, measure in (
-                (again & ~exact, self._measure_centered),
+                (again & ~exact & ~centered, self._measure_centered),
                 (again & exact, self._measure_exactly),
             ):
                 for at in self._groups(which):
-                    found, fine = measure(circuit, _Some(*at, tables.there[at], first[at]))
+                    found, fine = measure(circuit, _Some(*at, tables.there[at], mean[at]))
                     # A block that is taken as a whole has other rows too.
                     divergence[at] = np.where(which[at], found, divergence[at])
                     good[at] = np.where(which[at], fine, good[at])
@@ -172,7 +174,7 @@ class Workspace:
 
     def _buffers(self, weights: Tensor, n_rows: int) -> _Buffers:
         return _Buffers(
-            *(self._layout.block(memory, n_rows) for memory in (weights, *self._others))
+            *(self._layout.block(memory, n_rows) for memory in (weights, self._x, self._t))
         )
 
     def _sum(self, circuit: Circuit, tables: _Tables) -> None:
@@ -180,39 +182,41 @@ class Workspace:
         known = self._known
         w, x, t = self._buffers(self._w, len(known.p))
         for k, fields in enumerate(zip(*tables, strict=True)):
-            block, q = _Tables(*fields), circuit(k, None)
-            torch.gather(q, -1, known.likeliest, out=block.there)
-            torch.sub(known.m_p, block.there, out=block.apart)
+            table, q = _Tables(*fields), circuit(k, None)
+            torch.gather(q, -1, known.likeliest, out=table.there)
+            torch.sub(known.m_p, table.there, out=table.apart)
             torch.sub(q, known.p, out=x.rows)
-            x.rows.add_(block.apart)
-            torch.amax(x.rows, -1, out=block.rise)
+            x.rows.add_(table.apart)
+            torch.amax(x.rows, -1, out=table.rise)
             torch.mul(x.even, w.even, out=t.even)
-            t.sums(out=block.first)
-            self._choose(block)
-            n_plain, n_centered, _ = np.bincount(block.formula, minlength=3)
+            t.sums(out=table.first)
+            self._choose(table)
+            n_plain, n_centered, _ = np.bincount(table.formula, minlength=3)
             if n_plain:
-                sums = formulas.exponentials(x, w, out=t if n_centered else x)
-                sums.sums(out=block.second)
+                # In place if x is not needed again: another buffer takes longer.
+                sums = formulas.plain(x, w, out=t if n_centered else x)
+                sums.sums(out=table.second)
             if n_centered:
-                mean = _total(block.first) / known.z_p
+                mean = _total(table.first) / known.z_p
                 x.rows.sub_(mean.float()[:, None])
                 sums = formulas.centered(x, w, out=t)
-                if n_centered == len(mean):
-                    sums.sums(out=block.second)
+                if n_plain:
+                    which = table.formula == CENTERED
+                    table.second.numpy()[which] = sums.sums().numpy()[which]
                 else:
-                    which = block.formula == CENTERED
-                    block.second.numpy()[which] = sums.sums().numpy()[which]
+                    sums.sums(out=table.second)
 
-    def _choose(self, block: _Tables) -> None:
-        """Set the formulas, given the first sums."""
-        small = self._known.spread.estimates(block.first.numpy()) < formulas.PLAIN_FROM
+    def _choose(self, table: _Tables) -> None:
+        """Set the formulas, given the first sums, the largest x, and c."""
+        small = self._known.spread.estimates(table.first.numpy()) < formulas.PLAIN_FROM
         # The estimate knows nothing of a token that only the circuit prefers.
-        small &= block.rise.numpy() <= formulas.HIGH_RISE
+        small &= table.rise.numpy() <= formulas.HIGH_RISE
         if np.count_nonzero(small):
-            block.formula[small] = LEFT
-            small &= np.abs(block.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT
-            if 2 * np.count_nonzero(small) >= len(small):
-                block.formula[small] = CENTERED
+            table.formula[small] = LEFT
+            at_once = small & (np.abs(table.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT)
+            # A pass takes as long for few rows as for all.
+            if 2 * np.count_nonzero(at_once) >= len(small):
+                table.formula[at_once] = CENTERED
 
     def _groups(
         self, again: NDArray[np.bool_]
@@ -256,7 +260,7 @@ class Workspace:
         """
         circuits, rows, there, mean = some
         known, index = self._known, torch.from_numpy(rows)
-        x = self._layout.block(self._others[0], len(rows))
+        x = self._layout.block(self._x, len(rows))
         (w, _, t), p = self._gather(circuit, circuits, index, x.rows)
         x.rows.sub_(p).add_(known.m_p[index] - there)
         x.rows.sub_(torch.from_numpy(mean.astype(np.float32))[:, None])
@@ -285,10 +289,10 @@ class Workspace:
         z_p = known.z_p.numpy()[rows]
         top = known.top[:, 0].numpy()[rows] / z_p
         torch.mul(x.even, w.even, out=t.even)
-        first = _total(t.sums()).numpy() / z_p - top * mean
+        left = _total(t.sums()).numpy() / z_p - top * mean
         second = _total(formulas.centered(x, w, out=t).sums()).numpy() / z_p
         second += top * formulas.second_order(-mean)
-        divergence = np.log1p(first + second) - first
+        divergence = np.log1p(left + second) - left
         rise = x.rows.amax(-1).numpy() + mean
         return divergence, (divergence >= 0) & (divergence < np.inf) & (rise <= formulas.HIGH_RISE)
 

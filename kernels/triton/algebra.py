@@ -120,7 +120,7 @@ def to_grid(base):
 
 @triton.jit
 def estimate(logits, unit):
-    """Return a base for logits like these (LANES,): log2 of what their weights add up to.
+    """Return a base for logits like these (LANES,): about log2 of what their weights add up to.
 
     0 if all are -inf.
     """
@@ -259,7 +259,7 @@ def unmasked(logits):
 
 @triton.jit
 def about_log2(value):
-    """Return log2 of a positive number to within 0.1: it grows where the number does."""
+    """Return log2 of a positive number to within 0.1, growing where it does; -127 of 0."""
     # The bits of a float32 are its logarithm, but for the mantissa. tl.log2 takes 30 instructions.
     return (value.to(tl.int32, bitcast=True) - 127 * 2**23).to(tl.float32) * 2.0**-23
 
@@ -267,8 +267,7 @@ def about_log2(value):
 @triton.jit
 def bits_above(value, exponent: tl.constexpr):
     """Return log2(value / 2^exponent) to within 0.1, 0 if that is negative."""
-    bits = value.to(tl.int32, bitcast=True) - (127 + exponent) * 2**23
-    return tl.maximum(bits, 0).to(tl.float32) * 2.0**-23
+    return tl.maximum(about_log2(value) - exponent, 0.0)
 
 
 @triton.jit
