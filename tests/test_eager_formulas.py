@@ -101,20 +101,21 @@ def test_a_weight_of_few_digits(generator):
 @pytest.mark.parametrize(
     ("spread", "typical", "most"), [(0.0, 0.1, 0.4), (1.0, 0.15, 0.6), (3.0, 0.4, 2.2)]
 )
-@pytest.mark.parametrize("level", [1e-4, 0.01, 0.3])
+@pytest.mark.parametrize("level", [0.01, 0.3])
 @pytest.mark.parametrize("drift", [0.0, -2.0])
 def test_estimates(generator, spread, typical, most, level, drift):
     """Of tokens that move each by itself, and by a drift; only the choice of a formula rests on them."""
-    reference = spread * torch.randn(60, 50257, generator=generator)
-    noise = torch.randn(60, 50257, generator=generator) + drift
+    reference = spread * torch.randn(30, 20011, generator=generator)
+    noise = torch.randn(30, 20011, generator=generator) + drift
     noise.scatter_(-1, reference.argmax(-1, keepdim=True), 0.0)
+    circuit = reference + level * noise
     workspace = eager_workspace.Workspace(blocks.Layout(*reference.shape))
-    found, expected = [], oracle(reference + level * noise, reference)
-    for some in workspace._layout.slices(60):
-        p = reference[some]
+    found, expected = [], oracle(circuit, reference)
+    for some in workspace._layout.slices(len(reference)):
+        p, q = reference[some], circuit[some]
         workspace.read(p)
         tables = eager_workspace._Tables.empty(1, len(p), workspace._layout.n_parts)
-        workspace._sum(lambda k, _, q=p + level * noise[some]: q, tables)
+        workspace._sum(lambda k, _, q=q: q, tables)
         found += workspace._known.spread.estimates(tables.first[0].numpy()).tolist()
     ratio = torch.tensor(found) / expected
     assert ratio.log().abs().median() < typical

@@ -244,7 +244,7 @@ def test_masked_tokens(one, generator, side):
 @pytest.mark.parametrize("q_v", [NAN, INF, 0.5])
 def test_undefined_rows(one, generator, p_v, q_v):
     """A row whose divergence is NaN is NaN, alone; with masked tokens in it too."""
-    circuit, reference = make(generator, 3, 700, 0.1)
+    circuit, reference = make(generator, 3, 300, 0.1)
     clean = one(circuit, reference)
     reference[1, 5], circuit[1, 5] = p_v, q_v
     circuit[1, 9] = reference[1, 9] = -INF

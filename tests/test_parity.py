@@ -54,6 +54,8 @@ def test_gpt2_vocabulary(backend, generator):
 
 @pytest.mark.parametrize("n_cols", [128256, 151936])
 def test_large_vocabularies(backend, generator, n_cols):
+    if backend == "triton" and not ON_GPU and n_cols == 128256:
+        pytest.skip("the interpreter is slow, and has the larger one")
     n_rows = 1 if backend == "triton" else 4
     circuit, reference = logits(generator, n_rows, n_cols, 3, 0.5)
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))

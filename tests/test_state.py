@@ -29,7 +29,7 @@ def _on_the_cpu(backend):
 @pytest.mark.parametrize("noise", [0, 1e-5, 1e-3, 0.1, 1, 5])
 @pytest.mark.parametrize("cuts", [(), (700,), (1, 2, 699), (350, 351)])
 def test_slices_merge(backend, generator, noise, cuts):
-    reference = torch.randn(3, 700 + 500, generator=generator) * 3
+    reference = torch.randn(2, 700 + 500, generator=generator) * 3
     circuit = reference + noise * torch.randn(reference.shape, generator=generator)
     merged = functools.reduce(state.merge, states(backend, circuit, reference, cuts))
     expected = oracle(circuit, reference)
