@@ -1,5 +1,6 @@
 """The eager backend's two formulas: at their limits, and rows of both together."""
 
+import math
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from fastkl import available_backends
 from fastkl.backends import eager_blocks as blocks
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends import eager_workspace
-from fastkl.backends.eager_workspace import CENTERED, PLAIN
+from fastkl.backends.eager_workspace import CENTERED, LEFT, PLAIN
 
 N_COLS = 4099
 
@@ -190,6 +191,28 @@ def test_bits_among_rows_of_other_formulas(generator, apart):
             for i in range(0, len(circuit), n_rows)
         ]
         assert torch.equal(torch.cat(found), alone)
+    assert_matches(alone, oracle(circuit, reference))
+
+
+def test_bits_where_the_estimate_is_a_bad_one(generator):
+    """Rows left for later are not taken as they are, nor rows of a large mean from among others."""
+    many = torch.randn(8, N_COLS, generator=generator) * 3
+    far = many + 3 * torch.randn(8, N_COLS, generator=generator)
+    # A token that only the circuit prefers: the divergence is large, and Σ w x small.
+    prefers, reference = pair(generator, 0.01, 3)
+    reference[:, 9] = reference.amax(-1) - 20
+    prefers[:, 9] = reference[:, 9] + torch.tensor([19.0, 20.0, 21.0])
+    # All but the likeliest token fall alike: the mean is as large as that, the estimate is not.
+    falls = torch.zeros(3, N_COLS)
+    falls[:, 0] = torch.tensor([0.1, 0.5, 1.0])
+    fallen = falls - torch.linspace(1.1, 1.5, 3)[:, None]
+    fallen[:, 0] = falls[:, 0]
+    circuit, reference = torch.cat([prefers, fallen]), torch.cat([reference, falls])
+    alone = kl_rows([circuit], reference, "eager")[0]
+    assert set(chosen(circuit, reference)) == {CENTERED}
+    mixed = torch.cat([circuit, far]), torch.cat([reference, many])
+    assert set(chosen(*mixed)) == {PLAIN, LEFT}
+    assert torch.equal(kl_rows([mixed[0]], mixed[1], "eager")[0, :6], alone)
     assert_matches(alone, oracle(circuit, reference))
 
 
@@ -396,6 +419,18 @@ def test_a_circuit_that_dropped_the_likeliest_token(generator, n_cols):
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
+@pytest.mark.parametrize("share", [0.0215, 0.0225])
+@pytest.mark.parametrize("n_cols", [294, 3650])
+def test_a_divergence_small_beside_the_mean(generator, share, n_cols):
+    """All others rise alike when the likeliest token is dropped, and round alike."""
+    reference = torch.zeros(400, n_cols)
+    reference[:, 0] = math.log(share * (n_cols - 1) / (1 - share))
+    reference += 3 * torch.rand(400, 1, generator=generator)
+    circuit = reference.clone()
+    circuit[:, 0] -= torch.linspace(5, 14, 400)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+
+
 def test_circuits_in_groups(generator, monkeypatch):
     reference = torch.randn(9, 20, generator=generator)
     circuits = [reference + 0.3 * torch.randn(9, 20, generator=generator) for _ in range(5)]
@@ -437,6 +472,7 @@ def test_pivots(generator, pivot):
     circuit, reference = (torch.round(rows * 128) / 128 for rows in (circuit, reference))
     moved = kl_rows([circuit + pivot], reference, "eager")[0]
     assert_matches(moved, oracle(circuit, reference))
+    assert all(good(circuit + pivot, reference))
 
 
 def test_the_likeliest_token_far_from_the_middle(generator):
