@@ -109,15 +109,16 @@ def _measure_blocks(
 
             def circuit(k: int, some: Tensor | None, blocks: Sequence[Tensor] = blocks) -> Tensor:
                 block = blocks[k] if some is None else blocks[k][some]
-                return cool(block, torch.float32, temperature)
+                # Half precision is converted where it is subtracted.
+                return block if temperature == 1 else cool(block, torch.float32, temperature)
 
             found, good = workspace.kl(circuit, len(blocks))
             bad = good.logical_not()
             for k in bad.any(-1).nonzero()[:, 0].tolist():
                 far = bad[k].nonzero()[:, 0]
-                ref, cir = p[far], circuit(k, far)
+                ref = p[far]
                 found[k, far] = states.finalize(
-                    states.read_circuit(cir, torch.empty_like(cir)),
+                    states.read_circuit(circuit(k, far), torch.empty_like(ref)),
                     states.Reference.read(ref, torch.empty_like(ref)),
                 )
             divergence[start : start + len(blocks), rows] = found

@@ -23,12 +23,9 @@ _GRAIN = 1 << 15
 # Elements that are summed in float32, to 7e-7 (256 to 9e-7, and 255 to 1.2e-6); their sums are added up
 # in float64. Parts of 64 take 1.4 times as long to sum.
 _PART = 128
-# About as many parts as a row of more than _PART has at least: how much they differ tells how its
-# tokens moved.
-_PARTS = 8
-# Elements a block: four float32 buffers of 2 MiB. Smaller blocks spend their time on calls, larger ones
-# are no faster.
-_BLOCK_ELEMENTS = 1 << 19
+# Elements a thread takes of a block, and for how many threads at the most: its core's own cache holds
+# three float32 buffers of them. Smaller blocks spend their time on calls, larger ones wait for memory.
+_SHARE, _SHARES = 1 << 17, 16
 
 
 class Block(NamedTuple):
@@ -55,12 +52,13 @@ class Layout:
 
     def __init__(self, n_rows: int, n_cols: int) -> None:
         self.n_cols = n_cols
-        short = -(-n_cols // (_PARTS * _VECTOR)) * _VECTOR
-        # Shorter rows are one part as they are: padding takes more time than it is worth.
-        self.part = n_cols if n_cols <= _PART else min(short, _PART)
-        self.n_parts = -(-n_cols // self.part)
+        self.n_parts = -(-n_cols // _PART)
+        # Short rows are one part as they are: padding takes more time than it is worth.
+        step = 1 if self.n_parts == 1 else _VECTOR
+        self.part = -(-n_cols // (self.n_parts * step)) * step
         self._padded = self.n_parts * self.part
-        self.n_rows = max(1, min(n_rows, _BLOCK_ELEMENTS // self._padded))
+        elements = _SHARE * min(torch.get_num_threads(), _SHARES)
+        self.n_rows = max(1, min(n_rows, elements // self._padded))
 
     def slices(self, n_rows: int) -> Iterator[slice]:
         """Yield the blocks of so many rows."""

@@ -1,147 +1,98 @@
-"""The eager backend's formulas for rows on the CPU, and from where to where each is good.
+"""The eager backend's formula for rows on the CPU, and what it is good for.
 
-With x = q - p + c, where c is p - q at the reference's likeliest token (x is -d of `fastkl.state`)::
+With x = q - p + c (x is -d of `fastkl.state`), for any c::
 
-    KL = log(Σ P e^x) - Σ P x
+    KL = log(Σ P e^x) - Σ P x = log(1 + M + T) - M,   M = Σ P x,   T = Σ P (e^x - 1 - x)
 
-for any c. At the likeliest token x is exactly 0, and so is the rounding of what often is most of P.
+Of a small divergence nothing but T is left, and by rounding nothing would be left of T. So u, float32's
+number next to e^x, takes the place of e^x, and log u that of x: u - 1 is exact where e^x is about 1, and
+log u is known to its last digit. The sums are those of a circuit beside the one asked for, then, and its
+divergence is another by what u is rounded times Q - P: by less than its square root times 2e-7.
 
-- Plain: exponentials are taken of x as it is, which is good for divergences that are not small.
-- Centered: for the others x is counted from its mean first::
-
-      KL = log(1 + Σ P (e^x - 1 - x))
-
-`Spread` guesses beforehand which it will be. What neither is good for, the backend measures by
-`fastkl.state`.
+A few likely tokens are not among what is summed in float32: see `eager_workspace`.
 """
-
-import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastkl.backends.eager_blocks import Block
 
-# A plain divergence is good from here on, and from this part of |Σ P x|: where many tokens
-# move alike, so does their rounding, and sums are off by up to 7e-7 of themselves.
-PLAIN_FROM, _PLAIN_PART = 0.15, 1 / 4
-# The exponential of a rise like this is off by 5e-6 of itself and more, which is little only of a large
-# divergence.
-HIGH_RISE, _HIGH_FROM = 24.0, 3.0
-# A reference's logits so far below its largest may have weights too small for float32: where one has, no
-# token may rise by more than 56, so that what these weights hold of Σ P e^x is less than 1e-8.
-DEEPEST, HIGHEST_RISE = 87.0, 56.0
+# Sums are off by up to 7e-7 of themselves, where many tokens move alike and so does their rounding: they
+# may be so many times a divergence, or little, which leaves room for the logarithms' 6e-8.
+_SUMMED_PART, _SUMMED = 5, 0.002
 # Of sides this far apart the difference is rounded at that size, to 2e-7 and more, which is little only
 # of a divergence that is no smaller than this part of it.
-LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
+_LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
-# Counted from a mean this large, what it is off by counts.
-LARGE_MEAN = 1.0
+# In rows that have logits so far below their largest tokens may rise by so many powers of two, which
+# rounds them to 4e-6 and more: little only of a divergence that is no smaller than this.
+DEEP, _HIGH, _HIGH_FROM = 40.0, 64.0, 2.0
+# Weights of logits this far below the largest are off by 5e-6 of themselves, and those from 87 on may be
+# too small for float32. By so many powers of two may tokens rise that hold less than 1e-8 of Σ P e^x.
+_DEEPEST, _HIGHEST = 64.0, 64.0
+# Smaller powers of two have fewer digits, or are 0.
+LEAST_EXPONENT = -125.0
 
 
-def plain(x: Block, w: Block, *, out: Block) -> Block:
-    """Return w e^x, in out."""
-    # exp2 is PyTorch's own. exp is another library's: some times slower on one maker's processors, and
-    # not even twice as fast on another's.
-    torch.mul(x.even, math.log2(math.e), out=out.even).exp2_().mul_(w.even)
-    return out
+def sums(x: Block, w: Block, t: Block, *, first: Tensor, second: Tensor) -> None:
+    """Write Σ w x and -Σ w (e^x - 1 - x) of parts, given x log2 e, which is written over, as t is."""
+    # exp is another library's than exp2: some times slower on one maker's processors, and hardly faster
+    # on another's.
+    x.even.exp2_()
+    torch.log(x.even, out=t.even)
+    x.even.sub_(1)
+    t.even.mul_(w.even)
+    t.sums(out=first)
+    torch.addcmul(t.even, x.even, w.even, value=-1, out=x.even)
+    x.sums(out=second)
 
 
-def centered(x: Block, w: Block, *, out: Block) -> Block:
-    """Return w (e^x - 1 - x), in out."""
-    torch.expm1(x.even, out=out.even).sub_(x.even).mul_(w.even)
-    return out
-
-
-def second_order(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return e^x - 1 - x."""
-    return np.expm1(x) - x
-
-
-class Spread(NamedTuple):
-    """What reference rows tell, from Σ w x of parts, of about how large a divergence is.
-
-    Suppose that each token but the likeliest moves by a drift, alike for all, and by noise of its own,
-    of variance σ². Then Σ w x of a part is drift · Σ w, to within σ √Σ w², and a small divergence is
-    half the variance of x, which is, with share = Σ w / z_p::
-
-        share σ² + share (1 - share) drift²
-
-    Where tokens move otherwise the estimate is a bad one, which costs time alone.
-    """
-
-    masses: NDArray[np.float32]  # Σ w of parts (R, M)
-    per_square: NDArray[np.float64]  # 1 / Σ masses² (R,)
-    noise_factor: NDArray[np.float64]  # share / (2 Σ w²) (R,)
-    drift_factor: NDArray[np.float64]  # share (1 - share) / 2 (R,)
-
-    @classmethod
-    def of(
-        cls,
-        masses: NDArray[np.float32],
-        squares: NDArray[np.float64],
-        z_p: NDArray[np.float64],
-    ) -> "Spread":
-        """Return it for Σ w (R, M), Σ w² and z_p (R,)."""
-        share = masses.sum(-1, dtype=np.float64) / z_p
-        per_square = 1 / np.einsum("rm,rm->r", masses, masses, dtype=np.float64)
-        # Of a single part only the drift is known: half of x's mean square then, not of its variance.
-        rest = 1 if masses.shape[1] == 1 else 1 - share
-        return cls(masses, per_square, share / (2 * squares), share * rest / 2)
-
-    def estimates(self, first: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return about what small divergences are (R,), from Σ w x (R, M)."""
-        along = np.einsum("rm,rm->r", first, self.masses, dtype=np.float64)
-        drift = along * self.per_square
-        # Σ (first - drift · masses)², about σ² Σ w².
-        noise = np.einsum("rm,rm->r", first, first, dtype=np.float64) - along * drift
-        estimates: NDArray[np.float64] = self.noise_factor * noise + self.drift_factor * drift**2
-        return estimates
-
-
-def plain_divergences(
-    mean: NDArray[np.float64],
+def divergences(
+    first: NDArray[np.float64],
     second: NDArray[np.float64],
-    *,
-    top: NDArray[np.float64],
-    rise: NDArray[np.float32],
-    apart: NDArray[np.float32],
-    deep: NDArray[np.bool_],
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return plain divergences (K, R), and whether they are good.
+    share: NDArray[np.float64],
+    x: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return divergences (..., R), M, and which divergences are good.
 
     Parameters
     ----------
-    mean : NDArray (K, R)
-        Σ P x.
-    second : NDArray (K, R)
-        Σ P e^x without the likeliest token.
-    top : NDArray (R,)
-        P of the likeliest token.
-    rise : NDArray (K, R)
-        The largest x.
-    apart : NDArray (K, R)
-        c.
-    deep : NDArray (R,)
-        Whether the reference has logits that lie too deep for the highest rises.
+    first, second : NDArray (..., R)
+        Σ P x and Σ P (e^x - 1 - x) without the tokens that are not summed.
+    share : NDArray (R, C)
+        P of those.
+    x : NDArray (..., R, C)
+        Their x.
     """
-    divergence = np.log(top + second) - mean
-    size = np.abs(apart)
-    least = np.maximum(PLAIN_FROM, _PLAIN_PART * np.abs(mean))
-    least = np.maximum(least, np.where(rise > HIGH_RISE, _HIGH_FROM, 0.0))
-    least = np.maximum(least, np.where(size > LARGE_PIVOT, _LARGE_PIVOT_PART * size, 0.0))
-    good = (divergence >= least) & ~(deep & (rise > HIGHEST_RISE))
-    return divergence, good & np.isfinite(mean) & np.isfinite(second)
+    m = first + np.einsum("...c,...c->...", share, x)
+    t = second + np.einsum("...c,...c->...", share, np.expm1(x) - x)
+    divergence = np.log1p(m + t) - m
+    # By so much does it change if T does, and M: M less in a small one.
+    summed = (t + np.abs(m * (m + t))) / (1 + m + t)
+    good = (divergence >= 0) & (summed <= _SUMMED_PART * divergence + _SUMMED)
+    return divergence, m, good & (t < np.inf)
 
 
-def centered_divergences(
-    mean: NDArray[np.float64], second: NDArray[np.float64], top: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return divergences of rows that were counted from their mean, and whether they are good."""
-    # The mean was taken from x as float32 rounds it.
-    change = second + top * second_order(-mean.astype(np.float32).astype(np.float64))
-    # A rounded sum of terms that are not below 0 may be.
-    return np.log1p(change), (change >= 0) & (change < np.inf)
+def known(
+    divergence: NDArray[np.float64], c: NDArray[np.float64], rise: NDArray[np.float32]
+) -> NDArray[np.bool_]:
+    """Return which divergences are good by differences in float32.
+
+    Parameters
+    ----------
+    divergence, c : NDArray (K, R)
+        Divergences, and how far the sides are apart.
+    rise : NDArray (K, R)
+        The largest x log2 e of a deep row, 0 of others.
+    """
+    size = np.abs(c)
+    good = (size <= _LARGE_PIVOT) | (divergence >= _LARGE_PIVOT_PART * size)
+    return good & ((rise <= _HIGH) | (divergence >= _HIGH_FROM))
+
+
+def weighed(depth: NDArray[np.float32], rise: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which rows have weights that will do, given how deep they are and how far tokens rise."""
+    return (depth <= _DEEPEST) | (rise <= _HIGHEST)

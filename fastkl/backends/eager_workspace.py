@@ -1,13 +1,14 @@
-"""Measures blocks of rows on the CPU: sums by one formula or another, and divergences from the sums.
+"""Measures blocks of rows on the CPU: sums, and divergences from the sums.
 
 After each pass over a block everything else has left the core's own cache, and a question about ten
 numbers takes a fifth of a pass: what can wait is asked for all circuits together.
 
-Which formula a row gets depends on that row alone, and so do its bits.
+Whether a row is measured again depends on that row alone, and so do its bits.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,10 @@ from fastkl.backends.eager_blocks import Block, Layout
 
 # Row sums that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
-# What is summed of a row at first. PLAIN: exponentials of x as it is. CENTERED: those of x counted from
-# its mean. LEFT: nothing; the row is measured again, from its mean, since few rows of its block are, or
-# since it takes exact differences.
-PLAIN, CENTERED, LEFT = range(3)
+# Stretches of the vocabulary, whose likeliest tokens are measured in float64: they tell about how far
+# apart the sides are, and among sums of small terms there are few large ones left.
+_STRETCHES = 8
+_LOG2E = math.log2(math.e)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
 Circuit = Callable[[int, Tensor | None], Tensor]
 
@@ -32,47 +33,29 @@ class _Known(NamedTuple):
     """What the circuits share of a block of reference rows (R, V)."""
 
     p: Tensor  # logits (R, V)
-    likeliest: Tensor  # argmax p (R, 1)
-    m_p: Tensor  # max p (R, 1)
-    top: Tensor  # e^(p - m_p) there (R, 1): 1 if there is any mass
-    z_p: Tensor  # Σ e^(p - m_p) (R,), float64
-    spread: formulas.Spread  # of w, to estimate divergences
+    likely: Tensor  # where p is largest in each stretch of the vocabulary (R, C)
+    p_likely: Tensor  # p there (R, C)
+    share: NDArray[np.float64]  # P there (R, C)
+    weights: Tensor  # the same as parts of their sum, times log2 e (R, C)
+    z_p: NDArray[np.float64]  # Σ e^(p - max p) (R,)
+    depth: NDArray[np.float32]  # max p - min p (R,)
+    deep: bool  # whether a row is
 
 
-class _Buffers(NamedTuple):
-    """Blocks of rows beside each other."""
+class _Sums(NamedTuple):
+    """What is kept of rows (..., V)."""
 
-    w: Block  # weights of the reference, 0 at its likeliest token
-    x: Block  # rises
-    t: Block  # what is summed
-
-
-class _Tables(NamedTuple):
-    """What is kept of a block's rows of all circuits."""
-
-    there: Tensor  # q at the reference's likeliest token (K, R, 1)
-    apart: Tensor  # p there less q (K, R, 1)
-    rise: Tensor  # the largest x (K, R)
-    first: Tensor  # Σ w x of parts (K, R, M)
-    second: Tensor  # what the formula sums of parts (K, R, M), anything if LEFT
-    formula: NDArray[np.int64]  # PLAIN, CENTERED or LEFT (K, R)
+    fall: Tensor  # the least x log2 e (...)
+    rise: Tensor  # the largest (...); 0 in a block that is not deep
+    first: Tensor  # Σ w x of parts (..., M)
+    second: Tensor  # -Σ w (e^x - 1 - x) of parts (..., M)
 
     @classmethod
-    def empty(cls, n_circuits: int, n_rows: int, n_parts: int) -> "_Tables":
-        shape = n_circuits, n_rows
-        there, apart = torch.empty((2, *shape, 1), dtype=torch.float32, device="cpu")
-        rise = torch.empty(shape, dtype=torch.float32, device="cpu")
+    def empty(cls, shape: tuple[int, ...], n_parts: int) -> "_Sums":
+        """Return memory for them."""
+        fall, rise = torch.zeros((2, *shape), dtype=torch.float32, device="cpu")
         first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
-        return cls(there, apart, rise, first, second, np.full(shape, PLAIN))
-
-
-class _Some(NamedTuple):
-    """Rows that are measured again, of whichever circuits, in order."""
-
-    circuits: NDArray[np.int64]  # (N,)
-    rows: NDArray[np.int64]  # (N,)
-    there: Tensor  # q at the reference's likeliest token (N, 1)
-    mean: NDArray[np.float64]  # Σ P x (N,)
+        return cls(fall, rise, first, second)
 
 
 class Workspace:
@@ -93,34 +76,43 @@ class Workspace:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._w, self._some_w, self._x, self._t = layout.memory(4)
-        self._wide: Tensor | None = None
+        self._w, self._x, self._t = layout.memory(3)
+        # Rows that are measured again: their weights, and their differences in float64.
+        self._again: tuple[Tensor, Tensor] | None = None
         self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
 
     def read(self, p: Tensor) -> None:
         """Take a block of reference rows (R, V)."""
-        w, _, t = self._buffers(self._w, len(p))
-        # PyTorch takes ten times as long to say where a maximum is.
-        likeliest = torch.from_numpy(p.detach().numpy().argmax(-1))[:, None]
-        m_p = p.gather(-1, likeliest)
+        w = self._layout.block(self._w, len(p))
+        likely = torch.from_numpy(self._likely(p.detach().numpy()))
+        p_likely = p.gather(-1, likely)
+        m_p = p_likely.amax(-1, keepdim=True)
         torch.sub(p, m_p.masked_fill(m_p == -torch.inf, 0.0), out=w.rows)
-        w.even.mul_(math.log2(math.e)).exp2_()
+        depth = -w.rows.amin(-1).numpy()
+        w.even.mul_(_LOG2E).exp2_()
         w.padded[:, self._layout.n_cols :] = 0
-        top = w.rows.gather(-1, likeliest)
-        # x is 0 there: sums of the other tokens alone are no larger than what moved.
-        w.rows.scatter_(-1, likeliest, 0.0)
-        masses = w.sums()
-        z_p = top[:, 0] + _total(masses)
-        torch.mul(w.even, w.even, out=t.even)
-        # Of a row that has no other tokens, or no weights, there is nothing to estimate.
+        top = w.rows.gather(-1, likely).double()
+        w.rows.scatter_(-1, likely, 0.0)
+        z_p = top.sum(-1).numpy() + _total(w.sums())
+        weights = (top / top.sum(-1, keepdim=True) * _LOG2E).float()
+        # Of a row of nothing but -inf there are no shares.
         with np.errstate(all="ignore"):
-            spread = formulas.Spread.of(masses.numpy(), _total(t.sums()).numpy(), z_p.numpy())
-        self._known = _Known(p, likeliest, m_p, top, z_p, spread)
+            share, deep = top.numpy() / z_p[:, None], bool((depth > formulas.DEEP).any())
+        self._known = _Known(p, likely, p_likely, share, weights, z_p, depth, deep)
+
+    def _likely(self, p: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return where rows are largest in each stretch of the vocabulary (R, C)."""
+        n = min(_STRETCHES, self._layout.n_parts)
+        edges = (self._layout.n_cols * i // n for i in range(n + 1))
+        # PyTorch takes ten times as long to say where a maximum is.
+        return np.stack(
+            [p[:, start:stop].argmax(-1) + start for start, stop in pairwise(edges)], -1
+        )
 
     def kl(self, circuit: Circuit, n_circuits: int) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of the block's rows in float64, and which are good enough.
 
-        The others have infinite or NaN logits, tokens that rise too far, or sides too far apart.
+        The others have infinite or NaN logits, tokens that rise or fall too far, or sides too far apart.
 
         Parameters
         ----------
@@ -129,174 +121,95 @@ class Workspace:
         n_circuits : int
             How many there are.
         """
-        known = self._known
-        tables = _Tables.empty(n_circuits, len(known.p), self._layout.n_parts)
-        z_p, top = known.z_p.numpy(), known.top[:, 0].numpy()
+        known, (w, x, t) = self._known, self._blocks(len(self._known.p))
+        shape = n_circuits, len(known.p)
+        there = torch.empty((*shape, known.likely.shape[1]), dtype=torch.float32, device="cpu")
+        pivot = torch.empty((*shape, 1), dtype=torch.float32, device="cpu")
+        sums = _Sums.empty(shape, self._layout.n_parts)
+        for k, kept in enumerate(zip(*sums, strict=True)):
+            q = circuit(k, None)
+            there[k] = q.gather(-1, known.likely)
+            apart = torch.sub(known.p_likely, there[k])
+            torch.bmm(apart[:, None], known.weights[..., None], out=pivot[k, ..., None])
+            if q.dtype == torch.float32:
+                torch.sub(q, known.p, out=x.rows)
+            else:
+                x.rows.copy_(q).sub_(known.p)
+            torch.add(pivot[k], x.rows, alpha=_LOG2E, out=x.rows)
+            self._sum(x, w, t, _Sums(*kept))
         # Infinite and NaN logits are for whoever measures such rows to speak of.
         with np.errstate(all="ignore"):
-            self._sum(circuit, tables)
-            mean, second = (_total(t).numpy() / z_p for t in (tables.first, tables.second))
-            rise, apart = tables.rise.numpy(), tables.apart[..., 0].numpy()
-            divergence, good = formulas.plain_divergences(
-                mean,
-                second,
-                top=top / z_p,
-                rise=rise,
-                apart=apart,
-                deep=self._deep(np.fmax.reduce(rise)),
-            )
-            # What float32 rounds x to is too much of what is left when its mean has been taken off.
-            exact = (np.abs(apart) > formulas.LARGE_PIVOT) | (np.abs(mean) > formulas.LARGE_MEAN)
-            centered = tables.formula == CENTERED
-            from_mean, from_mean_good = formulas.centered_divergences(mean, second, top / z_p)
-            divergence = np.where(centered, from_mean, divergence)
-            good = np.where(centered, from_mean_good & ~exact, good & (tables.formula == PLAIN))
-            again = ~good & np.isfinite(mean) & (rise <= formulas.HIGH_RISE)
-            again &= np.abs(apart) < formulas.LARGEST_PIVOT
-            for which, measure in (
-                (again & ~exact & ~centered, self._measure_centered),
-                (again & exact, self._measure_exactly),
-            ):
-                for at in self._groups(which):
-                    found, fine = measure(circuit, _Some(*at, tables.there[at], mean[at]))
-                    # A block that is taken as a whole has other rows too.
-                    divergence[at] = np.where(which[at], found, divergence[at])
-                    good[at] = np.where(which[at], fine, good[at])
+            # log2 e is a float32 here, as it was for the other tokens.
+            moved = (there.double() - known.p_likely).numpy() * float(np.float32(_LOG2E))
+            likely = (moved + pivot.numpy()) * math.log(2)
+            c = pivot[..., 0].numpy() * math.log(2)
+            divergence, mean, good = self._divergences(sums, slice(None), likely)
+            good &= formulas.known(divergence, c, self._rise(sums, slice(None)))
+            again = ~good & np.isfinite(mean) & (np.abs(c) < formulas.LARGEST_PIVOT)
+            for i in again.any(-1).nonzero()[0].tolist():
+                rows = again[i].nonzero()[0]
+                found = self._measure_exactly(circuit, i, rows, (c - mean)[i, rows])
+                divergence[i, rows], good[i, rows] = found
         return torch.from_numpy(divergence), torch.from_numpy(good)
 
-    def _deep(self, rise: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Return in which rows a token rises too far for the weights of the deepest (R,)."""
-        deep = rise > formulas.HIGHEST_RISE
-        for row in deep.nonzero()[0].tolist():
-            depth = self._known.m_p[row] - self._known.p[row].amin()
-            deep[row] = depth.item() > formulas.DEEPEST
-        return deep
+    def _blocks(self, n_rows: int) -> tuple[Block, Block, Block]:
+        """Return blocks of so many rows for weights, x, and what is summed."""
+        w, x, t = (self._layout.block(memory, n_rows) for memory in (self._w, self._x, self._t))
+        return w, x, t
 
-    def _buffers(self, weights: Tensor, n_rows: int) -> _Buffers:
-        return _Buffers(
-            *(self._layout.block(memory, n_rows) for memory in (weights, self._x, self._t))
-        )
+    def _sum(self, x: Block, w: Block, t: Block, sums: _Sums) -> None:
+        """Set the sums, given x log2 e, which is written over."""
+        torch.amin(x.rows, -1, out=sums.fall)
+        if self._known.deep:
+            torch.amax(x.rows, -1, out=sums.rise)
+        formulas.sums(x, w, t, first=sums.first, second=sums.second)
 
-    def _sum(self, circuit: Circuit, tables: _Tables) -> None:
-        """Fill the tables."""
+    def _divergences(
+        self, sums: _Sums, rows: slice | NDArray[np.int64], x: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """Return divergences (..., R), Σ P x, and which are good, given x of likely tokens."""
         known = self._known
-        w, x, t = self._buffers(self._w, len(known.p))
-        for k, fields in enumerate(zip(*tables, strict=True)):
-            table, q = _Tables(*fields), circuit(k, None)
-            torch.gather(q, -1, known.likeliest, out=table.there)
-            torch.sub(known.m_p, table.there, out=table.apart)
-            torch.sub(q, known.p, out=x.rows)
-            x.rows.add_(table.apart)
-            torch.amax(x.rows, -1, out=table.rise)
-            torch.mul(x.even, w.even, out=t.even)
-            t.sums(out=table.first)
-            self._choose(table)
-            n_plain, n_centered, _ = np.bincount(table.formula, minlength=3)
-            if n_plain:
-                # In place if x is not needed again: another buffer takes longer.
-                sums = formulas.plain(x, w, out=t if n_centered else x)
-                sums.sums(out=table.second)
-            if n_centered:
-                mean = _total(table.first) / known.z_p
-                x.rows.sub_(mean.float()[:, None])
-                sums = formulas.centered(x, w, out=t)
-                if n_plain:
-                    which = table.formula == CENTERED
-                    table.second.numpy()[which] = sums.sums().numpy()[which]
-                else:
-                    sums.sums(out=table.second)
+        first, second = (_total(t) / known.z_p[rows] for t in (sums.first, sums.second))
+        divergence, mean, good = formulas.divergences(first, -second, known.share[rows], x)
+        good &= sums.fall.numpy() >= formulas.LEAST_EXPONENT
+        good &= formulas.weighed(known.depth[rows], self._rise(sums, rows))
+        return divergence, mean, good
 
-    def _choose(self, table: _Tables) -> None:
-        """Set the formulas, given the first sums, the largest x, and c."""
-        small = self._known.spread.estimates(table.first.numpy()) < formulas.PLAIN_FROM
-        # The estimate knows nothing of a token that only the circuit prefers.
-        small &= table.rise.numpy() <= formulas.HIGH_RISE
-        if np.count_nonzero(small):
-            table.formula[small] = LEFT
-            at_once = small & (np.abs(table.apart[:, 0].numpy()) <= formulas.LARGE_PIVOT)
-            # A pass takes as long for few rows as for all.
-            if 2 * np.count_nonzero(at_once) >= len(small):
-                table.formula[at_once] = CENTERED
-
-    def _groups(
-        self, again: NDArray[np.bool_]
-    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield circuits and rows (N,) to measure together: whole blocks where half of one is asked."""
-        n_rows = again.shape[1]
-        many = 2 * again.sum(-1) >= n_rows
-        for k in many.nonzero()[0]:
-            yield np.full(n_rows, k), np.arange(n_rows)
-        circuits, rows = (again & ~many[:, None]).nonzero()
-        for start in range(0, len(rows), self._layout.n_rows):
-            some = slice(start, start + self._layout.n_rows)
-            yield circuits[some], rows[some]
-
-    def _gather(
-        self, circuit: Circuit, circuits: NDArray[np.int64], index: Tensor, q: Tensor
-    ) -> tuple[_Buffers, Tensor]:
-        """Return memory for rows of circuits, with the weights, and the reference's logits.
-
-        These last until t is written. q becomes the circuits' logits.
-        """
-        p, n = self._known.p, len(index)
-        numbers, starts = np.unique(circuits, return_index=True)
-        if n == len(p) and len(numbers) == 1:
-            q.copy_(circuit(int(numbers[0]), None))
-            return self._buffers(self._w, n), p
-        buffers = self._buffers(self._some_w, n)
-        weights = self._layout.block(self._w, len(p)).padded
-        torch.index_select(weights, 0, index, out=buffers.w.padded)
-        for k, start, stop in zip(numbers, starts, (*starts[1:], n), strict=True):
-            q[start:stop] = circuit(int(k), index[start:stop])
-        some_p = buffers.t.even[: n * self._layout.n_cols].view(n, -1)
-        return buffers, torch.index_select(p, 0, index, out=some_p)
-
-    def _measure_centered(
-        self, circuit: Circuit, some: _Some
-    ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return divergences (N,), and whether they are good.
-
-        To the last bit those that the rows would have had among others that are counted from the mean.
-        """
-        circuits, rows, there, mean = some
-        known, index = self._known, torch.from_numpy(rows)
-        x = self._layout.block(self._x, len(rows))
-        (w, _, t), p = self._gather(circuit, circuits, index, x.rows)
-        x.rows.sub_(p).add_(known.m_p[index] - there)
-        x.rows.sub_(torch.from_numpy(mean.astype(np.float32))[:, None])
-        z_p = known.z_p.numpy()[rows]
-        second = _total(formulas.centered(x, w, out=t).sums()).numpy() / z_p
-        top = known.top[:, 0].numpy()[rows] / z_p
-        return formulas.centered_divergences(mean, second, top)
+    def _rise(self, sums: _Sums, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the largest x log2 e of deep rows, 0 of others, whatever rows are beside them."""
+        return np.where(self._known.depth[rows] > formulas.DEEP, sums.rise.numpy(), np.float32(0))
 
     def _measure_exactly(
-        self, circuit: Circuit, some: _Some
+        self, circuit: Circuit, k: int, rows: NDArray[np.int64], c: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """Return divergences (N,), and whether they are good.
+        """Return divergences (N,) of rows of a circuit, and whether they are good.
 
         They are counted from about their means, by differences that are rounded once.
         """
-        circuits, rows, there, mean = some
-        known, index = self._known, torch.from_numpy(rows)
-        if self._wide is None:
+        known, n = self._known, len(rows)
+        p, likely, (w, x, t) = known.p, known.likely, self._blocks(n)
+        if self._again is None:
             shape = self._layout.n_rows, self._layout.n_cols
-            self._wide = torch.empty(shape, dtype=torch.float64, device="cpu")
-        d = self._wide[: len(rows)]
-        (w, x, t), p = self._gather(circuit, circuits, index, d)
-        apart = known.m_p[index].double() - there.double()
-        x.rows.copy_(d.sub_(p).add_(apart - torch.from_numpy(mean)[:, None]))
+            wide = torch.empty(shape, dtype=torch.float64, device="cpu")
+            self._again = self._layout.memory(1)[0], wide
+        some_w, wide = self._again
+        some = None
+        if n < len(p):
+            some = torch.from_numpy(rows)
+            weights = self._layout.block(self._w, len(p)).padded
+            w = self._layout.block(some_w, n)
+            torch.index_select(weights, 0, some, out=w.padded)
+            p, likely = p[some], likely[some]
+        d = wide[:n].copy_(circuit(k, some)).sub_(p).add_(torch.from_numpy(c)[:, None])
+        x_likely = d.gather(-1, likely).numpy()
+        x.rows.copy_(d.mul_(_LOG2E))
+        sums = _Sums.empty((n,), self._layout.n_parts)
+        self._sum(x, w, t, sums)
+        divergence, _, good = self._divergences(sums, rows, x_likely)
+        return divergence, good
 
-        z_p = known.z_p.numpy()[rows]
-        top = known.top[:, 0].numpy()[rows] / z_p
-        torch.mul(x.even, w.even, out=t.even)
-        left = _total(t.sums()).numpy() / z_p - top * mean
-        second = _total(formulas.centered(x, w, out=t).sums()).numpy() / z_p
-        second += top * formulas.second_order(-mean)
-        divergence = np.log1p(left + second) - left
-        rise = x.rows.amax(-1).numpy() + mean
-        return divergence, (divergence >= 0) & (divergence < np.inf) & (rise <= formulas.HIGH_RISE)
 
-
-def _total(sums: Tensor) -> Tensor:
-    """Return the sum of parts (..., M) in float64."""
-    return sums.sum(-1, dtype=torch.float64)
+def _total(sums: Tensor) -> NDArray[np.float64]:
+    """Return the sum of parts (..., M)."""
+    total: NDArray[np.float64] = sums.sum(-1, dtype=torch.float64).numpy()
+    return total
