@@ -321,21 +321,64 @@ def test_one_heavy_token_a_part(n_cols, heavy_ones, far, heavy, top):
 @pytest.mark.parametrize(
     "groups",
     [
-        # How many tokens, and their logits in the circuit and the reference.
-        [(1013, 5.241186, -3.8955534), (1, 7.9097123, 7.4244723), (10, 53.387157, 7.0979681)],
-        [(497, -4.2882686, -6.8024640), (1, 1.2695265, 2.4290981), (14, 29.920029, 1.8343037)],
-        [(386, 3.3587451, -5.298099), (1, 8.7335806, 3.936584), (13, 37.045696, 3.349494)],
-        # Deep tokens that rise by 100 powers of two and more.
-        [(56, -4.2227187, -84.167374), (7, 0.8926468, 0.2569641), (1, 1.791928, 1.1581306)],
-        [(1, 0.5900172, -75.431488), (1, 0.82018214, 3.3552706), (1, 3.231745, 5.756794)],
+        # How many tokens, and their logits in the reference and the circuit.
+        # Large moves of few tokens.
+        [(1013, -3.8955534, 5.241186), (1, 7.4244723, 7.9097123), (10, 7.0979681, 53.387157)],
+        [(497, -6.8024640, -4.2882686), (1, 2.4290981, 1.2695265), (14, 1.8343037, 29.920029)],
+        [(386, -5.298099, 3.3587451), (1, 3.936584, 8.7335806), (13, 3.349494, 37.045696)],
+        # Deep tokens that rise by 64 powers of two and more.
+        [(56, -84.167374, -4.2227187), (7, 0.2569641, 0.8926468), (1, 1.1581306, 1.791928)],
+        [(1, -75.431488, 0.5900172), (1, 3.3552706, 0.82018214), (1, 5.756794, 3.231745)],
+        [
+            (1, 11.525197982788086, 15.520599365234375),
+            (1, -51.99245071411133, 12.490348815917969),
+        ],
+        [
+            (1, 13.523138046264648, 10.40821647644043),
+            (120, 11.981294631958008, 8.974784851074219),
+            (6, -46.82106399536133, 8.970723152160645),
+        ],
+        # Means and sums far larger than the divergence.
+        [(1, 1.0, 1.0), (94, 0.0, 11.9375)],
+        [(1, 1.25, 1.25), (110, 0.0, 7.5625)],
+        [
+            (1, 1.2859605550765991, 1.1061842441558838),
+            (87, 0.7051631212234497, 4.186460971832275),
+            (40, -2.820948362350464, -3.0187888145446777),
+        ],
+        [(1, 0.25, 0.25), (99, 0.0, 21.625)],
+        [(1, 0.25, 0.25), (127, 0.0, 24.625)],
+        [
+            (1, 1.8202508687973022, 4.304504871368408),
+            (27, 1.817151427268982, 4.427113056182861),
+            (68, -7.363504886627197, -4.464905261993408),
+        ],
+        [
+            (1, 5.527501583099365, 6.921565055847168),
+            (95, 4.141061782836914, 5.661302089691162),
+        ],
+        # Sides about 4 apart, and far more.
+        [
+            (1, -6.56177282333374, -2.577105760574341),
+            (65, -7.232758045196533, -3.1192829608917236),
+            (61, -6.991868495941162, -2.9821832180023193),
+        ],
+        [
+            (1, 2.5903406143188477, 6.570758819580078),
+            (34, 2.547245740890503, 6.5487141609191895),
+            (61, 1.9142563343048096, 6.02134370803833),
+        ],
+        [(1, 0.0, 2560.0), (1, -4.000120639801025, 2568.0)],
     ],
 )
 def test_groups_of_tokens_alike(generator, groups):
-    """What searches found: large moves of few tokens, which round alike."""
-    circuit, reference = (
+    """What searches found: tokens that round alike."""
+    reference, circuit = (
         torch.cat([torch.full((1, n), logits[i]) for n, *logits in groups], 1) for i in (0, 1)
     )
-    order = torch.stack([torch.randperm(circuit.shape[1], generator=generator) for _ in range(50)])
+    n_cols = reference.shape[1]
+    shuffled = [torch.randperm(n_cols, generator=generator) for _ in range(50)]
+    order = torch.stack([torch.arange(n_cols), *shuffled])
     rows = circuit[0, order], reference[0, order]
     assert_matches(kl_rows([rows[0]], rows[1], "eager")[0], oracle(*rows))
 
@@ -461,6 +504,15 @@ def test_one_token_far_off_and_the_rest_close(generator, level):
     divergence = kl_rows([circuit], reference, "eager")[0]
     assert_matches(divergence, oracle(circuit, reference))
     assert (divergence >= 0).all()
+
+
+@pytest.mark.parametrize("n_cols", [2, 3, 10, 1000])
+def test_rows_a_few_units_in_the_last_place_apart(generator, n_cols):
+    """Second-order sums of them may be 0 or less, and first-order ones are not."""
+    reference = torch.randn(300, n_cols, generator=generator)
+    units = torch.randint(-2, 3, (300, n_cols), generator=generator, dtype=torch.int32)
+    circuit = (reference.view(torch.int32) + units).view(torch.float32)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
 def test_a_row_that_is_nan_does_not_hide_one_that_is_apart(generator):

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "fastkl"
 # Lower may not import higher. measure → functional → backends → (state, fastkl._triton).
 LAYERS = {
     "errors": 0,
+    "first_calls": 0,
     "state": 0,
     "rows": 0,
     "reductions": 0,
@@ -167,3 +168,38 @@ def test_public_names():
         "kl_div_many",
         "measure_kl_div",
     ]
+
+
+_FIRST_CALLS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+called = set()
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            called.add(f"{function._schema.name} {result.dtype} {result.device}")
+        return result
+torch.set_default_device("meta")
+with Log():
+    import fastkl
+print(*sorted(called), sep="\\n")
+"""
+
+
+def test_functions_are_called_before_threads_call_them():
+    """oneMKL may take code of low accuracy otherwise: see fastkl.first_calls."""
+    found = subprocess.run(
+        [sys.executable, "-c", _FIRST_CALLS], capture_output=True, text=True, check=True
+    )
+    elementwise = re.compile(r"(?<!np)\.(exp|exp2|expm1|log|log1p|log2|sqrt|tanh|sigmoid)_?\(")
+    on_tensors = {
+        name
+        for path in files()
+        if not path.name.startswith("demo")
+        for name in elementwise.findall(path.read_text().replace("math.log", ""))
+    }
+    assert on_tensors >= {"exp", "log"}
+    for name in on_tensors:
+        for dtype in ("float32", "float64"):
+            assert f"aten::{name} torch.{dtype} cpu" in found.stdout.splitlines()

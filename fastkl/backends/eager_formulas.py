@@ -22,9 +22,9 @@ from fastkl.backends.eager_blocks import Block
 # Sums are off by up to 7e-7 of themselves, where many tokens move alike and so does their rounding: they
 # may be so many times a divergence, or little, which leaves room for the logarithms' 6e-8.
 _SUMMED_PART, _SUMMED = 5, 0.002
-# Of sides this far apart the difference is rounded at that size, to 2e-7 and more, which is little only
-# of a divergence that is no smaller than this part of it.
-_LARGE_PIVOT, _LARGE_PIVOT_PART = 4.0, 0.03
+# Of sides about 4 apart or more the difference is rounded at that size, to 2e-7 and more, which is
+# little only of a divergence that is no smaller than this part of it.
+_LARGE_PIVOT, _LARGE_PIVOT_PART = 3.0, 0.03
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
 # In rows that have logits so far below their largest tokens may rise by so many powers of two, which
@@ -72,8 +72,9 @@ def divergences(
     divergence = np.log1p(m + t) - m
     # By so much does it change if T does, and M: M less in a small one.
     summed = (t + np.abs(m * (m + t))) / (1 + m + t)
+    # If any of it is infinite or NaN, this is NaN.
     good = (divergence >= 0) & (summed <= _SUMMED_PART * divergence + _SUMMED)
-    return divergence, m, good & (t < np.inf)
+    return divergence, m, good
 
 
 def known(

@@ -1,9 +1,10 @@
-"""Execution: the threads of a CTA in lock step, CTA after CTA.
+"""Execution: the threads of some CTAs in lock step, then those of the next.
 
 A register is an array with one element a thread, and an instruction a closure over such arrays (see
-`instructions.builder`), so the whole CTA executes an instruction in one NumPy call. Threads that
-part at a branch are run in groups that share a program counter, lowest program counter first; they
-meet again at labels, where paths join.
+`instructions.builder`), so all threads execute an instruction in one NumPy call. Threads that part
+at a branch are run in groups that share a program counter, lowest program counter first; they meet
+again at labels, where paths join. CTAs that have nothing in common but global memory run side by
+side (see `independent`); others one after another.
 """
 
 import math
@@ -21,6 +22,9 @@ from .numbers import F32, F64, I64, TYPE_NAME, U8, U32, U64, ptx_type
 from .parser import Kernel
 from .stats import Stats
 
+# CTAs that run side by side: more take longer for each where they part.
+SIDE_BY_SIDE = 32
+
 # On hardware, too, the system has the first kilobyte of shared memory.
 _SHARED_BASE = 1024
 
@@ -34,11 +38,29 @@ _APPROXIMATE = {
 }
 
 
+def independent(kernel: Kernel, n: int) -> bool:
+    """If CTAs of n threads are warps that share no memory and wait for nobody else."""
+    names = [instruction.name for instruction in kernel.body]
+    shared = any(
+        re.search(r"\bshared\b|^(bar|barrier)(?!\.warp)|^cp\.|matrix", name) for name in names
+    )
+    return n == 32 and not shared and not kernel.shared_symbols
+
+
 class Machine:
-    """A kernel bound to its registers and threads, and the state of the CTA that runs.
+    """A kernel bound to its registers and threads, and the state of the CTAs that run.
+
+    Parameters
+    ----------
+    kernel : Kernel
+    n_cta : int
+        Threads of a CTA.
+    n_ctas : int
+        CTAs that can run side by side.
 
     Attributes
     ----------
+    n, threads : how many threads there are, and their numbers
     registers, values : name -> array of the register's bits; `values` has the special registers,
         parameters and shared memory symbols too, as addresses.
     code : for each instruction its Builder, or None for a label.
@@ -46,11 +68,13 @@ class Machine:
     groups : asynchronous copies not waited for, in groups; the last one is still open.
     """
 
-    def __init__(self, kernel: Kernel, n: int):
+    def __init__(self, kernel: Kernel, n_cta: int, n_ctas: int):
         self.name = kernel.name
-        self.n = n
+        self.n_cta, self.n_ctas = n_cta, n_ctas
+        self.n = n = n_cta * n_ctas
         self.threads = np.arange(n)
-        self.cta = None
+        # The places in the grid of the CTAs that run.
+        self.ctas: list[tuple[int, ...]] = []
         self.pc = np.zeros(n, I64)
         self.status = np.zeros(n, U8)
         self.registers: dict[str, np.ndarray] = {}
@@ -70,13 +94,13 @@ class Machine:
     def _special_registers(self, kernel: Kernel) -> dict[str, np.ndarray]:
         special = {}
         for axis in "xyz":
-            # Threads have one dimension. The CTA's place is filled in when it runs.
+            # Threads have one dimension. The CTAs' places are filled in when they run.
             special |= {f"%{name}.{axis}": np.zeros(self.n, U32) for name in ("tid", "ctaid")}
             special |= {f"%{name}.{axis}": np.ones(self.n, U32) for name in ("ntid", "nctaid")}
-        special["%tid.x"] = self.threads.astype(U32)
-        special["%ntid.x"] = np.full(self.n, self.n, U32)
+        special["%tid.x"] = (self.threads % self.n_cta).astype(U32)
+        special["%ntid.x"] = np.full(self.n, self.n_cta, U32)
         special["%laneid"] = (self.threads % 32).astype(U32)
-        special["%warpid"] = (self.threads // 32).astype(U32)
+        special["%warpid"] = (self.threads % self.n_cta // 32).astype(U32)
         for name in kernel.shared_symbols:
             special[name] = np.full(self.n, _SHARED_BASE, U32)
         for i, (name, _) in enumerate(kernel.params):
@@ -127,7 +151,8 @@ class Machine:
         try:
             return self.spaces[space].access(addresses, unit, count, values=values, align=align)
         except LaneFault as fault:
-            thread = f"thread {lanes[fault.lane]} of CTA {self.cta}"
+            cta, thread = divmod(int(lanes[fault.lane]), self.n_cta)
+            thread = f"thread {thread} of CTA {self.ctas[cta]}"
             raise MemoryFault(f"{self.name}, {ins}: {thread}: {fault.reason}") from None
 
     def run(
@@ -142,16 +167,19 @@ class Machine:
         self.spaces["param"].allocations.append(Allocation("parameters", 0, params, writable=False))
         # See _count.
         self.counts = np.zeros((2, len(self.code) + 1), I64)
-        for place in np.ndindex(*grid[::-1]):
-            self.cta, self.budget, self.groups = place[::-1], max_instructions, [[]]
-            for axis, index, size in zip("xyz", self.cta, grid, strict=True):
-                self.values[f"%ctaid.{axis}"][:] = index
+        places = [place[::-1] for place in np.ndindex(*grid[::-1])]
+        for first in range(0, len(places), self.n_ctas):
+            self.ctas = places[first : first + self.n_ctas]
+            self.budget, self.groups = max_instructions * len(self.ctas), [[]]
+            n_threads = self.n_cta * len(self.ctas)
+            for axis, index, size in zip("xyz", zip(*self.ctas, strict=True), grid, strict=True):
+                self.values[f"%ctaid.{axis}"][:n_threads] = np.repeat(index, self.n_cta)
                 self.values[f"%nctaid.{axis}"][:] = size
             # All ones: a NaN in every float type, and no plausible address.
             for bits in (*self.banks, shared):
                 bits[...] = ~np.zeros((), bits.dtype)
             self.pc[:] = 0
-            self.status[:] = READY
+            self.status[:n_threads], self.status[n_threads:] = READY, DONE
             with np.errstate(all="ignore"):
                 while (self.status != DONE).any():
                     at, mask, met = self._next()
@@ -199,7 +227,8 @@ class Machine:
         parted = any(len(set(self.pc[w][alive[w]])) > 1 for w in warps)
         if parted or any(op.kind == SYNC for op in ops) or len({op.barrier_id for op in ops}) > 1:
             where = [str(op.ins) for op in ops]
-            raise SyncFault(f"{self.name}: CTA {self.cta} is stuck at {where}")
+            cta = self.ctas[np.flatnonzero(alive)[0] // self.n_cta]
+            raise SyncFault(f"{self.name}: CTA {cta} is stuck at {where}")
         self.status[alive] = READY
         self.pc[alive] += 1
         self.stats.barriers += 1
@@ -217,7 +246,8 @@ class Machine:
         self.counts[:, end] -= n
         self.budget -= end - start
         if self.budget < 0:
-            raise PtxError(f"{self.name}: CTA {self.cta} does not end")
+            cta = self.ctas[np.flatnonzero(self.status != DONE)[0] // self.n_cta]
+            raise PtxError(f"{self.name}: CTA {cta} does not end")
 
     def _execute(self, at: int, mask, met: bool) -> None:
         """Run the threads in mask from `at` until they part, wait, end or may meet others."""
@@ -248,5 +278,10 @@ class Machine:
 
     @staticmethod
     def _must_meet(op: Builder, mask) -> bool:
-        """If threads have to wait for others at this SYNC: not if the whole CTA is there."""
-        return mask is not None or op.guard is not None or op.members.min() < 0xFFFFFFFF
+        """If threads have to wait for others at this SYNC: not if their whole warps are there."""
+        if op.guard is not None or op.members.min() < 0xFFFFFFFF:
+            return True
+        if mask is None:
+            return False
+        warps = mask.reshape(-1, 32)
+        return bool((warps.any(1) != warps.all(1)).any())

@@ -1,9 +1,11 @@
 """Modules (kernels ready to run) and their launch."""
 
+import math
+
 import numpy as np
 
 from .errors import Unsupported
-from .machine import Machine
+from .machine import SIDE_BY_SIDE, Machine, independent
 from .memory import Memory, address_of
 from .numbers import U8, ptx_type
 from .parser import parse
@@ -38,7 +40,18 @@ class Module:
         self.num_warps = kernel.num_warps or num_warps
         if not self.num_warps:
             raise Unsupported(f"{self.name}: no .reqntid, and num_warps was not given")
-        self.machine = Machine(kernel, 32 * self.num_warps)
+        self._kernel = kernel
+        n_cta = 32 * self.num_warps
+        self._most = SIDE_BY_SIDE if independent(kernel, n_cta) else 1
+        self._machines = {1: Machine(kernel, n_cta, 1)}
+
+    def machine(self, n_ctas: int) -> Machine:
+        """The machine to run a grid of so many CTAs."""
+        # A power of two: what is bound to its threads takes time to build.
+        n = min(1 << (n_ctas - 1).bit_length(), self._most) if n_ctas else 1
+        if n not in self._machines:
+            self._machines[n] = Machine(self._kernel, 32 * self.num_warps, n)
+        return self._machines[n]
 
     def _parameters(self, args, memory: Memory) -> np.ndarray:
         """The bytes of the parameters, each at a multiple of 16; arrays are added to `memory`."""
@@ -82,7 +95,7 @@ def launch(
     seed: int = 0,
     max_instructions: int = 50_000_000,
 ) -> Stats:
-    """Run a kernel, one CTA after the other.
+    """Run a kernel, some CTAs after others.
 
     Parameters
     ----------
@@ -118,7 +131,7 @@ def launch(
         raise ValueError(f"{module.name} has {module.num_warps} warps, not {num_warps}")
     params = module._parameters(args, memory)
     grid = (*grid, 1, 1)[:3]
-    return module.machine.run(
+    return module.machine(math.prod(grid)).run(
         grid,
         params,
         memory,
