@@ -1,8 +1,8 @@
 """Calls of PyTorch's functions that must come before threads call them.
 
 oneMKL chooses the code for a function when it is first called. If two threads call it at once, then one
-may get code that is off by 1e-4, for its share of that one call: seen in one process of twenty, in KL as
-2.6e-4 of itself. One number, in one thread, is enough to have chosen [1]_.
+may get code that is off by 1e-4, for its share of that one call: seen in eight of a hundred processes,
+in KL as 2.6e-4 of itself. One number, in one thread, is enough to have chosen [1]_.
 
 References
 ----------
@@ -12,15 +12,9 @@ References
 import torch
 
 # What is called on tensors of logits on the CPU.
-FUNCTIONS = (torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p)
+_FUNCTIONS = (torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p)
 
 
-def make() -> None:
-    """Call each of them in both of the dtypes that are computed in."""
-    for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype, device="cpu")
-        for function in FUNCTIONS:
-            function(one)
-
-
-make()
+for dtype in (torch.float32, torch.float64):
+    for function in _FUNCTIONS:
+        function(torch.ones(1, dtype=dtype, device="cpu"))

@@ -26,7 +26,7 @@ def pair(generator, reach, n_rows=1):
 
 
 def good(circuit, reference):
-    """Whether rows were good by the formula, and which were measured again."""
+    """Whether each row was good by the formula, and whether any was measured again."""
     workspace = eager_workspace.Workspace(blocks.Layout(*reference.shape))
     workspace.read(reference)
     again = []
@@ -46,8 +46,9 @@ def good(circuit, reference):
         # The largest float32, and the smallest that has all its digits.
         (60, 128 * math.log(2), (True, False)),
         (60, formulas.LEAST_EXPONENT * math.log(2), (True, False)),
-        (70, formulas._HIGHEST * math.log(2), (True, False)),
-        (60, formulas._HIGHEST * math.log(2), (True, True)),
+        # How far a token may rise in a row too deep for its weights; in others it does not matter.
+        (70, formulas._TOO_HIGH * math.log(2), (True, False)),
+        (60, formulas._TOO_HIGH * math.log(2), (True, True)),
     ],
 )
 def test_far_moves(generator, depth, limit, expected, side):
@@ -145,8 +146,8 @@ def far_but_small(generator, n_rows, level=0.005):
 
 
 @pytest.mark.parametrize("apart", [0.0, 1000.0])
-def test_bits_among_rows_of_other_formulas(generator, apart):
-    """Few and many of each, in place, left to others, and brought together."""
+def test_bits_among_rows_measured_again(generator, apart):
+    """Few and many rows of a block are good at once, or measured again."""
     rows = []
     for n_few, n_many in ((1, 4), (3, 2)):
         for few in (0.1, 0.8, 3.0, None):
@@ -222,18 +223,19 @@ def test_rows_are_padded_with_zeros(n_cols):
 
 @pytest.mark.parametrize("level", [0.003, 0.005, 0.008])
 def test_few_tokens_far_and_a_small_divergence(generator, level):
-    """Good at once."""
+    """Measured once, though unlikely tokens move far."""
     circuit, reference = far_but_small(generator, 8, level)
     assert good(circuit, reference) == ([True] * 8, False)
     divergence = kl_rows([circuit], reference, "eager")[0]
     assert divergence.max() < 0.15
+    assert (circuit - reference).abs().max() > 1
     assert_matches(divergence, oracle(circuit, reference))
 
 
 @pytest.mark.parametrize("n_cols", [2, 10, 33, 100, 1000])
 @pytest.mark.parametrize("height", [0.0, 2.0, 5.0])
 def test_only_the_likeliest_token_moved(n_cols, height):
-    """Of exponentials as they are, the divergence would be a small difference of sums."""
+    """What is summed are the others, which are at rest but for c."""
     reference = torch.zeros(1201, n_cols)
     reference[:, 0] = height + 1e-3
     circuit = reference.clone()
@@ -384,14 +386,12 @@ def test_groups_of_tokens_alike(generator, groups):
 
 
 @pytest.mark.parametrize("moved", [76.6875, 40.0, -1.5])
-def test_all_but_a_few_likely_tokens_moved_alike(moved):
-    """Means far larger than divergences: their float32 sums are off by more than those may be."""
-    n_cols = torch.arange(3000, 5000, 50).tolist()
-    for n in n_cols:
-        reference = torch.zeros(1, n)
-        reference[0, :: -(-n // 8)] = 0.125
-        circuit = reference + moved * (reference == 0)
-        assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
+@pytest.mark.parametrize("n_cols", range(3000, 5000, 250))
+def test_all_but_a_likely_token_of_each_stretch_moved_alike(n_cols, moved):
+    reference = torch.zeros(1, n_cols)
+    reference[0, :: -(-n_cols // 8)] = 0.125
+    circuit = reference + moved * (reference == 0)
+    assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
 
 @pytest.mark.parametrize("n_parts", [1, 4, 16, 40])
@@ -526,7 +526,7 @@ def test_a_row_that_is_nan_does_not_hide_one_that_is_apart(generator):
     assert_matches(alone, oracle(circuit[1:], reference[1:]))
 
 
-@pytest.mark.parametrize("pivot", [3.0, 40.0, -1000.0, 3e4])
+@pytest.mark.parametrize("pivot", [2.0, 40.0, -1000.0, 3e4])
 def test_pivots(generator, pivot):
     """A circuit an offset away measures what it does without, but for its own rounding."""
     circuit, reference = pair(generator, 0.4, 3)
@@ -534,7 +534,8 @@ def test_pivots(generator, pivot):
     circuit, reference = (torch.round(rows * 128) / 128 for rows in (circuit, reference))
     moved = kl_rows([circuit + pivot], reference, "eager")[0]
     assert_matches(moved, oracle(circuit, reference))
-    assert good(circuit + pivot, reference) == ([True] * 3, abs(pivot) > 4)
+    far = abs(pivot) > formulas._LARGE_PIVOT
+    assert good(circuit + pivot, reference) == ([True] * 3, far)
 
 
 def test_the_likeliest_token_far_from_the_middle(generator):

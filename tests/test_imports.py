@@ -196,6 +196,7 @@ def test_functions_are_called_before_threads_call_them():
     on_tensors = {
         name
         for path in files()
+        # A demo's model is trained, whatever its first call was.
         if not path.name.startswith("demo")
         for name in elementwise.findall(path.read_text().replace("math.log", ""))
     }

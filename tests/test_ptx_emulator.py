@@ -207,12 +207,12 @@ SNIPPET = """
 """
 
 
-def run_ptx(body, *arrays, threads=32, **options) -> Stats:
+def run_ptx(body, *arrays, threads=32, grid=(1,), **options) -> Stats:
     """Run PTX with the addresses of up to three arrays in %rd0 to %rd2, and of the last in %rd3."""
     module = Module(SNIPPET % {"body": body, "threads": threads}, shared_bytes=512)
     *sources, out = arrays
     args = [*sources, *[0] * (3 - len(sources)), out]
-    return launch(module, (1,), args, **options)
+    return launch(module, grid, args, **options)
 
 
 REGISTERS = {2: "%h", 4: "%r", 8: "%rd"}
@@ -673,6 +673,77 @@ class TestSynchronization:
         body = self.FORK.format(half=32, mine="bar.sync 0;", other="bar.sync 1;")
         with pytest.raises(SyncFault, match="stuck"):
             run_ptx(body, np.zeros(1), threads=64)
+
+
+class TestSideBySide:
+    """CTAs of one warp."""
+
+    # %r14 is the CTA's place, %rd8 the thread's own address.
+    BEGIN = """
+        mov.u32 %r14, %ctaid.x;
+        mad.lo.u32 %r13, %r14, 32, %r15;
+        mul.wide.u32 %rd8, %r13, 4;
+        add.u64 %rd8, %rd3, %rd8;
+    """
+
+    def test_like_one_by_one(self, monkeypatch):
+        """CTAs that loop for as long as their place says, of which some end before they shuffle."""
+        body = f"""
+            {self.BEGIN}
+            mov.u32 %r0, %r14;
+            rem.u32 %r1, %r14, 5;
+        AGAIN:
+            add.u32 %r0, %r0, %r15;
+            add.u32 %r1, %r1, -1;
+            setp.gt.s32 %p0, %r1, 0;
+            @%p0 bra AGAIN;
+            rem.u32 %r1, %r14, 7;
+            setp.eq.u32 %p1, %r1, 0;
+            @%p1 bra END;
+            shfl.sync.bfly.b32 %r2, %r0, 5, 31, -1;
+            st.global.b32 [%rd8], %r2;
+        END:
+        """
+        found = []
+        for n in (1, 32):
+            monkeypatch.setattr("ptx_emulator.module.SIDE_BY_SIDE", n)
+            out = np.zeros(70 * 32, np.int32)
+            stats = run_ptx(body, out, grid=(70,))
+            found.append((out.tolist(), stats.threads, stats.warps, stats.sectors_stored))
+            assert stats.ctas == 70
+        assert found[0] == found[1]
+        cta, lane = np.divmod(np.arange(70 * 32), 32)
+        expected = cta + np.maximum(cta % 5, 1) * (lane ^ 5)
+        np.testing.assert_array_equal(found[0][0], np.where(cta % 7 == 0, 0, expected))
+
+    def test_a_fault_names_its_cta(self):
+        body = f"{self.BEGIN} st.global.b32 [%rd8], %r15;"
+        with pytest.raises(MemoryFault, match=r"thread 0 of CTA \(36, 0, 0\)"):
+            run_ptx(body, np.zeros(36 * 32, np.int32), grid=(40,))
+
+    def test_the_cta_that_does_not_end_is_named(self):
+        body = f"""
+            {self.BEGIN}
+            setp.eq.u32 %p0, %r14, 3;
+        AGAIN:
+            @%p0 bra AGAIN;
+            st.global.b32 [%rd8], %r15;
+        """
+        with pytest.raises(PtxError, match=r"CTA \(3, 0, 0\) does not end"):
+            run_ptx(body, np.zeros(5 * 32, np.int32), grid=(5,), max_instructions=1000)
+
+    def test_the_cta_that_is_stuck_is_named(self):
+        body = f"""
+            {self.BEGIN}
+            add.u32 %r0, %r13, -70;
+            setp.lt.u32 %p0, %r0, 8;
+            @%p0 bra END;
+            shfl.sync.bfly.b32 %r2, %r15, 1, 31, -1;
+        END:
+            shfl.sync.bfly.b32 %r3, %r15, 2, 31, -1;
+        """
+        with pytest.raises(SyncFault, match=r"CTA \(2, 0, 0\) is stuck.*, 1, .*, 2, "):
+            run_ptx(body, np.zeros(1), grid=(5,))
 
 
 DEVICE_FUNCTIONS = """

@@ -18,7 +18,8 @@ from torch import Tensor
 # Floats of a vector of 512 bits, and what PyTorch's loops take at a time.
 _VECTOR = 16
 _STEP = 2 * _VECTOR
-# Elements for which PyTorch wakes another thread.
+# Elements for which PyTorch wakes another thread; 2048 for a logarithm, whose bits are the same wherever
+# an element lies.
 _GRAIN = 1 << 15
 # Elements that are summed in float32, to 7e-7 (256 to 9e-7, and 255 to 1.2e-6); their sums are added up
 # in float64. Parts of 64 take 1.4 times as long to sum.

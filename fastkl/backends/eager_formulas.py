@@ -7,10 +7,12 @@ With x = q - p + c (x is -d of `fastkl.state`), for any c::
 Of a small divergence nothing but T is left, and by rounding nothing would be left of T. So u, float32's
 number next to e^x, takes the place of e^x, and log u that of x: u - 1 is exact where e^x is about 1, and
 log u is known to its last digit. The sums are those of a circuit beside the one asked for, then, and its
-divergence is another by what u is rounded times Q - P: by less than its square root times 2e-7.
+divergence is another by what u is rounded times Q - P: by less than 2e-7 √KL.
 
 A few likely tokens are not among what is summed in float32: see `eager_workspace`.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +29,12 @@ _SUMMED_PART, _SUMMED = 5, 0.002
 _LARGE_PIVOT, _LARGE_PIVOT_PART = 3.0, 0.03
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
-# In rows that have logits so far below their largest tokens may rise by so many powers of two, which
-# rounds them to 4e-6 and more: little only of a divergence that is no smaller than this.
+# A rise by so many powers of two is rounded to 4e-6 and more, which is little only of a divergence no
+# smaller than this; in rows that have no logit so far below their largest it makes KL large by itself.
 DEEP, _HIGH, _HIGH_FROM = 40.0, 64.0, 2.0
 # Weights of logits this far below the largest are off by 5e-6 of themselves, and those from 87 on may be
-# too small for float32. By so many powers of two may tokens rise that hold less than 1e-8 of Σ P e^x.
-_DEEPEST, _HIGHEST = 64.0, 64.0
+# too small for float32: tokens that rise by no more powers of two than these hold 1e-8 of Σ P e^x.
+_TOO_DEEP, _TOO_HIGH = 64.0, 64.0
 # Smaller powers of two have fewer digits, or are 0.
 LEAST_EXPONENT = -125.0
 
@@ -70,15 +72,15 @@ def divergences(
     m = first + np.einsum("...c,...c->...", share, x)
     t = second + np.einsum("...c,...c->...", share, np.expm1(x) - x)
     divergence = np.log1p(m + t) - m
-    # By so much does it change if T does, and M: M less in a small one.
+    # dKL/dT is 1 / (1 + M + T), and dKL/dM is -(M + T) / (1 + M + T).
     summed = (t + np.abs(m * (m + t))) / (1 + m + t)
-    # If any of it is infinite or NaN, this is NaN.
+    # Infinite and NaN sums fail one of these.
     good = (divergence >= 0) & (summed <= _SUMMED_PART * divergence + _SUMMED)
     return divergence, m, good
 
 
-def known(
-    divergence: NDArray[np.float64], c: NDArray[np.float64], rise: NDArray[np.float32]
+def close_enough(
+    divergence: NDArray[np.float64], c: NDArray[np.floating[Any]], highest: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     """Return which divergences are good by differences in float32.
 
@@ -86,14 +88,14 @@ def known(
     ----------
     divergence, c : NDArray (K, R)
         Divergences, and how far the sides are apart.
-    rise : NDArray (K, R)
+    highest : NDArray (K, R)
         The largest x log2 e of a deep row, 0 of others.
     """
     size = np.abs(c)
     good = (size <= _LARGE_PIVOT) | (divergence >= _LARGE_PIVOT_PART * size)
-    return good & ((rise <= _HIGH) | (divergence >= _HIGH_FROM))
+    return good & ((highest <= _HIGH) | (divergence >= _HIGH_FROM))
 
 
-def weighed(depth: NDArray[np.float32], rise: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return which rows have weights that will do, given how deep they are and how far tokens rise."""
-    return (depth <= _DEEPEST) | (rise <= _HIGHEST)
+def weights_will_do(depth: NDArray[np.float32], highest: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which rows have weights that will do, given how deep they are, and the largest x log2 e."""
+    return (depth <= _TOO_DEEP) | (highest <= _TOO_HIGH)

@@ -19,10 +19,10 @@ from torch import Tensor
 from fastkl.backends import eager_formulas as formulas
 from fastkl.backends.eager_blocks import Block, Layout
 
-# Row sums that are kept at a time, of all circuits.
+# Sums of parts that are kept at a time, of all circuits.
 _KEPT_SUMS = 1 << 17
 # Stretches of the vocabulary, whose likeliest tokens are measured in float64: they tell about how far
-# apart the sides are, and among sums of small terms there are few large ones left.
+# apart the sides are, and without them few large terms are left among small ones in float32 sums.
 _STRETCHES = 8
 _LOG2E = math.log2(math.e)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
@@ -36,26 +36,26 @@ class _Known(NamedTuple):
     likely: Tensor  # where p is largest in each stretch of the vocabulary (R, C)
     p_likely: Tensor  # p there (R, C)
     share: NDArray[np.float64]  # P there (R, C)
-    weights: Tensor  # the same as parts of their sum, times log2 e (R, C)
+    weights: Tensor  # share / Σ share, times log2 e (R, C)
     z_p: NDArray[np.float64]  # Σ e^(p - max p) (R,)
     depth: NDArray[np.float32]  # max p - min p (R,)
-    deep: bool  # whether a row is
+    deep: bool  # whether any row is
 
 
 class _Sums(NamedTuple):
     """What is kept of rows (..., V)."""
 
-    fall: Tensor  # the least x log2 e (...)
-    rise: Tensor  # the largest (...); 0 in a block that is not deep
+    lowest: Tensor  # the least x log2 e (...)
+    highest: Tensor  # the largest (...); 0 in a block that is not deep
     first: Tensor  # Σ w x of parts (..., M)
     second: Tensor  # -Σ w (e^x - 1 - x) of parts (..., M)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], n_parts: int) -> "_Sums":
         """Return memory for them."""
-        fall, rise = torch.zeros((2, *shape), dtype=torch.float32, device="cpu")
+        lowest, highest = torch.zeros((2, *shape), dtype=torch.float32, device="cpu")
         first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
-        return cls(fall, rise, first, second)
+        return cls(lowest, highest, first, second)
 
 
 class Workspace:
@@ -112,7 +112,8 @@ class Workspace:
     def kl(self, circuit: Circuit, n_circuits: int) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of the block's rows in float64, and which are good enough.
 
-        The others have infinite or NaN logits, tokens that rise or fall too far, or sides too far apart.
+        The others have infinite or NaN logits, tokens that rise or fall too far, sides too far apart, or
+        sums that rounding makes negative or too large beside the divergence.
 
         Parameters
         ----------
@@ -124,27 +125,28 @@ class Workspace:
         known, (w, x, t) = self._known, self._blocks(len(self._known.p))
         shape = n_circuits, len(known.p)
         there = torch.empty((*shape, known.likely.shape[1]), dtype=torch.float32, device="cpu")
-        pivot = torch.empty((*shape, 1), dtype=torch.float32, device="cpu")
+        c_log2e = torch.empty((*shape, 1), dtype=torch.float32, device="cpu")
         sums = _Sums.empty(shape, self._layout.n_parts)
         for k, kept in enumerate(zip(*sums, strict=True)):
             q = circuit(k, None)
             there[k] = q.gather(-1, known.likely)
             apart = torch.sub(known.p_likely, there[k])
-            torch.bmm(apart[:, None], known.weights[..., None], out=pivot[k, ..., None])
+            torch.bmm(apart[:, None], known.weights[..., None], out=c_log2e[k, ..., None])
             if q.dtype == torch.float32:
                 torch.sub(q, known.p, out=x.rows)
             else:
                 x.rows.copy_(q).sub_(known.p)
-            torch.add(pivot[k], x.rows, alpha=_LOG2E, out=x.rows)
+            # A multiply-add for all elements, or for none: compilers contract a loop's tail too.
+            torch.add(c_log2e[k], x.rows, alpha=_LOG2E, out=x.rows)
             self._sum(x, w, t, _Sums(*kept))
         # Infinite and NaN logits are for whoever measures such rows to speak of.
         with np.errstate(all="ignore"):
             # log2 e is a float32 here, as it was for the other tokens.
             moved = (there.double() - known.p_likely).numpy() * float(np.float32(_LOG2E))
-            likely = (moved + pivot.numpy()) * math.log(2)
-            c = pivot[..., 0].numpy() * math.log(2)
+            likely = (moved + c_log2e.numpy()) * math.log(2)
+            c = c_log2e[..., 0].numpy() * math.log(2)
             divergence, mean, good = self._divergences(sums, slice(None), likely)
-            good &= formulas.known(divergence, c, self._rise(sums, slice(None)))
+            good &= formulas.close_enough(divergence, c, self._highest(sums, slice(None)))
             again = ~good & np.isfinite(mean) & (np.abs(c) < formulas.LARGEST_PIVOT)
             for i in again.any(-1).nonzero()[0].tolist():
                 rows = again[i].nonzero()[0]
@@ -159,9 +161,9 @@ class Workspace:
 
     def _sum(self, x: Block, w: Block, t: Block, sums: _Sums) -> None:
         """Set the sums, given x log2 e, which is written over."""
-        torch.amin(x.rows, -1, out=sums.fall)
+        torch.amin(x.rows, -1, out=sums.lowest)
         if self._known.deep:
-            torch.amax(x.rows, -1, out=sums.rise)
+            torch.amax(x.rows, -1, out=sums.highest)
         formulas.sums(x, w, t, first=sums.first, second=sums.second)
 
     def _divergences(
@@ -171,13 +173,15 @@ class Workspace:
         known = self._known
         first, second = (_total(t) / known.z_p[rows] for t in (sums.first, sums.second))
         divergence, mean, good = formulas.divergences(first, -second, known.share[rows], x)
-        good &= sums.fall.numpy() >= formulas.LEAST_EXPONENT
-        good &= formulas.weighed(known.depth[rows], self._rise(sums, rows))
+        good &= sums.lowest.numpy() >= formulas.LEAST_EXPONENT
+        good &= formulas.weights_will_do(known.depth[rows], self._highest(sums, rows))
         return divergence, mean, good
 
-    def _rise(self, sums: _Sums, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+    def _highest(self, sums: _Sums, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the largest x log2 e of deep rows, 0 of others, whatever rows are beside them."""
-        return np.where(self._known.depth[rows] > formulas.DEEP, sums.rise.numpy(), np.float32(0))
+        return np.where(
+            self._known.depth[rows] > formulas.DEEP, sums.highest.numpy(), np.float32(0)
+        )
 
     def _measure_exactly(
         self, circuit: Circuit, k: int, rows: NDArray[np.int64], c: NDArray[np.float64]

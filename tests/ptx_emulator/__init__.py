@@ -6,26 +6,28 @@
 
 What is modeled: what memory-bound reductions compile to. That is scalar and packed arithmetic,
 global and shared memory, cp.async, shuffles, barriers and branches. Atomics, local memory, tensor
-cores, TMA, mbarriers, clusters and calls are refused. CTAs run one by one, their threads in lock
-step; a diverged CTA runs its threads in groups until their paths join.
+cores, TMA, mbarriers, clusters and calls are refused. CTAs run one by one, or side by side if they
+are single warps without shared memory, their threads in lock step; threads that part run in groups
+until their paths join.
 
 What is checked:
 
 - every opcode, modifier and operand is understood, or building the Module raises Unsupported;
 - every access of every lane lies inside one registered allocation and is aligned to its full
   width, or MemoryFault is raised before memory is touched;
-- lanes that store different values to one address in one instruction raise MemoryFault;
+- lanes that store different values to one address in one instruction raise MemoryFault, also if
+  they are lanes of CTAs that run side by side;
 - shuffles that miss lanes, and barriers that are reached in parts, raise SyncFault;
 - registers and shared memory start as NaN (all ones) in every CTA, and so does the target of an
   asynchronous copy that was not waited for.
 
-What is not checked: races between warps, and between CTAs.
+What is not checked: other races between warps, and between CTAs.
 
 All arithmetic is exact of which PTX defines the rounding, fma included. Approximate instructions
 (.approx, div.full) are rounded correctly here and may be off by an ulp or two on hardware:
 launch(..., approx_ulp=2) adds errors of up to that size, always the same for the same operands.
 
-Where to start reading: module.py (building and launching), machine.py (how a CTA runs),
+Where to start reading: module.py (building and launching), machine.py (how CTAs run),
 instructions/builder.py (how an instruction becomes a closure), then the instructions themselves.
 """
 

@@ -22,7 +22,7 @@ from .numbers import F32, F64, I64, TYPE_NAME, U8, U32, U64, ptx_type
 from .parser import Kernel
 from .stats import Stats
 
-# CTAs that run side by side: more take longer for each where they part.
+# CTAs that run side by side: `access` numbers their warps in five bits.
 SIDE_BY_SIDE = 32
 
 # On hardware, too, the system has the first kilobyte of shared memory.
@@ -38,13 +38,11 @@ _APPROXIMATE = {
 }
 
 
-def independent(kernel: Kernel, n: int) -> bool:
-    """If CTAs of n threads are warps that share no memory and wait for nobody else."""
-    names = [instruction.name for instruction in kernel.body]
-    shared = any(
-        re.search(r"\bshared\b|^(bar|barrier)(?!\.warp)|^cp\.|matrix", name) for name in names
-    )
-    return n == 32 and not shared and not kernel.shared_symbols
+def independent(kernel: Kernel, cta_size: int) -> bool:
+    """If CTAs of so many threads are warps that have no shared memory and no barrier."""
+    together = re.compile(r"\bshared\b|^bar(rier)?\.(?!warp)|^cp\.|matrix")
+    alone = not any(together.search(instruction.name) for instruction in kernel.body)
+    return cta_size == 32 and alone and not kernel.shared_symbols
 
 
 class Machine:
@@ -53,7 +51,7 @@ class Machine:
     Parameters
     ----------
     kernel : Kernel
-    n_cta : int
+    cta_size : int
         Threads of a CTA.
     n_ctas : int
         CTAs that can run side by side.
@@ -68,10 +66,10 @@ class Machine:
     groups : asynchronous copies not waited for, in groups; the last one is still open.
     """
 
-    def __init__(self, kernel: Kernel, n_cta: int, n_ctas: int):
+    def __init__(self, kernel: Kernel, cta_size: int, n_ctas: int):
         self.name = kernel.name
-        self.n_cta, self.n_ctas = n_cta, n_ctas
-        self.n = n = n_cta * n_ctas
+        self.cta_size, self.n_ctas = cta_size, n_ctas
+        self.n = n = cta_size * n_ctas
         self.threads = np.arange(n)
         # The places in the grid of the CTAs that run.
         self.ctas: list[tuple[int, ...]] = []
@@ -97,10 +95,10 @@ class Machine:
             # Threads have one dimension. The CTAs' places are filled in when they run.
             special |= {f"%{name}.{axis}": np.zeros(self.n, U32) for name in ("tid", "ctaid")}
             special |= {f"%{name}.{axis}": np.ones(self.n, U32) for name in ("ntid", "nctaid")}
-        special["%tid.x"] = (self.threads % self.n_cta).astype(U32)
-        special["%ntid.x"] = np.full(self.n, self.n_cta, U32)
+        special["%tid.x"] = (self.threads % self.cta_size).astype(U32)
+        special["%ntid.x"] = np.full(self.n, self.cta_size, U32)
         special["%laneid"] = (self.threads % 32).astype(U32)
-        special["%warpid"] = (self.threads % self.n_cta // 32).astype(U32)
+        special["%warpid"] = (self.threads % self.cta_size // 32).astype(U32)
         for name in kernel.shared_symbols:
             special[name] = np.full(self.n, _SHARED_BASE, U32)
         for i, (name, _) in enumerate(kernel.params):
@@ -151,7 +149,7 @@ class Machine:
         try:
             return self.spaces[space].access(addresses, unit, count, values=values, align=align)
         except LaneFault as fault:
-            cta, thread = divmod(int(lanes[fault.lane]), self.n_cta)
+            cta, thread = divmod(int(lanes[fault.lane]), self.cta_size)
             thread = f"thread {thread} of CTA {self.ctas[cta]}"
             raise MemoryFault(f"{self.name}, {ins}: {thread}: {fault.reason}") from None
 
@@ -171,9 +169,9 @@ class Machine:
         for first in range(0, len(places), self.n_ctas):
             self.ctas = places[first : first + self.n_ctas]
             self.budget, self.groups = max_instructions * len(self.ctas), [[]]
-            n_threads = self.n_cta * len(self.ctas)
+            n_threads = self.cta_size * len(self.ctas)
             for axis, index, size in zip("xyz", zip(*self.ctas, strict=True), grid, strict=True):
-                self.values[f"%ctaid.{axis}"][:n_threads] = np.repeat(index, self.n_cta)
+                self.values[f"%ctaid.{axis}"][:n_threads] = np.repeat(index, self.cta_size)
                 self.values[f"%nctaid.{axis}"][:] = size
             # All ones: a NaN in every float type, and no plausible address.
             for bits in (*self.banks, shared):
@@ -226,9 +224,10 @@ class Machine:
         warps = self.threads.reshape(-1, 32)
         parted = any(len(set(self.pc[w][alive[w]])) > 1 for w in warps)
         if parted or any(op.kind == SYNC for op in ops) or len({op.barrier_id for op in ops}) > 1:
-            where = [str(op.ins) for op in ops]
-            cta = self.ctas[np.flatnonzero(alive)[0] // self.n_cta]
-            raise SyncFault(f"{self.name}: CTA {cta} is stuck at {where}")
+            cta = self._cta(alive)
+            mine = alive & (self.threads // self.cta_size == cta)
+            where = [str(self.code[at].ins) for at in sorted(set(self.pc[mine].tolist()))]
+            raise SyncFault(f"{self.name}: CTA {self.ctas[cta]} is stuck at {where}")
         self.status[alive] = READY
         self.pc[alive] += 1
         self.stats.barriers += 1
@@ -246,8 +245,12 @@ class Machine:
         self.counts[:, end] -= n
         self.budget -= end - start
         if self.budget < 0:
-            cta = self.ctas[np.flatnonzero(self.status != DONE)[0] // self.n_cta]
-            raise PtxError(f"{self.name}: CTA {cta} does not end")
+            running = self.status != DONE if mask is None else mask
+            raise PtxError(f"{self.name}: CTA {self.ctas[self._cta(running)]} does not end")
+
+    def _cta(self, threads) -> int:
+        """The number, of those that run side by side, of the first CTA of these threads."""
+        return int(np.flatnonzero(threads)[0]) // self.cta_size
 
     def _execute(self, at: int, mask, met: bool) -> None:
         """Run the threads in mask from `at` until they part, wait, end or may meet others."""

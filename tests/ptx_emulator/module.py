@@ -41,14 +41,14 @@ class Module:
         if not self.num_warps:
             raise Unsupported(f"{self.name}: no .reqntid, and num_warps was not given")
         self._kernel = kernel
-        n_cta = 32 * self.num_warps
-        self._most = SIDE_BY_SIDE if independent(kernel, n_cta) else 1
-        self._machines = {1: Machine(kernel, n_cta, 1)}
+        cta_size = 32 * self.num_warps
+        self._most_ctas = SIDE_BY_SIDE if independent(kernel, cta_size) else 1
+        self._machines = {1: Machine(kernel, cta_size, 1)}
 
     def machine(self, n_ctas: int) -> Machine:
         """The machine to run a grid of so many CTAs."""
-        # A power of two: what is bound to its threads takes time to build.
-        n = min(1 << (n_ctas - 1).bit_length(), self._most) if n_ctas else 1
+        # Powers of two, so that few machines are built.
+        n = min(1 << (n_ctas - 1).bit_length(), self._most_ctas) if n_ctas else 1
         if n not in self._machines:
             self._machines[n] = Machine(self._kernel, 32 * self.num_warps, n)
         return self._machines[n]
@@ -116,7 +116,7 @@ def launch(
     seed : int, optional
         Of those errors.
     max_instructions : int, optional
-        What one CTA may execute.
+        What a CTA may execute, on average over those that run side by side.
 
     Returns
     -------

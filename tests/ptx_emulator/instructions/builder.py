@@ -57,9 +57,9 @@ class Builder:
     ----------
     kind : PLAIN, SYNC (lanes of a warp have to execute it together) or CONTROL.
     run : PLAIN and SYNC instructions are called as run(mask), which executes them for the threads
-        in mask (None: all of the CTA). CONTROL instructions are called as run(at, mask): they set
-        the program counters and the status of the threads themselves and return None, or return
-        the next instruction if the whole CTA goes on there.
+        in mask (None: all). CONTROL instructions are called as run(at, mask): they set the program
+        counters and the status of the threads themselves and return None, or return the next
+        instruction if all go on there.
     members : of a SYNC instruction, for each thread, the lanes of its warp that must take part, as
         bits.
     barrier_id : of a barrier of the CTA.
