@@ -12,8 +12,6 @@ divergence is another by what u is rounded times Q - P: by less than 2e-7 √KL.
 A few likely tokens are not among what is summed in float32: see `eager_workspace`.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -80,7 +78,7 @@ def divergences(
 
 
 def close_enough(
-    divergence: NDArray[np.float64], c: NDArray[np.floating[Any]], highest: NDArray[np.float32]
+    divergence: NDArray[np.float64], c: NDArray[np.float64], highest: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
     """Return which divergences are good by differences in float32.
 

@@ -144,7 +144,7 @@ class Workspace:
             # log2 e is a float32 here, as it was for the other tokens.
             moved = (there.double() - known.p_likely).numpy() * float(np.float32(_LOG2E))
             likely = (moved + c_log2e.numpy()) * math.log(2)
-            c = c_log2e[..., 0].numpy() * math.log(2)
+            c = c_log2e[..., 0].double().numpy() * math.log(2)
             divergence, mean, good = self._divergences(sums, slice(None), likely)
             good &= formulas.close_enough(divergence, c, self._highest(sums, slice(None)))
             again = ~good & np.isfinite(mean) & (np.abs(c) < formulas.LARGEST_PIVOT)
