@@ -1,8 +1,8 @@
 """Calls of PyTorch's functions that must come before threads call them.
 
 oneMKL chooses the code for a function when it is first called. If two threads call it at once, then one
-may get code that is off by 1e-4, for its share of that one call: seen in eight of a hundred processes,
-in KL as 2.6e-4 of itself. One number, in one thread, is enough to have chosen [1]_.
+may get code that is off by 1e-4, for its share of that one call: seen in 8 of 65 processes, in KL
+as 2.6e-4 of itself. One number, in one thread, is enough to have chosen [1]_.
 
 References
 ----------
