@@ -137,6 +137,8 @@ def check_pair(
 
     If the reference is `sliced`, it is what model.out_slice picks, and the messages say so.
     """
+    if circuit.shape == reference.shape and circuit.device == reference.device:
+        return
     source = (
         "; the reference is what model.out_slice picks from the model's output" if sliced else ""
     )
@@ -153,11 +155,10 @@ def check_pair(
             f"{name} and reference must have the same shape, got {tuple(circuit.shape)} and "
             f"{tuple(reference.shape)}{source}"
         )
-    if circuit.device != reference.device:
-        raise ValueError(
-            f"{name} and reference must be on the same device, got {circuit.device} and "
-            f"{reference.device}"
-        )
+    raise ValueError(
+        f"{name} and reference must be on the same device, got {circuit.device} and "
+        f"{reference.device}"
+    )
 
 
 def check_transforms(logits: Sequence[Tensor]) -> None:
@@ -170,12 +171,14 @@ def check_transforms(logits: Sequence[Tensor]) -> None:
         if forward_ad._current_level >= 0:
             raise _no_forward_mode()
         return
+    forward = forward_ad._current_level >= 0
+    backward = torch.is_grad_enabled()
     for t in logits:
-        if _functorch.is_batchedtensor(t):
-            continue
-        if forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
-            raise _no_forward_mode()
-        if t.requires_grad and torch.is_grad_enabled() and _functorch.is_gradtrackingtensor(t):
+        if forward and not _functorch.is_batchedtensor(t):
+            unpacked = forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
+            if unpacked.tangent is not None:
+                raise _no_forward_mode()
+        if backward and t.requires_grad and _functorch.is_gradtrackingtensor(t):
             raise RuntimeError(
                 "fastkl's gradients are for .backward() and torch.autograd.grad, not for torch.func "
                 f"(grad, vjp, jacrev, hessian): {_INSTEAD}"

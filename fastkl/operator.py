@@ -22,7 +22,12 @@ def measure(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
 ) -> Tensor:
     """Return the divergences (K, R) of rows (R, V), by the backend that suits them."""
-    chosen = _choose(circuits, reference, backend)
+    return _measure_by(_choose(circuits, reference, backend), circuits, reference, temperature)
+
+
+def _measure_by(
+    chosen: backends.Backend, circuits: Sequence[Tensor], reference: Tensor, temperature: float
+) -> Tensor:
     if not circuits or reference.shape[0] == 0:
         return _empty(circuits, reference)
     return chosen.kl_rows(list(circuits), reference, temperature)
@@ -61,7 +66,7 @@ def kl_div(
     chosen = _choose(circuits, reference, backend)
     if keep and circuits and reference.shape[0]:
         return chosen.kl_rows_kept(list(circuits), reference, temperature)
-    divergence = measure(circuits, reference, temperature, backend)
+    divergence = _measure_by(chosen, circuits, reference, temperature)
     return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
 
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 def as_rows(logits: Tensor) -> Tensor:
     """View logits (..., V) as (R, V) with a contiguous last dimension; copy only if there is no view."""
+    # Most calls' logits are: with many circuits asking for a view takes as long as a launch.
+    if logits.dim() == 2 and logits.stride(1) == 1:
+        return logits
     *leading, n_cols = logits.shape
     rows = logits.reshape(math.prod(leading), n_cols)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
@@ -27,8 +30,7 @@ def reduce(
     the first dimension.
     """
     dtype = rows.dtype
-    # Of no rows there is no mean.
-    count: Tensor | float = rows.shape[1] if rows.shape[1] else float("nan")
+    count: Tensor | None = None
     if weights is not None:
         # Their gradient is a sum of two, which half precision would round each.
         weights = weights.reshape(-1).double()
@@ -43,8 +45,10 @@ def reduce(
         count = counts.sum(dtype=torch.float64)
     if reduction == "none":
         return rows.to(dtype).reshape(rows.shape[0], *leading)
+    if reduction == "mean" and count is None:
+        return rows.mean(dim=1, dtype=torch.float64).to(dtype)
     total = rows.sum(dim=1, dtype=torch.float64)
-    if reduction == "mean":
+    if reduction == "mean" and count is not None:
         total = total / count
     elif reduction == "batchmean":
         total = total / (leading[0] if leading else 1) if rows.shape[1] else total * torch.nan

@@ -72,6 +72,11 @@ class EmulatedKernel:
             if parameter.is_constexpr or (free and not torch.is_tensor(value) and value == 1):
                 constexprs[name] = value
                 continue
+            if isinstance(value, tuple):
+                # What is said of its name does not hold for what is in it.
+                assert all(number >= 2**31 and number % 16 for number in value)
+                signature[name] = ("i64",) * len(value)
+                continue
             if torch.is_tensor(value):
                 signature[name] = POINTERS[value.dtype]
                 value = value.data_ptr()
@@ -89,11 +94,13 @@ class EmulatedKernel:
             tuple(options.items()),
         )
         memory = self.session.memory(self.name, arguments)
-        values = [
-            arguments[name].data_ptr() if torch.is_tensor(arguments[name]) else arguments[name]
-            for name in names
-            if name not in constexprs
-        ]
+        values = []
+        for name in names:
+            value = arguments[name]
+            if isinstance(value, tuple):
+                values += value
+            elif name not in constexprs:
+                values.append(value.data_ptr() if torch.is_tensor(value) else value)
         stats = run(module, grid, values, memory=memory, approx_ulp=self.session.approx_ulp)
         self.session.stats[self.name].append(stats)
 

@@ -42,7 +42,8 @@ SIZES = (
     "unit",
     "inverse",
 )
-TABLE_NUMBERS = ("first", "n", "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
+# What `disguised` adds to a number.
+DISGUISE = tl.constexpr(2**32)
 # Times that a row may be looked at again: at its own pivot, where that matters; at its own pivot
 # altogether; at its maxima, where a sum overflowed; and from these at its own pivot.
 LOOKS = tl.constexpr(4)
@@ -534,24 +535,11 @@ def finish_kernel(
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 
-@triton.jit(do_not_specialize=TABLE_NUMBERS)
-def table_kernel(
-    table_ptr,
-    first: tl.int32,
-    n: tl.int32,
-    a0: tl.int64,
-    a1: tl.int64,
-    a2: tl.int64,
-    a3: tl.int64,
-    a4: tl.int64,
-    a5: tl.int64,
-    a6: tl.int64,
-    a7: tl.int64,
-):
-    """Write up to 8 numbers to the table, from `first` on.
+@triton.jit(do_not_specialize=("first", "n"))
+def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
+    """Write up to n of a tuple of `disguised` numbers to the table, from `first` on.
 
     Numbers travel as arguments: a copy from the host would make it wait, or outlive a captured graph.
     """
-    numbers = (a0, a1, a2, a3, a4, a5, a6, a7)
-    for i in tl.static_range(8):
-        tl.store(table_ptr + first + i, numbers[i], mask=i < n)
+    for i in tl.static_range(len(numbers)):
+        tl.store(table_ptr + first + i, (numbers[i] >> 1) - DISGUISE, mask=i < n)

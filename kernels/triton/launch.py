@@ -1,6 +1,7 @@
 """Launching the kernels: which rows lie alike, which circuits form a group, how big a tile is."""
 
 import contextlib
+import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import triton
 
 from . import kernels
+from .kernels import DISGUISE
 
 # Whether the kernels were built for Triton's interpreter, which runs them on CPU tensors.
 INTERPRETED = not isinstance(kernels.partial_kernel, triton.runtime.JITFunction)
@@ -23,8 +25,9 @@ SLICES = 64
 # The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
 N_FIELDS, N_KEPT = 5, 10
 LOG2_E = 1.4426950408889634
-# Arguments that table_kernel takes at a time.
-TABLE_CHUNK = 8
+# Numbers that table_kernel takes at a time, for 32 tensors: in a tuple, 64 take no longer to launch than
+# 8 arguments by name.
+TABLE_CHUNK = 64
 
 # Registers a thread of partial_kernel: 32 warps fit on an SM, half of what it can hold at the most.
 MAX_REGISTERS = 64
@@ -93,6 +96,7 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
     return torch.stack([joined[k] for k in order], dim=dim)
 
 
+@functools.lru_cache
 def slices(n_cols, itemsize):
     """Return into how many slices a vocabulary is cut, and their size: by V and the element's size."""
     # Whole tiles, however the loop is unrolled and whatever the warp's size.
@@ -112,11 +116,19 @@ def groups(n_circuits):
         first += count * size
 
 
+def layouts_of(tensors):
+    """Return where the rows of tensors (R, V) of one dtype start."""
+    itemsize, several = tensors[0].itemsize, tensors[0].shape[0] > 1
+    vec = WIDEST // itemsize
+    return [
+        Layout(rows.data_ptr() // itemsize % vec, rows.stride(0) % vec if several else 0)
+        for rows in tensors
+    ]
+
+
 def layout(rows):
     """Return where the rows of a tensor (R, V) start."""
-    vec = WIDEST // rows.itemsize
-    step = rows.stride(0) % vec if rows.shape[0] > 1 else 0
-    return Layout(rows.data_ptr() // rows.itemsize % vec, step)
+    return layouts_of([rows])[0]
 
 
 def _reference_like_most(circuits, reference):
@@ -125,9 +137,10 @@ def _reference_like_most(circuits, reference):
     If more circuits lie otherwise, it is copied once to lie as most do. For a single circuit the copy
     costs more than loads of single elements.
     """
-    layouts = [layout(circuit) for circuit in circuits]
+    own, *layouts = layouts_of((reference, *circuits))
+    if layouts.count(own) == len(layouts):
+        return reference, set(range(len(layouts)))
     most, count = Counter(layouts).most_common(1)[0]
-    own = layout(reference)
     if most != own and count > max(1, layouts.count(own)):
         reference, own = _copy(reference, most), most
     return reference, {k for k, other in enumerate(layouts) if other == own}
@@ -210,13 +223,20 @@ def warp_size(device):
 def pointer_table(tensors, device):
     """Return a table (K, 2) on the device of the tensors' addresses and row strides, 0 for None."""
     pairs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
-    numbers = [number for pair in pairs for number in pair]
+    numbers = [disguised(number) for pair in pairs for number in pair]
     table = torch.empty(len(numbers), dtype=torch.int64, device=device)
     for first in range(0, len(numbers), TABLE_CHUNK):
         chunk = numbers[first : first + TABLE_CHUNK]
-        padded = chunk + [0] * (TABLE_CHUNK - len(chunk))
-        arguments = {f"a{i}": number for i, number in enumerate(padded)}
+        padding = [disguised(0)] * (TABLE_CHUNK - len(chunk))
         kernels.table_kernel[(1,)](
-            table_ptr=table, first=first, n=len(chunk), **arguments, num_warps=1
+            table_ptr=table, numbers=(*chunk, *padding), first=first, n=len(chunk), num_warps=1
         )
     return table
+
+
+def disguised(number):
+    """Return an odd number of more than 32 bits in place of a number >= 0.
+
+    Triton compiles anew for integers in a tuple that are 1, fit into 32 bits, or are multiples of 16.
+    """
+    return 2 * (number + DISGUISE.value) + 1
