@@ -161,6 +161,30 @@ def check_pair(
     )
 
 
+def check_rows(
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    *,
+    grad: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Refuse what an operator is called with that are not rows (R, V) or (B, S, V) of one another."""
+    if reference.dim() not in (2, 3) or reference.shape[-1] == 0:
+        raise ValueError(
+            f"reference must be rows (R, V), or (B, S, V), of at least one token; "
+            f"got {tuple(reference.shape)}"
+        )
+    for k, circuit in enumerate(circuits):
+        check_pair(circuit, reference, f"circuits[{k}]")
+    shape = (len(circuits), math.prod(reference.shape[:-1]))
+    if grad is not None and grad.shape != shape:
+        raise ValueError(f"grad must have the divergences' shape {shape}, got {tuple(grad.shape)}")
+    if kept is not None and kept.shape[0] and kept.shape[1:] != shape:
+        raise ValueError(
+            f"kept must be what the divergences {shape} were returned with, got {tuple(kept.shape)}"
+        )
+
+
 def check_transforms(logits: Sequence[Tensor]) -> None:
     """Refuse derivatives that the operators have no rules for; PyTorch would take some of them as 0.
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastkl import errors, operator
-from fastkl.reductions import as_rows, reduce
+from fastkl.reductions import reduce
 from fastkl.statistics import KLStatistics, statistics
+from fastkl.views import as_rows, flattened
 
 
 @overload
@@ -307,9 +308,8 @@ def js_div(
     errors.check_temperature(temperature)
     errors.check_backend(backend)
     (circuit,), reference = _checked([circuit], ["circuit"], reference, vocab_size, mask, weights)
-    rows = operator.js_div(
-        as_rows(circuit), as_rows(reference), float(beta), float(temperature), backend
-    )
+    cir, ref = flattened([circuit, reference])
+    rows = operator.js_div(cir, ref, float(beta), float(temperature), backend)
     return reduce(rows[None], reference.shape[:-1], reduction, mask, weights)[0]
 
 
@@ -321,8 +321,8 @@ def kl_rows(
     backend: str | None,
 ) -> Tensor:
     """Return the divergences (K, R) of checked logits (..., V), without a gradient."""
-    rows = [as_rows(c) for c in circuits]
-    return operator.measure(rows, as_rows(reference), temperature, backend)
+    ref, *cir = flattened([reference, *circuits])
+    return operator.measure(cir, ref, temperature, backend)
 
 
 def _kl_div(
@@ -344,7 +344,7 @@ def _kl_div(
     errors.check_backend(backend)
     circuits, reference = _checked(circuits, names, reference, vocab_size, mask, weights)
     leading, temperature = reference.shape[:-1], float(temperature)
-    cir, ref = [as_rows(c) for c in circuits], as_rows(reference)
+    ref, *cir = flattened([reference, *circuits])
     if direction == "forward" or not cir:
         rows = operator.differentiable(cir, ref, temperature, backend)
     else:
@@ -359,7 +359,7 @@ def _kl_div(
         if direction == "forward"
         else kl_rows(cir, ref, temperature=temperature, backend=backend)
     )
-    found = statistics(cir, ref, forward, temperature)
+    found = statistics([as_rows(c) for c in cir], as_rows(ref), forward, temperature)
     return divergence, KLStatistics(*(field.reshape(len(cir), *leading) for field in found))
 
 

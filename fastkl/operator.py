@@ -2,12 +2,14 @@
 
 `fastkl::kl_div` measures K circuits by a backend; `fastkl::kl_div_backward` is its derivative, and has
 none itself; `fastkl::js_div` and `fastkl::js_div_backward` are the same of the Jensen-Shannon divergence
-of one circuit. All take rows (R, V) with a contiguous last dimension.
+of one circuit. All take rows (R, V), or (B, S, V) where the rows have gaps that no view (R, V) could
+have (R = B S then), any strides: what is no view of rows with a contiguous last dimension is copied.
 
 Beside the divergences `fastkl::kl_div` returns what its backend keeps of each row (N, K, R) to save the
 derivative work, if it is to `keep` it; N is 0 otherwise, and for backends that keep nothing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,21 +18,34 @@ from torch import Tensor
 
 from fastkl import backends, errors
 from fastkl.rows import compute_dtype
+from fastkl.views import as_rows, asked_for, with_gaps
 
 
 def measure(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the divergences (K, R) of rows (R, V), by the backend that suits them."""
-    return _measure_by(_choose(circuits, reference, backend), circuits, reference, temperature)
+    """Return the divergences (K, R) of rows, by the backend that suits them."""
+    return _measure_by(
+        _choose(circuits, reference, backend), circuits, reference, temperature, False
+    )[0]
 
 
 def _measure_by(
-    chosen: backends.Backend, circuits: Sequence[Tensor], reference: Tensor, temperature: float
-) -> Tensor:
-    if not circuits or reference.shape[0] == 0:
-        return _empty(circuits, reference)
-    return chosen.kl_rows(list(circuits), reference, temperature)
+    chosen: backends.Backend,
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    temperature: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    if not circuits or not math.prod(reference.shape[:-1]):
+        divergence = _empty(circuits, reference)
+    else:
+        (ref, *cir), window = with_gaps([reference, *circuits])
+        if keep:
+            found = chosen.kl_rows_kept(cir, ref, temperature)
+            return asked_for(found[0], window), asked_for(found[1], window)
+        divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
+    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
 
 
 def differentiable(
@@ -62,12 +77,10 @@ def kl_div(
     backend: str | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergences (K, R) of rows (R, V), with a gradient, and what is kept for it."""
+    """Return the divergences (K, R) of rows, with a gradient, and what is kept for it."""
+    errors.check_rows(circuits, reference)
     chosen = _choose(circuits, reference, backend)
-    if keep and circuits and reference.shape[0]:
-        return chosen.kl_rows_kept(list(circuits), reference, temperature)
-    divergence = _measure_by(chosen, circuits, reference, temperature)
-    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
+    return _measure_by(chosen, circuits, reference, temperature, keep)
 
 
 @torch.library.custom_op(
@@ -87,21 +100,21 @@ def kl_div_backward(
     backend: str | None,
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuits' first, each like its logits."""
-    chosen = _choose(circuits, reference, backend)
-    dqs, dp = chosen.gradients(
+    errors.check_rows(circuits, reference, grad=grad, kept=kept)
+    dqs, dp = _choose(circuits, reference, backend).gradients(
         grad,
-        circuits,
-        reference,
+        [as_rows(circuit) for circuit in circuits],
+        as_rows(reference),
         wanted,
         reference_wanted,
         temperature,
         kept if kept.shape[0] else None,
     )
-    return [gradient for gradient in (*dqs, dp) if gradient is not None]
+    return [t.reshape(reference.shape) for t in (*dqs, dp) if t is not None]
 
 
 def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
-    shape = (len(circuits), reference.shape[0])
+    shape = (len(circuits), math.prod(reference.shape[:-1]))
     return reference.new_empty(shape, dtype=compute_dtype(reference, *circuits))
 
 
@@ -183,10 +196,20 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 kl_div_backward.register_autograd(_refuse)
 
 
-def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, int]:
-    """Return rows (R, V) of a batch as (batch * R, V), and R."""
-    batch = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return batch.flatten(0, 1).contiguous(), batch.shape[1]
+def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return a batch along its first dimension."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, torch.Size]:
+    """Return rows of a batch as (batch * R, V), and the shape of each one's."""
+    batch = _batched(t, dim, size)
+    return as_rows(batch), batch.shape[1:]
+
+
+def _fold_values(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return numbers of rows (..., R) of a batch as (..., batch * R)."""
+    return _batched(t, dim, size).movedim(0, -2).flatten(-2)
 
 
 @kl_div.register_vmap
@@ -202,10 +225,42 @@ def _(
     errors.check_transforms((*circuits, reference))
     dims, reference_dim, *_ = in_dims
     rows = [_fold(t, dim, info.batch_size)[0] for t, dim in zip(circuits, dims, strict=True)]
-    folded, n_rows = _fold(reference, reference_dim, info.batch_size)
+    folded, (*leading, _) = _fold(reference, reference_dim, info.batch_size)
     divergence, kept = kl_div(rows, folded, temperature, backend, keep)
-    shape = (len(rows), info.batch_size, n_rows)
+    shape = (len(rows), info.batch_size, math.prod(leading))
     return (divergence.reshape(shape), kept.reshape(kept.shape[0], *shape)), (1, 2)
+
+
+@kl_div_backward.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[
+        int | None, Sequence[int | None], int | None, int | None, None, None, None, None
+    ],
+    grad: Tensor,
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    kept: Tensor,
+    wanted: Sequence[bool],
+    reference_wanted: bool,
+    temperature: float,
+    backend: str | None,
+) -> tuple[list[Tensor], list[int]]:
+    size = info.batch_size
+    grad_dim, dims, reference_dim, kept_dim, *_ = in_dims
+    rows = [_fold(t, dim, size)[0] for t, dim in zip(circuits, dims, strict=True)]
+    folded, shape = _fold(reference, reference_dim, size)
+    found = kl_div_backward(
+        _fold_values(grad, grad_dim, size),
+        rows,
+        folded,
+        _fold_values(kept, kept_dim, size),
+        wanted,
+        reference_wanted,
+        temperature,
+        backend,
+    )
+    return [t.reshape(size, *shape) for t in found], [0] * len(found)
 
 
 @torch.library.custom_op(
@@ -217,11 +272,13 @@ def _(
 def js_div(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the Jensen-Shannon divergences (R,) of rows (R, V), with a gradient."""
+    """Return the Jensen-Shannon divergences (R,) of rows, with a gradient."""
+    errors.check_rows([circuit], reference)
     chosen = _choose([circuit], reference, backend)
-    if reference.shape[0] == 0:
+    if not math.prod(reference.shape[:-1]):
         return _empty([circuit], reference)[0]
-    return chosen.js_rows(circuit, reference, beta, temperature)
+    (cir, ref), window = with_gaps([circuit, reference])
+    return asked_for(chosen.js_rows(cir, ref, beta, temperature), window)
 
 
 @torch.library.custom_op(
@@ -241,9 +298,11 @@ def js_div_backward(
     backend: str | None,
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuit's first, each like its logits."""
-    return _choose([circuit], reference, backend).js_gradients(
-        grad, circuit, reference, beta, temperature, wanted, reference_wanted
+    errors.check_rows([circuit], reference, grad=grad[None])
+    found = _choose([circuit], reference, backend).js_gradients(
+        grad, as_rows(circuit), as_rows(reference), beta, temperature, wanted, reference_wanted
     )
+    return [t.reshape(reference.shape) for t in found]
 
 
 @js_div.register_fake
@@ -303,5 +362,27 @@ def _(
 ) -> tuple[Tensor, int]:
     errors.check_transforms((circuit, reference))
     sides = zip((circuit, reference), in_dims[:2], strict=True)
-    (cir, n_rows), (ref, _) = (_fold(t, dim, info.batch_size) for t, dim in sides)
-    return js_div(cir, ref, beta, temperature, backend).reshape(info.batch_size, n_rows), 0
+    (cir, _), (ref, (*leading, _)) = (_fold(t, dim, info.batch_size) for t, dim in sides)
+    divergence = js_div(cir, ref, beta, temperature, backend)
+    return divergence.reshape(info.batch_size, math.prod(leading)), 0
+
+
+@js_div_backward.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple[int | None, int | None, int | None, None, None, None, None, None],
+    grad: Tensor,
+    circuit: Tensor,
+    reference: Tensor,
+    beta: float,
+    temperature: float,
+    wanted: bool,
+    reference_wanted: bool,
+    backend: str | None,
+) -> tuple[list[Tensor], list[int]]:
+    size = info.batch_size
+    sides = zip((circuit, reference), in_dims[1:3], strict=True)
+    (cir, _), (ref, shape) = (_fold(t, dim, size) for t, dim in sides)
+    grads = _fold_values(grad, in_dims[0], size)
+    found = js_div_backward(grads, cir, ref, beta, temperature, wanted, reference_wanted, backend)
+    return [t.reshape(size, *shape) for t in found], [0] * len(found)

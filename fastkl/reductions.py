@@ -1,19 +1,7 @@
-"""From logits (..., V) to rows (R, V), and from a number a row to what was asked for."""
-
-import math
+"""From a number a row to what was asked for."""
 
 import torch
 from torch import Tensor
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """View logits (..., V) as (R, V) with a contiguous last dimension; copy only if there is no view."""
-    # Most calls' logits are: with many circuits asking for a view takes as long as a launch.
-    if logits.dim() == 2 and logits.stride(1) == 1:
-        return logits
-    *leading, n_cols = logits.shape
-    rows = logits.reshape(math.prod(leading), n_cols)
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def reduce(

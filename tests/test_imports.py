@@ -22,6 +22,7 @@ LAYERS = {
     "state": 0,
     "rows": 0,
     "reductions": 0,
+    "views": 0,
     "backends.eager_blocks": 0,
     "_triton": 0,
     "_native": 0,

@@ -1,6 +1,8 @@
 """kl_div as a PyTorch operator: gradients, and what compiles, exports and batches it."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -299,6 +301,156 @@ def test_constants_within_other_derivatives(pair, name):
         assert torch.equal(torch.func.jvp(scaled, (x,), (torch.ones(()),))[1], expected)
 
 
+def misplaced(rows):
+    """Rows whose vocabulary is not contiguous."""
+    return rows.t().contiguous().t()
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_operators_take_any_strides(pair, backend):
+    """A compiler may hand them over otherwise than they were."""
+    if reason := fastkl.available_backends()[backend]:
+        pytest.skip(reason)
+    rows = [t[0] for t in pair]
+    odd = [misplaced(t) for t in rows]
+    expected, kept = operator.kl_div(rows[:1], rows[1], 1.0, backend, True)
+    found = operator.kl_div(odd[:1], odd[1], 1.0, backend, True)[0]
+    assert torch.equal(found, expected)
+    grad = torch.rand(1, 6)
+    gradients = [
+        operator.kl_div_backward(grad, [q], p, kept, [True], True, 1.0, backend)
+        for q, p in (rows, odd)
+    ]
+    assert all(map(torch.equal, *gradients))
+    assert torch.equal(*(operator.js_div(q, p, 0.5, 1.0, backend) for q, p in (rows, odd)))
+    gradients = [
+        operator.js_div_backward(grad[0], q, p, 0.5, 1.0, True, True, backend)
+        for q, p in (rows, odd)
+    ]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(
+    ("circuit", "reference", "message"),
+    [
+        ((2, 9), (3, 9), "same shape, got (2, 9) and (3, 9)"),
+        ((3, 8), (3, 9), "got 8 tokens in shape (3, 8) and 9 in (3, 9)"),
+        ((9,), (9,), "must be rows (R, V), or (B, S, V), of at least one token; got (9,)"),
+        ((3, 0), (3, 0), "of at least one token; got (3, 0)"),
+    ],
+)
+def test_the_operators_take_rows_of_one_another_alone(circuit, reference, message):
+    """Nothing is read that is not there."""
+    circuit, reference = torch.zeros(circuit), torch.zeros(reference)
+    grad, kept = torch.ones(1, 3), torch.empty(0, 1, 3)
+    for call in (
+        lambda: operator.kl_div([circuit], reference, 1.0, None, False),
+        lambda: operator.kl_div_backward(grad, [circuit], reference, kept, [True], True, 1.0, None),
+        lambda: operator.js_div(circuit, reference, 0.5, 1.0, None),
+        lambda: operator.js_div_backward(grad[0], circuit, reference, 0.5, 1.0, True, True, None),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+
+def test_the_operators_refuse_other_rows_numbers(pair):
+    circuit, reference = (t[0] for t in pair)
+    grad, kept = torch.ones(1, 6), torch.empty(10, 1, 5)
+    with pytest.raises(ValueError, match=r"divergences' shape \(1, 6\), got \(1, 5\)"):
+        operator.kl_div_backward(
+            grad[:, :5], [circuit], reference, kept[:0], [True], True, 1.0, None
+        )
+    with pytest.raises(ValueError, match=r"the divergences \(1, 6\) were .* got \(10, 1, 5\)"):
+        operator.kl_div_backward(grad, [circuit], reference, kept, [True], True, 1.0, None)
+    with pytest.raises(ValueError, match=r"divergences' shape \(1, 6\), got \(1, 5\)"):
+        operator.js_div_backward(grad[0, :5], circuit, reference, 0.5, 1.0, True, True, None)
+
+
+def rest_of_prompts(t):
+    return t[:, 1:]
+
+
+@pytest.mark.parametrize("view", [rest_of_prompts, lambda t: t[:, :-1], lambda t: t[:, 1:4, 2:]])
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+def test_views_with_gaps(pair, function, view):
+    """All positions but the first: what their copies give, and what is saved is the views."""
+    saved = []
+    leaves = [t.clone().requires_grad_() for t in pair]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function(*map(view, leaves), reduction="none").sum().backward()
+    copies = [view(t).contiguous().requires_grad_() for t in pair]
+    function(*copies, reduction="none").sum().backward()
+    for leaf, copy in zip(leaves, copies, strict=True):
+        assert torch.equal(view(leaf.grad), copy.grad)
+        assert leaf.data_ptr() in {t.untyped_storage().data_ptr() for t in saved}
+    with torch.no_grad():
+        found, expected = (function(*t, reduction="none") for t in (map(view, pair), copies))
+    assert torch.equal(found, expected)
+    stacked = [torch.stack([t, t.flip(1)]) for t in pair]
+    found = function(*(t[:, :, 1:] for t in stacked), reduction="none")
+    expected = function(*(t[:, :, 1:].contiguous() for t in stacked), reduction="none")
+    assert torch.equal(found, expected)
+
+
+def test_rows_in_the_gaps_do_not_count(pair):
+    circuit, reference = (t.clone() for t in pair)
+    circuit[:, 0] = torch.nan
+    reference[:, 0] = torch.inf
+    found = fastkl.kl_div_many([circuit[:, 1:], reference[:, 1:]], reference[:, 1:])
+    expected = oracle(pair[0][:, 1:], pair[1][:, 1:]).mean()
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0)
+    assert found[1] == 0
+
+
+def test_negated_views(pair):
+    """PyTorch keeps the imaginary part of a conjugate as a view that is to be negated."""
+    circuit, reference = (torch.complex(t, -t).conj().imag for t in pair)
+    assert circuit.is_neg()
+    assert torch.equal(fastkl.kl_div(circuit, reference), fastkl.kl_div(*pair))
+    assert torch.equal(
+        operator.measure([circuit[0]], reference[0], 1.0, None),
+        operator.measure([pair[0][0]], pair[1][0], 1.0, None),
+    )
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_gradients_in_batches(pair, function, backend):
+    """A Jacobian's rows, all at once."""
+    if reason := fastkl.available_backends()[backend]:
+        pytest.skip(reason)
+    leaves = [t[:2].clone().requires_grad_() for t in pair]
+    for view in (lambda t: t, rest_of_prompts):
+        divergence = function(*map(view, leaves), reduction="none", backend=backend)
+        grads = torch.rand(3, *divergence.shape)
+
+        def gradients(grad, divergence=divergence):
+            return torch.autograd.grad(divergence, leaves, grad, retain_graph=True)
+
+        at_once = torch.vmap(gradients)(grads)
+        one_by_one = map(gradients, grads)
+        for found, expected in zip(at_once, zip(*one_by_one, strict=True), strict=True):
+            torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor finds no g++")
+def test_inductor(pair):
+    """Logits that the compiler makes itself, transposed and with gaps, forward and backward."""
+
+    def loss(circuit, reference):
+        transposed = (circuit * 2).transpose(0, 1)[1:].transpose(0, 1)
+        return fastkl.kl_div((transposed.mT + 1).mT, reference[:, 1:])
+
+    torch._dynamo.reset()
+    leaves = [[t.clone().requires_grad_() for t in pair] for _ in range(2)]
+    values = [f(*t) for f, t in zip((torch.compile(loss), loss), leaves, strict=True)]
+    torch.testing.assert_close(*values)
+    for value in values:
+        value.backward()
+    for found, expected in zip(*leaves, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
 def test_compile(pair):
     """In one graph, forward and backward, and for other sizes without another compilation."""
     compilations = 0
@@ -313,13 +465,13 @@ def test_compile(pair):
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counting)
-    inductor = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    traced = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n_rows in (4, 3, 2):
         circuit, reference = (t[:n_rows].clone().requires_grad_() for t in pair)
         assert torch.equal(compiled(circuit, reference), loss(circuit, reference))
         loss(circuit, reference).backward()
         expected, circuit.grad = circuit.grad, None
-        inductor(circuit, reference).backward()
+        traced(circuit, reference).backward()
         torch.testing.assert_close(circuit.grad, expected)
     assert compilations == 1
 
