@@ -317,6 +317,7 @@ class Cuda:
     def _replay(self, runs: Sequence[Callable[[], object]]) -> list[float]:
         """Return the seconds a run of each replay of a graph of all runs."""
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for run in runs:
                 run()

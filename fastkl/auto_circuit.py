@@ -298,7 +298,9 @@ def _import(name: str) -> ModuleType:
         missing = error.name or ""
         if missing == "auto_circuit":
             raise ModuleNotFoundError(
-                "auto_circuit is not installed: pip install 'fastkl[auto-circuit]'", name=missing
+                "auto_circuit is not installed: in a clone of fastkl, "
+                "pip install '.[auto-circuit]'",
+                name=missing,
             ) from error
         if missing.startswith("auto_circuit."):
             raise _mismatch([f"{missing} is missing"]) from error

@@ -145,7 +145,7 @@ def _check_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"fastkl demo needs {' and '.join(missing)}: pip install 'fastkl[demo]'"
+            f"fastkl demo needs {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
 
 

@@ -314,6 +314,11 @@ def unknown_backend(name: object, names: Sequence[str], source: str) -> ValueErr
     return ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}")
 
 
+def no_backend(device: torch.device, reason: str | None) -> RuntimeError:
+    """Build the error of logits on a device on which no backend runs."""
+    return RuntimeError(f"no backend runs on {device}: {reason}")
+
+
 def unusable_backend(name: str, reason: str, source: str) -> RuntimeError:
     """Build the error of a backend that was asked for and can not run here."""
     return RuntimeError(f"{source} asks for {name}, which can not run here: {reason}")

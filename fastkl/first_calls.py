@@ -15,6 +15,10 @@ import torch
 _FUNCTIONS = (torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p)
 
 
-for dtype in (torch.float32, torch.float64):
-    for function in _FUNCTIONS:
-        function(torch.ones(1, dtype=dtype, device="cpu"))
+def _call() -> None:
+    for dtype in (torch.float32, torch.float64):
+        for function in _FUNCTIONS:
+            function(torch.ones(1, dtype=dtype, device="cpu"))
+
+
+_call()

@@ -8,8 +8,8 @@ from torch import Tensor
 
 # Elements a block of rows: half a dozen float32 buffers of it stay in a CPU's cache.
 _BLOCK_ELEMENTS = 1 << 17
-# On other devices a block fills the chip many times over, and a launch costs next to nothing.
-_DEVICE_BLOCK_ELEMENTS = 1 << 23
+# On other devices a block fills the chip many times over, and launches are few.
+DEVICE_BLOCK_ELEMENTS = 1 << 23
 # Sides less than this apart are subtracted as they are, which is exact for logits alike.
 _APART = 4.0
 # Beyond it float64 knows how far apart sides are to no more than 1e-4.
@@ -39,7 +39,7 @@ def compute_dtype(*logits: Tensor) -> torch.dtype:
 def blocks(logits: Tensor) -> Iterator[slice]:
     """Yield the slices of rows (R, V) that are computed at a time."""
     n_rows, n_cols = logits.shape
-    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else _DEVICE_BLOCK_ELEMENTS
+    elements = _BLOCK_ELEMENTS if logits.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     size = max(1, elements // n_cols)
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))

@@ -66,7 +66,8 @@ class RowState(NamedTuple):
 
 def phi_over_square(x: Tensor) -> Tensor:
     """φ(x) / x² for |x| < NEAR, by Horner's rule in one pass over x a coefficient."""
-    *rest, second, first = (x.new_tensor(coefficient) for coefficient in _SERIES[x.dtype])
+    # Filled in on the device: copied there, a number makes the host wait.
+    *rest, second, first = (x.new_full((), coefficient) for coefficient in _SERIES[x.dtype])
     series = torch.addcmul(second, first, x)
     for coefficient in reversed(rest):
         torch.addcmul(coefficient, series, x, out=series)

@@ -48,7 +48,35 @@ def test_argument_over_environment_over_device(everything, monkeypatch):
 
 def test_what_can_not_run_is_passed_over(only_eager):
     assert chosen() == "eager"
-    assert chosen(device=torch.device("cuda")) == "eager"
+    backends._tell_once.cache_clear()
+    cuda = torch.device("cuda")
+    assert chosen(device=cuda, dtype=torch.float64) == "eager"
+    with pytest.warns(
+        UserWarning, match=r"on this card .*not by its kernels: not installed"
+    ) as all:
+        assert [chosen(device=cuda) for _ in range(2)] == ["eager", "eager"]
+    assert len(told) == 1
+
+
+def test_a_device_without_float64():
+    text = (
+        "no backend runs on mps:0: sums are kept in float64, which mps:0 has not: move the logits"
+    )
+    for name in (None, "eager"):
+        with pytest.raises(RuntimeError, match=text.split(": ", 1)[name is not None]):
+            chosen(name, torch.device("mps:0"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 5), "8.0, cuda:0 has 7.5"), ((8, 0), None)]
+)
+def test_cards_that_are_too_old(monkeypatch, capability, reason):
+    _triton = pytest.importorskip("fastkl._triton")
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = triton.missing(torch.device("cuda:0"), torch.float32)
+    assert found == (reason and f"the kernels need compute capability {reason}")
 
 
 def test_the_environment_reaches_the_call(monkeypatch):
@@ -179,7 +207,7 @@ def run(script):
 
 def test_without_triton():
     missing, value, error = run(WITHOUT_TRITON)
-    assert missing == "the package triton is not installed (pip install 'fastkl[triton]')"
+    assert missing == "the package triton is not installed (pip install triton)"
     assert value == "0.0"
     assert error == f"backend asks for triton, which can not run here: {missing}"
 

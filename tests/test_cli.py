@@ -170,7 +170,7 @@ def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path
     )
     assert done.stdout.splitlines()[-1] == "0 2"
     assert done.stderr == (
-        "fastkl: error: fastkl demo needs rich and matplotlib: pip install 'fastkl[demo]'\n"
+        "fastkl: error: fastkl demo needs rich and matplotlib: pip install rich matplotlib\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,8 @@
 """The table of backends and the rule that chooses among them."""
 
+import functools
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -137,4 +139,18 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
         return backend
     # On a CPU, Triton is an interpreter for tests: it runs when asked for.
     candidates = _TABLE if device.type != "cpu" else (b for b in _TABLE if b is not triton)
-    return next(backend for backend in candidates if not backend.missing(device, dtype))
+    found = next((b for b in candidates if not b.missing(device, dtype)), None)
+    if found is None:
+        raise errors.no_backend(device, eager.missing(device, dtype))
+    if device.type == "cuda" and found is eager and dtype != torch.float64:
+        _tell_once(triton.missing(device, dtype))
+    return found
+
+
+@functools.cache
+def _tell_once(reason: str | None) -> None:
+    """Warn that the kernels do not run on a card, for which a user would take them to."""
+    warnings.warn(
+        f"fastkl measures on this card by PyTorch's own operations, not by its kernels: {reason}",
+        stacklevel=2,
+    )

@@ -1,4 +1,4 @@
-"""KL divergence in plain PyTorch: any device, float64 too, no compiler needed.
+"""KL divergence in plain PyTorch: any device that has float64, no compiler needed.
 
 Rows are taken in blocks that stay in the cache, so that a logit comes from memory once, twice in rows
 that are measured again, and some ten elementwise passes over a block do not leave the chip; the
@@ -14,12 +14,12 @@ from fastkl import gradient, jensen_shannon
 from fastkl.backends import eager_states as states
 from fastkl.backends.eager_blocks import Layout
 from fastkl.backends.eager_workspace import Workspace
-from fastkl.rows import compute_dtype, cool
+from fastkl.rows import DEVICE_BLOCK_ELEMENTS, compute_dtype, cool
 from fastkl.state import RowState
 
 NAME = "eager"
 N_KEPT = 0
-# Elements a block where all rows get the full treatment.
+# Elements a block where all rows get the full treatment, on the CPU.
 _BLOCK_ELEMENTS = 1 << 19
 
 
@@ -29,8 +29,10 @@ js_gradients = jensen_shannon.js_gradients
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Return None: PyTorch is always there, and computes on any device in any floating dtype."""
-    del device, dtype
+    """Say what is missing to run: nothing, where sums can be kept in float64; in any floating dtype."""
+    del dtype
+    if device is not None and device.type == "mps":
+        return f"sums are kept in float64, which {device} has not: move the logits to the CPU"
     return None
 
 
@@ -129,7 +131,8 @@ def _blocks(
 ) -> Iterator[tuple[slice, states.Reference, Tensor]]:
     """Yield blocks of rows with the reference's exponentials, and a buffer of their shape."""
     n_rows, n_cols = reference.shape
-    size = max(1, min(n_rows, _BLOCK_ELEMENTS // n_cols))
+    elements = _BLOCK_ELEMENTS if states.on_cpu(reference) else DEVICE_BLOCK_ELEMENTS
+    size = max(1, min(n_rows, elements // n_cols))
     w, e = torch.empty((2, size, n_cols), dtype=dtype, device=reference.device)
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))

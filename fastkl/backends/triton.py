@@ -22,6 +22,8 @@ NAME = "triton"
 N_KEPT = 10
 # Triton 3.3 can not compile the kernels. In pyproject.toml too.
 OLDEST_TRITON = (3, 4)
+# NVIDIA's cards since Ampere: a maximum that keeps NaN is an instruction there.
+OLDEST_CAPABILITY = (8, 0)
 # The names that Triton is installed by: on its own, and with PyTorch's builds for ROCm.
 _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,27 +38,40 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
     if problem := _not_installed():
         return problem
-    import fastkl._triton as _triton
-
-    if device is None:
-        if not (_triton.INTERPRETED or torch.cuda.is_available()):
-            return "PyTorch sees no CUDA or ROCm device"
-    elif (device.type == "cpu") != _triton.INTERPRETED:
-        wanted = "CPU" if _triton.INTERPRETED else "CUDA or ROCm"
-        mode = " under TRITON_INTERPRET=1" if _triton.INTERPRETED else ""
-        return f"Triton runs on {wanted} tensors{mode}, got {device}"
-    elif device.type not in ("cpu", "cuda"):
-        return f"Triton runs on CUDA or ROCm tensors, got {device}"
+    if problem := _device_problem(device):
+        return problem
     if dtype is not None and dtype not in _DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         return f"the kernels take {known} (eager takes float64 too), got {dtype}"
     return None
 
 
+def _device_problem(device: torch.device | None) -> str | None:
+    """Say why the kernels do not run on a device, or on any."""
+    import fastkl._triton as _triton
+
+    if device is None:
+        if _triton.INTERPRETED or torch.cuda.is_available():
+            return None
+        return "PyTorch sees no CUDA or ROCm device"
+    if (device.type == "cpu") != _triton.INTERPRETED:
+        wanted = "CPU" if _triton.INTERPRETED else "CUDA or ROCm"
+        mode = " under TRITON_INTERPRET=1" if _triton.INTERPRETED else ""
+        return f"Triton runs on {wanted} tensors{mode}, got {device}"
+    if device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_CAPABILITY:
+            oldest, found = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
+            return f"the kernels need compute capability {oldest}, {device} has {found}"
+    elif device.type not in ("cpu", "cuda"):
+        return f"Triton runs on CUDA or ROCm tensors, got {device}"
+    return None
+
+
 def _not_installed() -> str | None:
     """Say what is missing of the packages."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install 'fastkl[triton]')"
+        return "the package triton is not installed (pip install triton)"
     if importlib.util.find_spec("fastkl._triton") is None:
         return errors.not_in_this_folder(
             "the kernels fastkl._triton are", "fastkl was not installed by pip"

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -46,6 +47,8 @@ template <class Work> class Tasks {
                 threads.emplace_back([this, i] { take(i, {keep_going, this}); });
         } catch (const std::system_error&) {
             // As many threads as the system gives; the calling one does what is left.
+        } catch (const std::bad_alloc&) {
+            // As many as there is memory for.
         }
         take(0, {ask_caller, this});
         for (std::thread& thread : threads) thread.join();
