@@ -35,6 +35,27 @@ if importlib.util.find_spec("triton") and not ON_GPU:
 
     InterpreterBuilder.create_fma = fused
 
+# What is about compiled kernels can not be imported without their compiler, which is for Linux.
+collect_ignore = (
+    []
+    if importlib.util.find_spec("triton")
+    else [
+        "test_codegen.py",
+        "test_compiled.py",
+        "test_compiled_gradients.py",
+        "test_ptx_emulator.py",
+        "test_roofline.py",
+    ]
+)
+
+
+def pytest_report_header():
+    """Say what is left out."""
+    if collect_ignore:
+        return f"triton is not installed, and left out: {', '.join(collect_ignore)}"
+    return []
+
+
 BACKENDS = ("eager", "native", "triton")
 # Of native.
 LEVELS = ("avx512", "avx2", "baseline")

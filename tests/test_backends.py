@@ -53,7 +53,7 @@ def test_what_can_not_run_is_passed_over(only_eager):
     assert chosen(device=cuda, dtype=torch.float64) == "eager"
     with pytest.warns(
         UserWarning, match=r"on this card .*not by its kernels: not installed"
-    ) as all:
+    ) as told:
         assert [chosen(device=cuda) for _ in range(2)] == ["eager", "eager"]
     assert len(told) == 1
 
