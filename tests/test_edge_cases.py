@@ -118,3 +118,20 @@ def test_large_shift_between_the_rows(backend, generator):
     circuit, reference = pair(generator)
     circuit += 64
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("which", ["reference", "both"])
+@pytest.mark.parametrize("apart", [0.0, 6.0, 1000.0])
+@pytest.mark.parametrize("mask", [-100.0, -700.0, -1e4, -1e9, torch.finfo(torch.float32).min])
+def test_finite_masks(backend, generator, mask, apart, which):
+    """A large negative number in the place of -inf, on one side or both, and sides apart."""
+    for n_cols in (3, 513):
+        reference = 2 * torch.randn(4, n_cols, generator=generator)
+        noise = torch.tensor([[0.0], [1e-3], [0.02], [0.5]])
+        circuit = reference + apart + noise * torch.randn(4, n_cols, generator=generator)
+        masked = slice(-max(1, n_cols // 5), None)
+        reference[:, masked] = mask
+        if which == "both":
+            circuit[:, masked] = mask
+        expected = oracle(circuit, reference)
+        assert_matches(kl_rows([circuit], reference, backend)[0], expected)

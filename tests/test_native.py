@@ -354,6 +354,15 @@ print(peak() - before)
 
 
 @needs_native
+def test_identical_rows_whose_sums_are_rounded_otherwise():
+    """Of 64 rows one is: a token that is clamped on one side alone decides a tie in a sum."""
+    generator = torch.Generator().manual_seed(259)
+    rows = 67 * torch.randn(64, 8193, generator=generator)
+    rows[:, 0] += 50
+    assert (native.kl_rows([rows.clone()], rows) == 0).all()
+
+
+@needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
 def test_peak_memory():
     """Of whole tensors, of all positions but the first, and of a part of the vocabulary."""

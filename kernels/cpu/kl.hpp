@@ -162,6 +162,12 @@ struct Shares {
 
 Shares shares(const Mass& first, const Mass& second);
 
+// The sums of identical rows may differ in their last digits, by tokens so far below the others that they
+// are clamped or not. A logarithm that is as little is 0, and so is their divergence.
+inline double without_rounding(double log_ratio) {
+    return log_ratio > -0x1p-50 && log_ratio < 0x1p-50 ? 0.0 : log_ratio;
+}
+
 // log of p's mass over q's.
 double log_ratio(const Mass& p, const Mass& q);
 

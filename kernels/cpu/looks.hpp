@@ -244,8 +244,9 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                 const vf weight = load(w + i + u * W);
                 vf x = ((q + c.of_q) - base) - lost;
                 if (c.apart) {
-                    const vf exact = (logit - top) - d[u];
-                    x = MASKED ? (logit == -inf ? x : exact) : exact;
+                    // From a token without mass, a far logit is rounded at its own size.
+                    const vf a = logit - top;
+                    x = a < kLowest ? x : a - d[u];
                 }
                 vf e = exponential<true>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;

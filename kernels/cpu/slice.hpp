@@ -145,8 +145,7 @@ template <class T> class CircuitBlock {
         if (sums.undefined || block_->sum == 0) return {p, q, 0.0};
         if (sums.infinite || !__builtin_isfinite(sums.s)) return {p, q, double(__builtin_inff())};
 
-        // 0 for identical rows, whose sums are taken alike.
-        const double x = ::log(block_->sum / sums.y);
+        const double x = without_rounding(::log(block_->sum / sums.y));
         const double plain = sums.s / block_->sum - x;
         *note_ = plain >= kAccurateBelow ? 0 : kSmall | kOftenFar;
         // A base far from the circuit's log-sum-exp costs digits.
@@ -170,7 +169,7 @@ template <class T> class CircuitBlock {
         // So far below the others that the two sides' exponentials, which are 0 from different logits
         // on, may differ for identical rows.
         if (!(block_->first >= kLeastSum)) return false;
-        const double x = ::log(block_->first / sums.y);
+        const double x = without_rounding(::log(block_->first / sums.y));
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
         const double plain = sums.s / block_->first - x;
         *note_ = (plain < kAccurateBelow ? kSmall : 0) |

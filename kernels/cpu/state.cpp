@@ -53,8 +53,7 @@ Shares shares(const Mass& first, const Mass& second) {
 }
 
 double log_ratio(const Mass& p, const Mass& q) {
-    // 0 for identical rows.
-    return (p.max - q.max) + std::log(p.sum / q.sum);
+    return without_rounding((p.max - q.max) + std::log(p.sum / q.sum));
 }
 
 State merge(const Shares& reference, const State& first, const State& second) {
@@ -85,9 +84,9 @@ State merge(const Shares& reference, const State& first, const State& second) {
         const State& rare = swap ? first : second;
         const State& common = swap ? second : first;
         // Differences of the same row first, where the two rows are far apart.
-        const double difference =
+        const double difference = without_rounding(
             ((rare.p.max - common.p.max) - (rare.q.max - common.q.max)) +
-            std::log((rare.p.sum / rare.q.sum) / (common.p.sum / common.q.sum));
+            std::log((rare.p.sum / rare.q.sum) / (common.p.sum / common.q.sum)));
         const double log_scaled =
             difference > -0.5 ? -kInf
                               : log_ratio(rare.q, common.q) +
