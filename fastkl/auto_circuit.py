@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastkl.backends import requested
+from fastkl.errors import check_backend
 from fastkl.functional import kl_div
 from fastkl.measure import Batch, EdgeCount, Model, measure_kl_div
 
@@ -171,6 +172,7 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
       auto_circuit.metrics.prune_metrics.prune_metrics.CORRUPT_KL_DIV_METRIC.metric_func
     """
     # Refused here, not by the first measurement, which may be hours of circuit search away.
+    check_backend(backend)
     requested(backend)
     with _lock:
         sites = _find_sites()

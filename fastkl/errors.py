@@ -36,11 +36,7 @@ def check_temperature(temperature: object) -> None:
     """Refuse what logits can not be divided by."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    try:
-        finite = 0 < float(temperature) < math.inf
-    except OverflowError:
-        finite = False
-    if not finite:
+    if not 0 < _as_float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
@@ -48,11 +44,18 @@ def check_beta(beta: object) -> None:
     """Refuse a weight that leaves no mixture."""
     if isinstance(beta, bool) or not isinstance(beta, Real):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
-    if not 0 < float(beta) < 1:
+    if not 0 < _as_float(beta) < 1:
         raise ValueError(
             f"beta must lie between 0 and 1, got {beta}: at 0 and 1 the Jensen-Shannon divergence is "
             f"0; divided by beta or 1 - beta it tends to kl_div's two directions"
         )
+
+
+def _as_float(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.nan
 
 
 def check_vocab_size(vocab_size: object) -> None:
@@ -84,6 +87,8 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
         raise TypeError(f"{name} must be boolean, True for rows that count; got {values.dtype}")
     if not boolean and not values.is_floating_point():
         raise TypeError(f"{name} must be floating, got {values.dtype}; a boolean one is a mask")
+    if values.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {values.layout}")
     if values.shape != reference.shape[:-1]:
         raise ValueError(
             f"{name} must have one value a row, shape {tuple(reference.shape[:-1])} for logits "
@@ -103,8 +108,9 @@ def check_logits(logits: object, name: str) -> None:
     if logits.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must hold logits of dtype {known}; got {logits.dtype}")
-    if logits.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}")
+    if logits.layout != torch.strided or logits.is_nested:
+        what = "a nested one" if logits.is_nested else f"layout {logits.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {what}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} must have shape (..., V) with a vocabulary of at least one token, "

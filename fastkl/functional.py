@@ -322,7 +322,9 @@ def kl_rows(
 ) -> Tensor:
     """Return the divergences (K, R) of checked logits (..., V), without a gradient."""
     ref, *cir = flattened([reference, *circuits])
-    return operator.measure(cir, ref, temperature, backend)
+    # By the operator too: it alone knows what to do with tensors that are traced or have no memory.
+    with torch.no_grad():
+        return operator.measure(cir, ref, temperature, backend)
 
 
 def _kl_div(
@@ -346,11 +348,11 @@ def _kl_div(
     leading, temperature = reference.shape[:-1], float(temperature)
     ref, *cir = flattened([reference, *circuits])
     if direction == "forward" or not cir:
-        rows = operator.differentiable(cir, ref, temperature, backend)
+        rows = operator.measure(cir, ref, temperature, backend)
     else:
         # Autograd adds up what each circuit gives the reference: in float32, to be rounded but once.
         shared = ref.float() if ref.requires_grad and len(cir) > 1 and ref.itemsize == 2 else ref
-        rows = torch.cat([operator.differentiable([shared], c, temperature, backend) for c in cir])
+        rows = torch.cat([operator.measure([shared], c, temperature, backend) for c in cir])
     divergence = reduce(rows, leading, reduction, mask, weights)
     if not return_stats:
         return divergence

@@ -62,7 +62,8 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
         total = row_sums(torch.where(size < _NEAR, near, far))[:, 0]
         defined = (ref.defined & cir.defined)[:, 0]
-        result[rows] = torch.where(defined, total, torch.nan)
+        # Where one weight is small, the other side's terms round to less than nothing.
+        result[rows] = torch.where(defined, total.clamp(min=0.0), torch.nan)
     return result
 
 

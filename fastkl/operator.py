@@ -24,34 +24,7 @@ from fastkl.views import as_rows, asked_for, with_gaps
 def measure(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the divergences (K, R) of rows, by the backend that suits them."""
-    return _measure_by(
-        _choose(circuits, reference, backend), circuits, reference, temperature, False
-    )[0]
-
-
-def _measure_by(
-    chosen: backends.Backend,
-    circuits: Sequence[Tensor],
-    reference: Tensor,
-    temperature: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    if not circuits or not math.prod(reference.shape[:-1]):
-        divergence = _empty(circuits, reference)
-    else:
-        (ref, *cir), window = with_gaps([reference, *circuits])
-        if keep:
-            found = chosen.kl_rows_kept(cir, ref, temperature)
-            return asked_for(found[0], window), asked_for(found[1], window)
-        divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
-    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
-
-
-def differentiable(
-    circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
-) -> Tensor:
-    """Return the same, with a gradient."""
+    """Return the divergences (K, R) of rows, with a gradient where one is wanted."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*circuits, reference))
     divergence: Tensor = kl_div(circuits, reference, temperature, backend, keep)[0]
     return divergence
@@ -80,7 +53,15 @@ def kl_div(
     """Return the divergences (K, R) of rows, with a gradient, and what is kept for it."""
     errors.check_rows(circuits, reference)
     chosen = _choose(circuits, reference, backend)
-    return _measure_by(chosen, circuits, reference, temperature, keep)
+    if not circuits or not math.prod(reference.shape[:-1]):
+        divergence = _empty(circuits, reference)
+    else:
+        (ref, *cir), window = with_gaps([reference, *circuits])
+        if keep:
+            found = chosen.kl_rows_kept(cir, ref, temperature)
+            return asked_for(found[0], window), asked_for(found[1], window)
+        divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
+    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
 
 
 @torch.library.custom_op(

@@ -43,26 +43,46 @@ def statistics(
 ) -> KLStatistics:
     """Return the statistics (K, R) of rows (R, V) and their divergences KL(P ‖ Q) (K, R)."""
     dtype = compute_dtype(reference, *circuits)
-    n_rows = reference.shape[0]
-    lse_p, entropy = (torch.empty(n_rows, dtype=dtype, device=reference.device) for _ in range(2))
-    lse_q = torch.empty((len(circuits), n_rows), dtype=dtype, device=reference.device)
-    agreement = torch.empty((len(circuits), n_rows), dtype=torch.bool, device=reference.device)
+    # Not written into tensors made before: what torch.vmap batches does not fit into them.
+    lse_p, entropy = _Pieces(reference, dtype), _Pieces(reference, dtype)
+    lse_q = [_Pieces(reference, dtype) for _ in circuits]
+    agreement = [_Pieces(reference, torch.bool) for _ in circuits]
     for rows in blocks(reference):
         ref = read(reference[rows], dtype, temperature)
-        lse_p[rows] = _logsumexp(ref, temperature).to(dtype)
+        lse_p.append(_logsumexp(ref, temperature))
         below = torch.sub(ref.logits, ref.m.to(dtype)).div_(temperature)
         # A token without mass adds nothing: not 0 · inf.
         below.masked_fill_(ref.weights == 0, 0.0)
         surprise = torch.log(ref.z) - row_sums(below.mul_(ref.weights)) / ref.z
-        entropy[rows] = torch.where(ref.defined, surprise, torch.nan)[:, 0].to(dtype)
+        entropy.append(torch.where(ref.defined, surprise, torch.nan)[:, 0])
         top = ref.logits.argmax(-1)
         for k, circuit in enumerate(circuits):
             cir = read(circuit[rows], dtype, temperature)
-            lse_q[k, rows] = _logsumexp(cir, temperature).to(dtype)
+            lse_q[k].append(_logsumexp(cir, temperature))
             defined = (ref.defined & cir.defined)[:, 0]
-            agreement[k, rows] = (cir.logits.argmax(-1) == top) & defined
-    lse_p, entropy = lse_p.expand(lse_q.shape), entropy.expand(lse_q.shape)
-    return KLStatistics(lse_p, lse_q, entropy, entropy + divergence.detach(), agreement)
+            agreement[k].append((cir.logits.argmax(-1) == top) & defined)
+    shape = divergence.shape
+    of_reference = [pieces.joined().expand(shape) for pieces in (lse_p, entropy)]
+    of_circuits = [
+        torch.stack([pieces.joined() for pieces in field]) if field else divergence.new_empty(shape)
+        for field in (lse_q, agreement)
+    ]
+    cross_entropy = of_reference[1] + divergence.detach()
+    return KLStatistics(
+        of_reference[0], of_circuits[0], of_reference[1], cross_entropy, of_circuits[1].bool()
+    )
+
+
+class _Pieces(list[Tensor]):
+    """A number a row, block by block."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        super().__init__([like.new_empty(0, dtype=dtype)])
+        self._dtype = dtype
+
+    def joined(self) -> Tensor:
+        """Return all of them (R,)."""
+        return torch.cat([piece.to(self._dtype) for piece in self])
 
 
 def _logsumexp(rows: Rows, temperature: float) -> Tensor:

@@ -37,8 +37,6 @@ def _is_gapless(logits: Tensor) -> bool:
 
 def as_rows(logits: Tensor) -> Tensor:
     """View logits (..., V) as (R, V) with a contiguous last dimension; copy if there is no view."""
-    if logits.is_neg():
-        logits = logits.resolve_neg()
     # Asked for K + 1 views, a call with many circuits would take a third longer.
     if logits.dim() != 2:
         logits = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,12 @@ KL_DIV = {
     "booleans": (F32, F32.bool(), TypeError, "reference must hold logits .* torch.bool"),
     "complex": (F32.cfloat(), F32, TypeError, "got torch.complex64"),
     "sparse": (F32.to_sparse(), F32, TypeError, "circuit must be a dense tensor, .*sparse"),
+    "nested": (
+        torch.nested.nested_tensor([F32[0], F32[0]]),
+        F32,
+        TypeError,
+        "circuit must be a dense tensor, got a nested one",
+    ),
     "a scalar": (F32[0, 0], F32[0, 0], ValueError, r"shape \(\.\.\., V\) .* got \(\)"),
     "no vocabulary": (F32[:, :0], F32[:, :0], ValueError, r"at least one token, got \(2, 0\)"),
     "vocabularies": (
@@ -57,6 +65,20 @@ def test_circuits_that_are_no_sequence(case):
 def test_kl_div_many_names_the_circuit():
     with pytest.raises(ValueError, match=r"circuits\[1\] and reference must have the same shape"):
         fastkl.kl_div_many([F32, F32[:1]], F32)
+
+
+@pytest.mark.parametrize(("name", "values"), [("mask", F32[:, 0] == 0), ("weights", F32[:, 0])])
+def test_sparse_values_of_rows(name, values):
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got layout torch.sparse"):
+        fastkl.kl_div(F32, F32, **{name: values.to_sparse()})
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), math.nan, -1])
+def test_numbers_out_of_range(number):
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got -?[1n]"):
+        fastkl.kl_div(F32, F32, temperature=number)
+    with pytest.raises(ValueError, match="beta must lie between 0 and 1, got -?[1n]"):
+        fastkl.js_div(F32, F32, beta=number)
 
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.kl_div_many])

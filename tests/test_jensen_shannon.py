@@ -133,10 +133,10 @@ def test_many_terms_of_one_size(js_rows):
         torch.testing.assert_close(js_rows(circuit, reference).double(), exact, rtol=3e-6, atol=0)
 
 
-@pytest.mark.parametrize("beta", [1e-6, 0.2, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("beta", [1e-12, 1e-6, 0.2, 0.5, 1 - 1e-6, 1 - 1e-8])
 def test_never_negative(js_rows, generator, beta):
     for scale in (1e-7, 1e-4, 0.1, 1, 10):
-        for n_cols in (2, 33, 1000):
+        for n_cols in (2, 6, 33, 1000):
             circuit, reference = make(generator, 50, n_cols, scale)
             assert (js_rows(circuit, reference, beta) >= 0).all()
 

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ON_GPU, oracle, oracle_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 import fastkl
 from bench import memory
@@ -402,15 +406,65 @@ def test_rows_in_the_gaps_do_not_count(pair):
     assert found[1] == 0
 
 
-def test_negated_views(pair):
-    """PyTorch keeps the imaginary part of a conjugate as a view that is to be negated."""
-    circuit, reference = (torch.complex(t, -t).conj().imag for t in pair)
-    assert circuit.is_neg()
-    assert torch.equal(fastkl.kl_div(circuit, reference), fastkl.kl_div(*pair))
-    assert torch.equal(
-        operator.measure([circuit[0]], reference[0], 1.0, None),
-        operator.measure([pair[0][0]], pair[1][0], 1.0, None),
-    )
+def crossed(circuit, reference):
+    """What takes both directions, and statistics."""
+    options = {"reduction": "none", "direction": "reverse", "return_stats": True}
+    divergence, found = fastkl.kl_div(circuit, reference, **options)
+    return divergence + found.cross_entropy
+
+
+def test_statistics_of_what_is_traced_or_has_no_memory(pair):
+    expected = crossed(*pair)
+    assert torch.equal(torch.func.functionalize(crossed)(*pair), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(crossed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*pair), expected)
+    traced = make_fx(crossed)(*pair)
+    assert torch.equal(traced(*reversed(pair)), crossed(*reversed(pair)))
+    assert torch.equal(torch.vmap(crossed)(*pair), expected)
+    alone = torch.vmap(crossed, (0, None))(pair[0], pair[1][0])
+    assert torch.equal(alone, crossed(pair[0], pair[1][:1].expand(pair[0].shape)))
+    with FakeTensorMode() as mode:
+        assert crossed(*map(mode.from_tensor, pair)).shape == expected.shape
+
+    class Crossed(torch.nn.Module):
+        def forward(self, circuit, reference):
+            return crossed(circuit, reference)
+
+    assert torch.equal(torch.export.export(Crossed(), pair).module()(*pair), expected)
+
+
+class Wrapped(torch.Tensor):
+    """Logits that lie elsewhere, as those of quantized tensors do."""
+
+    @staticmethod
+    def __new__(cls, logits):
+        return torch.Tensor._make_wrapper_subclass(cls, logits.shape, dtype=logits.dtype)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def unwrap(value):
+            return value.logits if isinstance(value, cls) else value
+
+        return function(*tree_map(unwrap, args), **tree_map(unwrap, kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "negated"])
+def test_tensors_that_are_not_what_lies_in_memory(pair, kind):
+    def other(t):
+        # PyTorch keeps the imaginary part of a conjugate as a view that is to be negated.
+        return Wrapped(t) if kind == "wrapped" else torch.complex(t, -t).conj().imag
+
+    circuit, reference = (t[:, 0] for t in pair)
+    model = type("Model", (), {"out_slice": ..., "__call__": lambda _, prompts: prompts})()
+    loader = [SimpleNamespace(key=0, clean=reference, corrupt=None)]
+    expected = fastkl.measure_kl_div(model, loader, {1: {0: circuit}})
+    assert fastkl.measure_kl_div(model, loader, {1: {0: other(circuit)}}) == expected
+    for function in (fastkl.kl_div, fastkl.js_div, crossed):
+        assert torch.equal(function(other(circuit), reference), function(circuit, reference))
 
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
