@@ -68,14 +68,15 @@ def kl_div(
     reference : Tensor (..., V)
         Logits of the full model; the same shape and device.
     reduction : {"mean", "sum", "none", "batchmean"}
-        "mean" divides the sum over rows by their number (a row is one distribution: everything but
-        the last dimension); "batchmean", as in torch, by the size of the first dimension; "none" keeps
-        one number a row. The mean of no rows is NaN.
+        "mean" divides the sum over rows by the number of those that count (a row is one distribution:
+        everything but the last dimension), or by the sum of their weights; the mean of none is NaN.
+        "batchmean", as in torch, divides by the size of the first dimension, whatever is masked. "none"
+        keeps one number a row.
     direction : {"forward", "reverse"}
         "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), the circuit's mass deciding which tokens count.
     temperature : float
-        What all logits are divided by first. The result is not multiplied by its square, as
-        distillation often wants.
+        What all logits are divided by first. The result is not multiplied by temperature²: do so for
+        Hinton's distillation loss.
     mask : Tensor (...), bool, optional
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
@@ -86,18 +87,20 @@ def kl_div(
         may be padded otherwise than the reference.
     return_stats : bool
         Return (divergence, :class:`fastkl.KLStatistics`): log-sum-exps, entropies and the agreement of
-        the likeliest tokens, for every row, without a gradient. They take another sweep over the logits.
+        the likeliest tokens, for every row, without a gradient. They take another sweep over the logits,
+        and with direction "reverse" one more for the forward divergence, which the cross-entropy takes.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
         device, decide. See :func:`fastkl.available_backends`.
 
     Returns
     -------
-    Tensor
-        A scalar, or (...) for "none"; float64 if an input is float64, else float32. It is never
+    Tensor, or (Tensor, KLStatistics) with `return_stats`
+        A scalar, or (...) for "none", in nats; float64 if an input is float64, else float32. It is never
         negative (unless weights are), and exactly 0 for identical rows. A row with a NaN or +inf, or
         with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
         +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
+        The statistics are (...) each.
 
     Notes
     -----
@@ -112,11 +115,15 @@ def kl_div(
     Raises
     ------
     TypeError
-        Something is not a tensor, or not of a floating dtype.
+        Something is not a dense tensor, or not of the dtypes above (a mask boolean, weights floating);
+        or the temperature, vocab_size or backend is not of its type.
     ValueError
-        Shapes, vocabularies or devices differ; the reduction is unknown.
+        Shapes, vocabularies or devices differ, or a vocabulary is empty; mask or weights are not one
+        value a row; the temperature is not positive and finite; vocab_size is more than there are
+        tokens; or the reduction, direction or backend is unknown.
     RuntimeError
-        The backend asked for can not run here; or a derivative is asked for that there is none of.
+        The backend asked for can not run here, or none on this device; or a derivative is asked for that
+        there is none of.
 
     References
     ----------
@@ -208,8 +215,8 @@ def kl_div_many(
 
     Returns
     -------
-    Tensor
-        (K,), or (K, ...) for "none".
+    Tensor, or (Tensor, KLStatistics) with `return_stats`
+        (K,), or (K, ...) for "none"; the statistics are (K, ...) each.
 
     Raises
     ------
@@ -219,6 +226,11 @@ def kl_div_many(
     Notes
     -----
     Differentiable in all circuits and the reference, as :func:`kl_div` is.
+
+    References
+    ----------
+    .. [1] S. Kullback and R. A. Leibler, "On Information and Sufficiency", Annals of Mathematical
+       Statistics 22 (1951).
 
     Examples
     --------
@@ -269,7 +281,7 @@ def js_div(
     beta : float
         The reference's weight in the mixture, between 0 and 1. At 0.5 the divergence is symmetric and
         at most log 2. PyTorch's formula is good to some 1e-8 / β of itself for small β, and alike for
-        1 - β; the native kernel does not lose digits there.
+        1 - β; the native kernel does not lose digits there, down to 1e-30.
     reduction, temperature, mask, weights, vocab_size, backend
         As for :func:`kl_div`.
 

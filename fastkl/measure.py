@@ -97,6 +97,12 @@ def measure_kl_div(
     RuntimeError
         The backend asked for can not run here.
 
+    References
+    ----------
+    .. [1] S. Kullback and R. A. Leibler, "On Information and Sufficiency", Annals of Mathematical
+       Statistics 22 (1951).
+    .. [2] auto_circuit, https://github.com/UFO-101/auto-circuit.
+
     Examples
     --------
     >>> import torch, fastkl

@@ -18,7 +18,10 @@ def _check(reduction: str, temperature: float, vocab_size: int | None, backend: 
 
 
 class KLDivLoss(torch.nn.Module):
-    """KL divergence from logits, as :func:`fastkl.kl_div`, in nats.
+    r"""KL divergence from logits, as :func:`fastkl.kl_div`, in nats.
+
+    .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
+        \quad P = softmax(target), \quad Q = softmax(input)
 
     No drop-in for :class:`torch.nn.KLDivLoss`, though called alike: `target` is logits or
     log-probabilities (which are logits, too), never probabilities, which are torch's default; and "mean"
@@ -27,11 +30,15 @@ class KLDivLoss(torch.nn.Module):
     Parameters
     ----------
     reduction : {"mean", "sum", "none", "batchmean"}
+        What is done with the rows' divergences; "none" keeps them.
     direction : {"forward", "reverse"}
+        KL(P ‖ Q), or KL(Q ‖ P).
     temperature : float
+        What all logits are divided by first.
     vocab_size : int, optional
+        How many tokens count; the others are padding.
     backend : str, optional
-        All as for :func:`fastkl.kl_div`.
+        The name of one; otherwise the environment or the device decide.
 
     Raises
     ------
@@ -111,16 +118,23 @@ class KLDivLoss(torch.nn.Module):
 
 
 class JSDivLoss(torch.nn.Module):
-    """Generalized Jensen-Shannon divergence from logits, as :func:`fastkl.js_div`, in nats.
+    r"""Generalized Jensen-Shannon divergence from logits, as :func:`fastkl.js_div`, in nats.
+
+    .. math:: JS = β KL(P ‖ M) + (1 - β) KL(Q ‖ M), \quad M = βP + (1 - β) Q,
+        \quad P = softmax(target), \quad Q = softmax(input)
 
     Parameters
     ----------
     beta : float
+        The target's weight in the mixture, between 0 and 1.
     reduction : {"mean", "sum", "none", "batchmean"}
+        What is done with the rows' divergences; "none" keeps them.
     temperature : float
+        What all logits are divided by first.
     vocab_size : int, optional
+        How many tokens count; the others are padding.
     backend : str, optional
-        All as for :func:`fastkl.js_div`.
+        The name of one; otherwise the environment or the device decide.
 
     Raises
     ------

@@ -12,6 +12,8 @@ from fastkl.rows import Rows, blocks, compute_dtype, read, row_sums
 class KLStatistics(NamedTuple):
     """By-products of KL divergences: a number a row, in nats, and whether the likeliest tokens agree.
 
+    Of float32 logits they are good to a few 1e-7 of the largest terms, not of themselves.
+
     Every field has the shape of the divergences with reduction "none": (...) from
     :func:`fastkl.kl_div`, (K, ...) from :func:`fastkl.kl_div_many`. P is the softmax of the reference's
     logits p, Q that of the circuit's logits q, both divided by the temperature first.

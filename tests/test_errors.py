@@ -1,8 +1,7 @@
 """The table of errors: what is wrong, which error it is, and the facts its text carries."""
 
-from types import SimpleNamespace
-
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,9 +74,9 @@ def test_sparse_values_of_rows(name, values):
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), math.nan, -1])
 def test_numbers_out_of_range(number):
-    with pytest.raises(ValueError, match="temperature must be positive and finite, got -?[1n]"):
+    with pytest.raises(ValueError, match=r"temperature must be positive and finite, got -?[1n]"):
         fastkl.kl_div(F32, F32, temperature=number)
-    with pytest.raises(ValueError, match="beta must lie between 0 and 1, got -?[1n]"):
+    with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, got -?[1n]"):
         fastkl.js_div(F32, F32, beta=number)
 
 

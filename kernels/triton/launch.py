@@ -18,7 +18,7 @@ INTERPRETED = not isinstance(kernels.partial_kernel, triton.runtime.JITFunction)
 # Bytes of the widest load; rows that lie alike modulo this can share tiles.
 WIDEST = 16
 # Tokens of a slice, which one warp sums: enough that what a program does once is a small part of the
-# work, and few enough that a card is full with 16 rows of GPT-2's vocabulary.
+# work, and few enough that 64 rows of GPT-2's vocabulary and 20 circuits fill an H100's 4224 places.
 SLICE = 4096
 # Slices of a row, at the most: larger vocabularies have larger slices.
 SLICES = 64
@@ -29,7 +29,8 @@ LOG2_E = 1.4426950408889634
 # 8 arguments by name.
 TABLE_CHUNK = 64
 
-# Registers a thread of partial_kernel: 32 warps fit on an SM, half of what it can hold at the most.
+# Registers a thread of partial_kernel: 32 warps of it fit into an SM's, half of what an A100's or H100's
+# can hold. Some cards hold fewer programs: see bench/cards.py.
 MAX_REGISTERS = 64
 # Of finish_kernel: 23 warps. Left to itself the compiler takes fewer in half precision, and spills.
 FINISH_REGISTERS = 88
