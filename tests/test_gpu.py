@@ -4,6 +4,7 @@ Without a card the same kernels are checked by the interpreter and by executing 
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,3 +313,120 @@ def test_row_stride_of_2_31_elements():
         storage = torch.zeros(2**31 + n_cols, dtype=rows.dtype, device=DEVICE)
         far.append(storage.as_strided((2, n_cols), (2**31, 1)).copy_(rows))
     assert_right([far[0]], far[1])
+
+
+def cpu(t):
+    """The same logits on the CPU, in float64."""
+    return t.detach().double().cpu()
+
+
+WHAT = {
+    "mean": fastkl.kl_div_many,
+    "weights": lambda c, r, **k: fastkl.kl_div_many(c, r, weights=r[:, 0].abs(), **k),
+    "mask": lambda c, r, **k: fastkl.kl_div_many(c, r, mask=r[:, 0] > 0, reduction="sum", **k),
+    "reverse": lambda c, r, **k: fastkl.kl_div_many(c, r, direction="reverse", **k),
+    "cooled": lambda c, r, **k: fastkl.kl_div_many(c, r, temperature=1.7, **k),
+    "heated": lambda c, r, **k: fastkl.kl_div_many(c, r, temperature=0.3, **k),
+    "vocab_size": lambda c, r, **k: fastkl.kl_div_many(c, r, vocab_size=1000, **k),
+    "statistics": lambda c, r, **k: torch.stack(
+        [field.double() for field in fastkl.kl_div_many(c, r, return_stats=True, **k)[1]]
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize("what", WHAT)
+def test_options(what, backend):
+    """What the CPU makes of them in float64."""
+    circuits, reference = make(5, 24, 5003)
+    found = WHAT[what](circuits, reference, backend=backend)
+    assert found.device == reference.device
+    expected = WHAT[what]([cpu(c) for c in circuits], cpu(reference), backend="eager")
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_eager(dtype):
+    """PyTorch's own operations, also where rows take several blocks; it never waits for the card."""
+    circuits, reference = make(4, 300, 50257, dtype)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = fastkl.kl_div_many(circuits, reference, reduction="none", backend="eager")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_matches(found, torch.stack([oracle(c, reference) for c in circuits]).cpu())
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_jensen_shannon(beta):
+    (_, circuit, *_), reference = make(3, 16, 5003)
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    wide = [cpu(t).requires_grad_() for t in leaves]
+    found, expected = (fastkl.js_div(*t, beta=beta, reduction="sum") for t in (leaves, wide))
+    assert abs(found.item() - expected.item()) <= 1e-5 * expected.item()
+    found.backward()
+    expected.backward()
+    for leaf, exact in zip(leaves, wide, strict=True):
+        assert (leaf.grad.cpu() - exact.grad).norm() <= 1e-5 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("picked", [(slice(None), -1), (slice(None), slice(1, None))])
+def test_measure_kl_div(picked):
+    """The drop-in: last positions, and all but the first, which are views with gaps."""
+    circuits, reference = make(6, 24, 5003)
+    prompts = reference.view(4, 6, 5003)
+    outs = {k: {0: c.view(4, 6, 5003)[picked]} for k, c in enumerate(circuits)}
+    model = type("Model", (), {"out_slice": picked, "__call__": lambda _, prompts: prompts})()
+    loader = [SimpleNamespace(key=0, clean=prompts, corrupt=None)]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = fastkl.measure_kl_div(model, loader, outs, progress=False)
+    assert torch.cuda.max_memory_allocated() - before < reference.nbytes
+    for (k, kl), circuit in zip(found, circuits, strict=True):
+        expected = oracle(circuit.view(4, 6, 5003)[picked], prompts[picked]).mean().item()
+        assert k in outs
+        assert abs(kl - expected) <= 1e-5 * expected + 1e-8
+
+
+def test_another_stream():
+    """Launched on the current one: logits that are written there are read when they are."""
+    circuits, reference = make(5, 64, 50257)
+    expected = measure(circuits, reference)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = [torch.zeros_like(c) for c in circuits]
+        torch.cuda._sleep(10**8)
+        for to, circuit in zip(late, circuits, strict=True):
+            to.copy_(circuit)
+        found = measure(late, reference)
+    stream.synchronize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+def test_another_card():
+    """Not the current one: results lie where the logits do."""
+    circuits, reference = make(5, 16, 50257)
+    moved = [t.to("cuda:1") for t in (*circuits, reference)]
+    found = measure(moved[:-1], moved[-1])
+    assert found.device == moved[-1].device
+    assert torch.equal(found.to(reference.device), measure(circuits, reference))
+    with pytest.raises(ValueError, match="same device, got cuda:0 and cuda:1"):
+        measure(circuits, moved[-1])
+
+
+def test_compiled_by_inductor():
+    """Forward and backward, by PyTorch's compiler for cards."""
+    (circuit,), reference = make(1, 16, 5003)
+    circuit = circuit + torch.randn_like(circuit)
+
+    def loss(circuit, reference):
+        return fastkl.kl_div(circuit * 2, reference)
+
+    leaves = [circuit.clone().requires_grad_() for _ in range(2)]
+    for f, leaf in zip((torch.compile(loss, fullgraph=True), loss), leaves, strict=True):
+        f(leaf, reference).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
