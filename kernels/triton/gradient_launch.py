@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import gradient_kernels as kernels
-from .launch import LOG2_E, layout, pointer_table, warp_size
+from .launch import LOG2_E, layouts_of, pointer_table, warp_size
 
 # Threads of a program.
 LANES = 128
@@ -41,7 +41,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
     written = [dq for dq in (*dqs, dp) if dq is not None]
-    own = layout(reference)
+    own, *others = layouts_of((reference, *circuits, *written))
     numbers = {
         "p_ptr": reference,
         "rows_ptr": rows,
@@ -75,7 +75,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
             top_ptr=top,
             grad_circuit_stride=grad.stride(0),
             grad_row_stride=grad.stride(1),
-            aligned=int(all(layout(other) == own for other in (*circuits, *written))),
+            aligned=int(others.count(own) == len(others)),
             LANES=LANES,
             TILE=tile.tokens,
             VEC=tile.vec,
