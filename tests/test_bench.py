@@ -358,7 +358,7 @@ def document():
     ]
     grid = (SMALL, replace(SMALL, n_rows=10), replace(SMALL, divergences="small"))
     result = cpu.run(
-        grid, chosen, 0.01, n_processes=2, remember=lambda name: name == "fastkl eager"
+        grid, chosen, 0.01, n_processes=1, remember=lambda name: name == "fastkl eager"
     )
     # As it comes out of the file.
     return json.loads(json.dumps(result))
@@ -391,8 +391,6 @@ def test_the_document_says_everything_about_each_peer(document):
     remembered = {name for name, entry in main["peers"].items() if "peak_bytes" in entry}
     assert remembered == ({"fastkl eager"} if memory.missing() is None else set())
     assert document["cases"][2]["rows_below_0.1"] == 1
-    # In two processes.
-    assert main["rounds"] >= 2 * timing.FEWEST_ROUNDS
 
 
 def test_who_fails_in_one_process_is_not_started_again(monkeypatch):
