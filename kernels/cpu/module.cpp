@@ -243,7 +243,8 @@ PyMethodDef methods[] = {
      "n_threads)\n--\n\n"
      "Write the gradients of the sum of grad * KL.\n\n"
      "`grad` is the address of float64 (K, R), with the inverse of the temperature in it; `states` that\n"
-     "of what measure() wrote for logits divided by the temperature. The others are as for it, and an address of 0 in `dqs` or `dp` leaves that gradient out."},
+     "of what measure() wrote for logits divided by the temperature. The others are as for it, and an\n"
+     "address of 0 in `dqs` or `dp` leaves that gradient out."},
     {"js", js, METH_VARARGS,
      "js(level, circuit, reference, beta, temperature, n_rows, n_cols, js, grad, dq, dp, "
      "n_threads)\n--\n\n"

@@ -281,11 +281,12 @@ def merge(state, stretch, KEEP: tl.constexpr):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
     A slice's is (b_p, z_p, b_q, mass, s, h, size): `mass` is the circuit's, in the scale of the
-    reference's weights, and `size` that of what it was added up from, 0 if it was summed itself.
-    Returns the row's (b_p, z_p, b_q, s, h);
-    x, what rounding left of its pivot: the circuit's mass is z_p e^(-x) there; whether all of it is
-    finite; and of every slice, how much the accurate divergence may be off because of it, and the
-    plain one.
+    reference's weights; `size` is z_p + |s| + |h|, of which `mass` is a difference, and so says how it
+    is rounded: 0 if it was summed itself.
+
+    Returns (row, x, finite, doubt, plain_doubt): the row's (b_p, z_p, b_q, s, h); x, what rounding left
+    of its pivot, at which the circuit's mass is z_p e^(-x); whether all of it is finite; and, of every
+    slice, how much the accurate divergence may be off because of it, and the plain one.
     """
     b_p, z_p, b_q, mass, s, h, size = state
     top_p = tl.max(tl.where(z_p > 0.0, b_p, -float("inf")), axis=0)
@@ -348,9 +349,9 @@ def merge(state, stretch, KEEP: tl.constexpr):
 
 @triton.jit
 def judge(row, x, doubt, plain_doubt, KEEP: tl.constexpr):
-    """Return a row's divergence in nats, whether it is good enough, and how much a slice may be off.
+    """Return a row's divergence in nats, whether it is good enough, and two tolerances.
 
-    The last is what each of the accurate and the plain divergence can bear altogether, -1 if nothing. To
+    They are what the accurate divergence may be off, and the plain one, -1 if that is never taken. To
     KEEP what gradients need, which are wanted relative to themselves, a small one bears no absolute
     error, and the masses of a large one must be right.
     """

@@ -398,10 +398,10 @@ def sum_again(
 
 @triton.jit
 def look_at(state, unseen, stretch, n_slices, KEEP: tl.constexpr):
-    """Merge slices; return the row, x, its divergence, whether that is finite, and settled.
+    """Merge slices; return (row, x, divergence, finite, settled, again): see `merge` and `judge`.
 
-    And which slices are to be summed again if it is not settled: those whose part in the doubt is large,
-    and all that are `unseen`.
+    `settled` is whether the divergence is finite and good enough. If it is not, the slices to sum again
+    are those whose part in the doubt is large, and all that are `unseen`.
     """
     merged, x, finite, doubt, plain_doubt = merge(state, stretch, KEEP)
     if unseen is not None:
