@@ -49,10 +49,17 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """Return logits (R, V) in the dtype that is computed in, divided by the temperature there.
 
     Less their row's `tops` first, of which no divergence knows: what a division rounds is a part of the
-    quotient, which is small then for all tokens that count.
+    quotient, which is small then for all tokens that count. A finite mask stays finite: what overflows
+    is the least number there is.
     """
     logits = logits.to(dtype)
-    return logits if temperature == 1 else _divide(torch.sub(logits, tops(logits)), temperature)
+    if temperature == 1:
+        return logits
+    cooled = _divide(torch.sub(logits, tops(logits)), temperature)
+    if temperature < 1:
+        overflowed = (cooled == -torch.inf) & (logits > -torch.inf)
+        cooled.masked_fill_(overflowed, torch.finfo(dtype).min)
+    return cooled
 
 
 def _divide(x: Tensor, temperature: float) -> Tensor:
@@ -135,7 +142,8 @@ def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         return d.sub_(high), high.double()
     lost = _rounded_off(p, q).masked_fill_(~apart, 0.0)
     low = torch.where(apart, c - high.double(), 0.0).to(p.dtype)
-    return d.sub_(high).add_(lost.sub_(low)), high.double() + low.double()
+    # In this order: what is left of d is on a finer grid than lost - low.
+    return d.sub_(high).add_(lost).sub_(low), high.double() + low.double()
 
 
 def _rounded_off(a: Tensor, b: Tensor) -> Tensor:

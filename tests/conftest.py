@@ -128,11 +128,13 @@ def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
     assert not (divergence < 0).any()
 
 
-def kl_rows(circuits: list[torch.Tensor], reference: torch.Tensor, backend: str) -> torch.Tensor:
+def kl_rows(
+    circuits: list[torch.Tensor], reference: torch.Tensor, backend: str, temperature: float = 1.0
+) -> torch.Tensor:
     """Return the divergences (K, R) by a backend, on the device it runs on, back on the CPU."""
     if backend == "triton" and ON_GPU:
         circuits, reference = [to_device(c) for c in circuits], to_device(reference)
-    return functional.kl_rows(circuits, reference, backend=backend).cpu()
+    return functional.kl_rows(circuits, reference, temperature=temperature, backend=backend).cpu()
 
 
 def to_device(rows: torch.Tensor) -> torch.Tensor:

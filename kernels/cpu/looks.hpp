@@ -200,7 +200,8 @@ struct Pivot {
         const vf back = d - p;
         const vf off = (p - (d - back)) - (q + back);
         // Of an infinite difference nothing is rounded off.
-        return (d - high) + ((d - d == 0.0f ? off : vf{}) - low);
+        // In this order: what is left of d is on a finer grid than off - low.
+        return ((d - high) + (d - d == 0.0f ? off : vf{})) - low;
     }
 };
 
@@ -220,9 +221,11 @@ template <bool OFTEN_FAR> struct DivergenceSums {
         : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost(0), s{}, h{},
           n_far{} {
         if (block.max == -__builtin_inff()) return;
-        const double exact = double(block.max) - c.of_p - c.rest;
-        base = float(exact);
-        lost = float(exact - base);
+        const double moved = double(block.max) - c.of_p;
+        const double left = pivot - c.of_p - c.of_q;
+        base = float(moved - left);
+        // In this order: of logits beyond 1e9 even a float64 keeps too little beside them.
+        lost = float((moved - base) - left);
     }
 
     template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
@@ -242,11 +245,13 @@ template <bool OFTEN_FAR> struct DivergenceSums {
             for (int u = 0; u < U; ++u) {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
-                vf x = ((q + c.of_q) - base) - lost;
+                const vf moved = q + c.of_q;
+                vf x = (moved - base) - lost;
                 if (c.apart) {
-                    // From a token without mass, a far logit is rounded at its own size.
+                    // What the move rounds off is known by d, but of tokens without mass, where both are
+                    // rounded at their own size.
                     const vf a = logit - top;
-                    x = a < kLowest ? x : a - d[u];
+                    x = (a < kLowest) | (moved - c.of_q == q) ? x : a - d[u];
                 }
                 vf e = exponential<true>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;

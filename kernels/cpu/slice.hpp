@@ -25,11 +25,14 @@ template <bool VALUE> struct Flag {
 #include "functions.hpp"
 #include "looks.hpp"
 
-// A block's plain result is used from here on: 1e-7 of error is 1e-6 of 0.1.
-constexpr double kAccurateBelow = 0.1;
+// A block's plain result is used from here on: sums of a few distinct terms, whose rounding is alike, are
+// off by up to 2e-6.
+constexpr double kAccurateBelow = 0.3;
 // Sums of exponentials outside this range were taken at a base too far from the maximum.
 constexpr double kLeastSum = 1e-12;
 constexpr double kLargestSum = 1e30;
+// A mean of φ(d) from which on a block's pivot was a wrong guess, and Σ w (e^(-d) - 1) is lost in rounding.
+constexpr double kLargestMean = 16;
 // How many tokens are asked for a first guess of lse_p - lse_q.
 constexpr int64_t kSample = 256;
 
@@ -116,7 +119,7 @@ template <class T> class CircuitBlock {
         const Divergence sums = look.value();
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
         const double ratio = 1 + (sums.h - sums.s) / block_->sum;
-        if (!(ratio > 0.4 && ratio < 2.5)) return state();
+        if (!(ratio > 0.4 && ratio < 2.5 && sums.h < kLargestMean * block_->sum)) return state();
         const double x = -::log1p((sums.h - sums.s) / block_->sum);
         const double accurate = sums.h / block_->sum;
         const double change = phi(x);
@@ -125,9 +128,11 @@ template <class T> class CircuitBlock {
                                                 : accurate - change;
         *note_ = (kl < kAccurateBelow ? kSmall : 0) |
                  (sums.n_far * kFarTokens >= block_->n ? kOftenFar : 0);
-        return {{block_->max, block_->sum},
-                {block_->max - look.c.value(), block_->sum * ratio},
-                kl};
+        const double max_q = block_->max - look.c.value();
+        // What a float64 loses of the pivot beside logits beyond 1e9.
+        const double left = (block_->max - max_q) - look.c.value();
+        const double sum_q = block_->sum * ratio * (left == 0 ? 1.0 : ::exp(left));
+        return {{block_->max, block_->sum}, {max_q, sum_q}, kl};
     }
 
     State state(const ExponentialSums& look) { return state(look.base, look.value()); }
@@ -143,7 +148,8 @@ template <class T> class CircuitBlock {
         }
         const Mass q{base, sums.undefined ? __builtin_nan("") : sums.y};
         if (sums.undefined || block_->sum == 0) return {p, q, 0.0};
-        if (sums.infinite || !__builtin_isfinite(sums.s)) return {p, q, double(__builtin_inff())};
+        if (sums.infinite) return {p, q, double(__builtin_inff())};
+        if (!__builtin_isfinite(sums.s)) sums.s = wide_sum(base);
 
         const double x = without_rounding(::log(block_->sum / sums.y));
         const double plain = sums.s / block_->sum - x;
@@ -153,6 +159,20 @@ template <class T> class CircuitBlock {
             return {p, q, plain};
         }
         return {p, q, at_pivot((double(block_->max) - base) + x, plain)};
+    }
+
+    // Σ w d, of finite logits, where it is beyond float32.
+    double wide_sum(float base) const {
+        double s = 0.0;
+        const auto group = [&](int64_t i, const T* from) {
+            for (int u = 0; u < U; ++u, i += W) {
+                const vf q = load(from + u * W), a = load(block_->a + i), w = load(block_->w + i);
+                for (int j = 0; j < W; ++j)
+                    if (w[j] > 0) s += w[j] * (a[j] - (double(q[j]) - base));
+            }
+        };
+        for_groups(circuit_.q, block_->n, group, [] {});
+        return s;
     }
 
     template <class L> float sample(const L* row) const {
