@@ -1,6 +1,7 @@
 """The table of edge cases, for every backend; what it says is part of the contract."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -152,8 +153,8 @@ def test_masked_blocks(backend, generator, mask, circuit_mask):
 
 def test_masks_that_overflow_when_added_up(backend):
     """A finite KL of 2e38: of a circuit's `finfo.min` where the reference has mass."""
-    if backend.startswith("triton"):
-        pytest.skip("a logit below -1e38 counts as masked in Triton: see README, Limits")
+    if backend != "native":
+        pytest.skip("infinite in eager, and counts as masked in Triton: see README, Limits")
     reference = torch.zeros(1, 64)
     circuit = reference.clone()
     circuit[:, :40] = torch.finfo(torch.float32).min
@@ -162,6 +163,8 @@ def test_masks_that_overflow_when_added_up(backend):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_masks_that_overflow_when_divided(backend, generator, temperature):
+    if backend == "triton":
+        pytest.skip("a logit below -1e38 counts as masked in Triton: see README, Limits")
     reference = torch.randn(2, 100, generator=generator)
     circuit = reference + 0.1
     circuit[:, 0] += 0.5
@@ -175,16 +178,81 @@ def test_masks_that_overflow_when_divided(backend, generator, temperature):
     ("p", "q"), [(1e9, 1e9), (1e16, 1e16), (1e30, 1e30), (-6.1516e9, -6.1506e9), (3e7, 3e7 + 64)]
 )
 def test_huge_rows_with_a_masked_token(backend, p, q):
-    if backend.startswith("triton") and p != q:
-        pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
+    if backend == "triton" and (p != q or p > 1e9):
+        pytest.skip("not to be relied on in Triton: see README, Limits")
     reference, circuit = torch.full((1, 17), p), torch.full((1, 17), q)
     reference[0, 0] = -math.inf
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
 def test_sides_apart_by_a_tie_of_their_grid(backend, generator):
-    if backend.startswith("triton"):
+    if backend == "triton":
         pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
     reference = torch.full((1, 8191), -1e9 - 1e5)
     circuit = 0.0432 * torch.randn(1, 8191, generator=generator) - 1e5
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+# About the Triton kernels' slices of 4096 tokens, of which the first 32 are asked for bases.
+
+
+@pytest.mark.parametrize("low", [-20, -48, -55])
+def test_slices_whose_first_tokens_are_far_below(backend, generator, low, monkeypatch):
+    """The reference's in one slice, both sides' in another: the circuit's mass is lost in rounding."""
+    if launch := sys.modules.get("fastkl._triton.launch"):
+        monkeypatch.setattr(launch, "slices", lambda n_cols, itemsize: (n_cols // 1024, 1024))
+    generator.manual_seed(0)
+    # Half of the rows of such a batch showed it at -48, the first of them most.
+    reference = torch.randn(6, 3072, generator=generator)
+    circuit = reference + 1.2 * torch.randn(6, 3072, generator=generator)
+    reference, circuit = reference[:1], circuit[:1]
+    for rows, start in ((reference, 0), (circuit, 0), (reference, 1024)):
+        rows[:, start : start + 32] = low
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("offset", [-5665, -11345])
+def test_bases_beside_a_power_of_two(backend, generator, offset):
+    """Bases of -8192 + 19 and the like, from which something is subtracted."""
+    reference = 3 * torch.randn(2, 8192, generator=generator) + offset
+    circuit = reference.clone()
+    circuit[:, :4096] += 0.1 * torch.randn(2, 4096, generator=generator)
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("apart", [1000.3, 10000.3, 90000.3])
+def test_a_slice_of_the_circuit_alone_and_sides_apart(backend, generator, apart):
+    """What rounding takes from differences is in the circuit's mass, not in the reference's."""
+    reference = torch.zeros(1, 4596)
+    reference[:, :4096] -= 12.0007
+    circuit = reference.clone()
+    circuit[:, :4096] += 8.002 + 0.3 * torch.randn(1, 4096, generator=generator)
+    circuit += apart
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+@pytest.mark.parametrize("temperature", [1.2, 3.0, 100.0])
+@pytest.mark.parametrize("logit", [-5.0, -90.0, -180.0])
+def test_the_circuit_masks_a_token_at_a_high_temperature(backend, generator, temperature, logit):
+    reference = torch.randn(1, 600, generator=generator)
+    reference[:, 300] = logit
+    circuit = reference.clone()
+    circuit[:, 300] = -math.inf
+    assert kl_rows([circuit], reference, backend, temperature) == math.inf
+
+
+@pytest.mark.parametrize("low", [-104.0, -101.0])
+@pytest.mark.parametrize("top", [17.0, 19.0])
+def test_a_slice_whose_weights_vanish_beside_another(backend, low, top):
+    reference, circuit = torch.full((1, 4196), low), torch.zeros(1, 4196)
+    circuit[:, :4096] = -60
+    reference[:, :32], circuit[:, :32] = -10, 7
+    reference[:, 50], circuit[:, 50] = 0, top
+    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+
+
+def test_a_small_divergence_of_sides_far_apart_at_a_low_temperature(backend, generator):
+    reference = torch.randn(1, 600, generator=generator)
+    circuit = reference + 8e3
+    found = kl_rows([circuit], reference, backend, 0.1)[0]
+    assert_matches(found, oracle(circuit.double() / 0.1, reference.double() / 0.1))

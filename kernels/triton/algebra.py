@@ -42,10 +42,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# 1 / LOG2_E, as float32 rounds that, in two parts, the first of 12 bits: log 2 itself would be 1e-5 off
-# where the two sides lie 1000 apart.
-LN_2_HIGH = tl.constexpr(0.693115234375)
-LN_2_LOW = tl.constexpr(3.195543829267077e-05)
+# 1 / LOG2_E less LN_2, as float32 rounds both: without it pivots would be 1e-5 off where the two sides
+# lie 1000 apart.
+LN_2_REST = tl.constexpr(7.348693061389158e-09)
 # |d| from which φ(d) is e^(-d) - 1 + d instead of a polynomial, as in fastkl.state.
 NEAR = tl.constexpr(0.5)
 # The same in units of log 2.
@@ -129,7 +128,8 @@ def estimate(logits, unit):
     # Of up to 64 weights the largest is 1. Held to that, since logits beyond 1e7 have rounding left that
     # is large itself, and no other weight may be lost to it.
     log2_sum = about_log2(tl.sum(weights(logits, unit, top), axis=0))
-    return to_grid(top + tl.minimum(tl.maximum(log2_sum, 0.0), 6.0))
+    # Less SCALE, with which it is taken from exponents, it must not be on a finer grid than that.
+    return to_grid(top + tl.minimum(tl.maximum(log2_sum, 0.0), 6.0) - SCALE) + SCALE
 
 
 @triton.jit
@@ -155,10 +155,7 @@ def pivot_of(base_p, base_q, stretch):
     """Return the pivot, and what rounding took from it."""
     apart = base_p - base_q
     pivot = product_of(apart, LN_2)
-    # By parts of 12 bits, whose products are exact: a fused multiply-add is not one in the interpreter.
-    high = (apart.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    low = apart - high
-    lost = (high * LN_2_HIGH - pivot) + (high * LN_2_LOW + low * LN_2)
+    lost = tl.fma(apart, LN_2, -pivot) + apart * LN_2_REST
     return pivot, lost + pivot * stretch
 
 
@@ -237,14 +234,18 @@ def terms(d, weight, q, base_q, unit):
 
 
 @triton.jit
-def quick_terms(p, q, weight, apart, unit):
+def quick_terms(p, q, weight, apart, unit, COOL: tl.constexpr):
     """Return what tokens add to -s / log 2 and to h, given how far apart the bases are.
 
     Of d they take x = -d / log 2, of which 2^x is the circuit's weight as a part of the reference's.
     """
     # Subtracted first: a rounded product on one side only would make identical rows differ. A token that
     # both sides mask is 0 apart, one that a single side does infinitely far.
-    x = tl.fma(unmasked(q) - unmasked(p), unit, apart)
+    difference = unmasked(q) - unmasked(p)
+    if COOL:
+        # Infinitely even where unit is less than 1: twice a difference is as exact.
+        difference, unit = difference + difference, unit * 0.5
+    x = tl.fma(difference, unit, apart)
     rise = tl.where(
         tl.abs(x) < NEAR_2, x * (x * rise_over_square(x)), (tl.exp2(x) - 1.0) - x * LN_2
     )
@@ -272,8 +273,11 @@ def bits_above(value, exponent: tl.constexpr):
 
 @triton.jit
 def scaled(value, scale, mass):
-    """Return value · scale; 0 where there is no mass, whatever the scale."""
-    return tl.where(mass == 0.0, 0.0, value * scale)
+    """Return value · scale²; 0 where there is no mass, whatever the scale.
+
+    Of a large value and a small scale the product may be a number where the scale's square is none.
+    """
+    return tl.where(mass == 0.0, 0.0, (value * scale) * scale)
 
 
 @triton.jit
@@ -293,8 +297,8 @@ def merge(state, stretch, KEEP: tl.constexpr):
     top_q = tl.max(tl.where(mass > 0.0, b_q, -float("inf")), axis=0)
     # The circuit's mass alone is counted from any base of the reference's.
     b_p = tl.where(z_p == 0.0, top_p, b_p)
-    scale_p = tl.exp2(b_p - top_p)
-    scale_q = tl.exp2(b_q - top_q)
+    scale_p = tl.exp2((b_p - top_p) * 0.5)
+    scale_q = tl.exp2((b_q - top_q) * 0.5)
     sum_p = tl.sum(scaled(z_p, scale_p, z_p), axis=0)
     sum_q = tl.sum(scaled(mass, scale_q, mass), axis=0)
     # Identical rows: x / x is not 1 in every quick division.
@@ -320,15 +324,22 @@ def merge(state, stretch, KEEP: tl.constexpr):
     largest = tl.maximum(z_p, mass)
     above = bits_above(tl.minimum(largest, tl.abs(h) * FAR_WEIGHT), USUAL)
     error = moved + tl.abs(crossed) + tl.abs(h) * above
-    doubt = scaled(error, scale_p, any_mass) / sum_p * PIVOT_ERROR
+    # e^moved_by is off by what its exponent is rounded, too.
+    error *= PIVOT_ERROR + tl.abs(moved_by) * (2.0 * EXPONENT_ERROR)
+    doubt = scaled(error, scale_p, any_mass) / sum_p
     mass_error = size * (MASS_ERROR + above * EXPONENT_ERROR)
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
-    # All d of a slice might be off alike: the plain sum by as much, and the accurate one by a part
-    # Σ w |1 - e^(-d)| of it, of which no more is known than that its square is below 4 z_p h; and h
-    # may be that of d rounded to 0.
+    # All d of a slice might be off alike: the plain sum by as much, the circuit's mass by as much of
+    # itself, and the accurate sum by a part Σ w |1 - e^(-d)| of it, of which no more is known than that
+    # its square is below (2 z_p + 4 mass) h / 3; and h may be that of d rounded to 0.
     rounding = tl.where(size > 0.0, apart_by(b_p, b_q), 0.0) * APART_ERROR
-    moved_size = 2.0 * tl.sqrt(z_p * (tl.maximum(moved_h, 0.0) + z_p * rounding * rounding))
-    doubt += scaled(rounding * moved_size, scale_p, z_p) / sum_p
+    part_p = scaled(z_p, scale_p, z_p) / sum_p
+    part_q = scaled(mass, scale_q, mass) / sum_q
+    part_h = tl.maximum(scaled(moved_h, scale_p, any_mass) / sum_p, 0.0)
+    both = part_p * 0.66666667 + tl.maximum(part_q, 0.0) * 1.3333334
+    accurate_error = rounding * (tl.sqrt(both * part_h) + both * rounding)
+    doubt += tl.where(rounding > 0.0, accurate_error, 0.0)
+    plain_doubt += tl.where(rounding > 0.0, rounding * part_q, 0.0)
     plain_error = rounding * z_p + (tl.abs(s) + tl.abs(moved_by) * z_p) * PLAIN_ERROR
     plain_doubt += scaled(plain_error, scale_p, z_p) / sum_p
     if KEEP:
@@ -359,7 +370,10 @@ def judge(row, x, doubt, plain_doubt, KEEP: tl.constexpr):
     plain = s / z_p - x
     # Sides 1e4 apart leave so much of x that its square counts.
     accurate = tl.maximum(h / z_p - phi(x), 0.0)
-    room = accurate * RELATIVE if KEEP else tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
+    if KEEP:
+        room = tl.minimum(accurate * RELATIVE, 1e-6)
+    else:
+        room = tl.minimum(accurate, accurate * RELATIVE + ABSOLUTE)
     plain_room = tl.minimum(plain * RELATIVE, 1e-6) if KEEP else plain * RELATIVE
     plain_room = tl.where(plain >= ACCURATE_BELOW, plain_room, -1.0)
     plain_is_good = tl.sum(plain_doubt, axis=0) <= plain_room
@@ -389,7 +403,7 @@ def kept(state, row, divergence, x, unit, inverse):
     b_p, z_p, b_q, s, h = row
     pivot, lost = exact_pivot(b_p, b_q, unit, inverse)
     moved, rest = move_of(pivot, inverse)
-    most = tl.max(scaled(state[1], tl.exp2(state[0] - b_p), state[1]), axis=0)
+    most = tl.max(scaled(state[1], tl.exp2((state[0] - b_p) * 0.5), state[1]), axis=0)
     growth = pivot_growth(z_p, s, h, divergence, x)
     far = growth - (1.0 + growth) * (lost - 0.5 * lost * lost)
     defined = tl.where(divergence == divergence, z_p, float("nan"))

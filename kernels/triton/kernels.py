@@ -51,6 +51,8 @@ LOOKS = tl.constexpr(4)
 UNSCALE = tl.constexpr(2.0**-SCALE.value)
 # A mass, at a base that means nothing, below which some of it may have been too little for a float32.
 FAINT = tl.constexpr(2.0**-60)
+# A circuit's mass that is this part of what it is a difference of, or less, may be nothing but rounding.
+NOISE = tl.constexpr(2.0**-18)
 
 
 @triton.jit
@@ -108,6 +110,7 @@ def absorb(
     PARTS: tl.constexpr,
     G: tl.constexpr,
     AGAIN: tl.constexpr,
+    COOL: tl.constexpr,
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
@@ -122,7 +125,7 @@ def absorb(
                 t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
                 mass += tl.sum(circuit_weight, axis=1)
             else:
-                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit)
+                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit, COOL)
             s += tl.sum(t, axis=1)
             h += tl.sum(term, axis=1)
             new_sums = new_sums + ((s, h, mass),)
@@ -146,6 +149,7 @@ def sweep(
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
     AGAIN: tl.constexpr,
+    COOL: tl.constexpr,
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
@@ -175,7 +179,7 @@ def sweep(
         qs = ()
         for i in tl.static_range(G):
             qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, COOL)
 
     n_before = body_begin - begin
     n_rest = n_before + end - body_end
@@ -187,7 +191,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, COOL)
 
     total = ()
     for i in tl.static_range(G):
@@ -306,6 +310,7 @@ def partial_kernel(
         VEC,
         UNROLL,
         False,
+        COOL,
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
@@ -384,6 +389,8 @@ def sum_again(
                 VEC,
                 1,
                 True,
+                # Of exact differences, and masks that are asked for.
+                False,
             )
             new_s, new_h, new_mass = sums[0]
             b_p = tl.where(this, base_p, b_p)
@@ -422,12 +429,13 @@ def first_look(state, some, stretch, n_slices, KEEP: tl.constexpr):
     """Return slices as partial_kernel left them, and what `look_at` says of them.
 
     Where all of the first tokens are masked the base is 0. If there is next to no mass at that, of
-    slices that have `some` tokens, it may have been too little for a float32. Then the base is not taken
-    for the row's, and the slice is summed again at that of the others.
+    slices that have `some` tokens, it may have been too little for a float32; and where the reference's
+    base is far too low, the circuit's mass may be lost in rounding. Then the base is not taken for the
+    row's, and the slice is summed again at that of the others.
     """
     b_p, z_p, b_q, mass, s, h, size = state
     unseen_p = some & (b_p == 0.0) & (z_p < FAINT)
-    unseen_q = some & (b_q == 0.0) & (mass < FAINT)
+    unseen_q = some & (((b_q == 0.0) & (mass < FAINT)) | (mass < size * NOISE))
     z_p = tl.where(unseen_p, 0.0, z_p)
     mass = tl.where(unseen_q, 0.0, mass)
     state = (b_p, z_p, b_q, mass, s, h, size)
