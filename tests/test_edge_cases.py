@@ -151,6 +151,18 @@ def test_masked_blocks(backend, generator, mask, circuit_mask):
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
+def test_blocks_whose_sides_lie_far_apart_differently(implementation, generator):
+    """At the pivot of the blocks before, all d are 1e9 and alike: that is no small divergence."""
+    reference = 0.1 * torch.rand(2, 33000, generator=generator)
+    circuit = reference + 0.04 * torch.randn(2, 33000, generator=generator)
+    reference[:, :8300] = -1e9
+    assert_matches(kl_rows([circuit], reference, implementation)[0], oracle(circuit, reference))
+    reference = torch.randn(2, 50257, generator=generator)
+    circuit = reference + 0.1 * torch.randn(2, 50257, generator=generator)
+    reference[:, :40000], circuit[:, :40000] = -1e9, -1e4
+    assert_matches(kl_rows([circuit], reference, implementation)[0], oracle(circuit, reference))
+
+
 def test_masks_that_overflow_when_added_up(backend):
     """A finite KL of 2e38: of a circuit's `finfo.min` where the reference has mass."""
     if backend != "native":
@@ -188,8 +200,8 @@ def test_huge_rows_with_a_masked_token(backend, p, q):
 def test_sides_apart_by_a_tie_of_their_grid(backend, generator):
     if backend == "triton":
         pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
-    reference = torch.full((1, 8191), -1e9 - 1e5)
-    circuit = 0.0432 * torch.randn(1, 8191, generator=generator) - 1e5
+    reference = torch.full((16, 8191), -1e9 - 1e5)
+    circuit = 0.0432 * torch.randn(16, 8191, generator=generator) - 1e5
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 

@@ -148,7 +148,8 @@ def gradients(
     in float32 where dtypes differ. What `kl_rows_kept` keeps is computed again if it is not given: the
     logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes. Where one
     token has nearly all of both sides' mass, its gradient, of the size of what is left, is what suffers:
-    with 1e-6 left, errors of 1e-4 of it were seen, and with less they are larger.
+    with 1e-6 left, errors of 1e-4 of it were seen, and with less they are larger; of a third where KL is
+    large by tokens that the reference all but masks.
     """
     import fastkl._triton as _triton
 
