@@ -705,9 +705,11 @@ class TestSideBySide:
         END:
         """
         found = []
+        # The same memory: another may start elsewhere in a sector.
+        out = np.empty(70 * 32, np.int32)
         for n in (1, 32):
             monkeypatch.setattr("ptx_emulator.module.SIDE_BY_SIDE", n)
-            out = np.zeros(70 * 32, np.int32)
+            out[:] = 0
             stats = run_ptx(body, out, grid=(70,))
             found.append((out.tolist(), stats.threads, stats.warps, stats.sectors_stored))
             assert stats.ctas == 70
