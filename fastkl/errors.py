@@ -174,7 +174,7 @@ def check_rows(
     grad: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Refuse what an operator is called with that are not rows (R, V) or (B, S, V) of one another."""
+    """Refuse other shapes than rows (R, V) or (B, S, V), and rows that do not belong to one another."""
     if reference.dim() not in (2, 3) or reference.shape[-1] == 0:
         raise ValueError(
             f"reference must be rows (R, V), or (B, S, V), of at least one token; "

@@ -155,6 +155,7 @@ def pivot_of(base_p, base_q, stretch):
     """Return the pivot, and what rounding took from it."""
     apart = base_p - base_q
     pivot = product_of(apart, LN_2)
+    # What the product was rounded by, exactly: a fused multiply-add rounds once.
     lost = tl.fma(apart, LN_2, -pivot) + apart * LN_2_REST
     return pivot, lost + pivot * stretch
 

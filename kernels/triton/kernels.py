@@ -545,7 +545,7 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=("first", "n"))
 def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
-    """Write up to n of a tuple of `disguised` numbers to the table, from `first` on.
+    """Write up to n of a tuple of `disguised` numbers to the table, from `first` on: 8 bytes each.
 
     Numbers travel as arguments: a copy from the host would make it wait, or outlive a captured graph.
     """
