@@ -1,6 +1,6 @@
 """Blocks of rows in plain PyTorch: their exponentials and log-sum-exps, on any device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -71,32 +71,6 @@ def tops(logits: Tensor) -> Tensor:
     """Return each row's largest logit (R, 1), 0 where all are -inf."""
     m = logits.amax(-1, keepdim=True)
     return m.masked_fill(m == -torch.inf, 0.0)
-
-
-def taken(logits: Tensor, temperature: float) -> Tensor | float:
-    """Return what `cool` takes from rows, as part of their log-sum-exps (R, 1), in float64."""
-    return 0.0 if temperature == 1 else tops(logits).double() / temperature
-
-
-def measure_cooled(
-    measure: Callable[[Sequence[Tensor], Tensor], Tensor],
-    circuits: Sequence[Tensor],
-    reference: Tensor,
-    temperature: float,
-) -> Tensor:
-    """Return what `measure` returns (K, R, ...), of cooled logits, for kernels that can not divide.
-
-    Only a block of rows of one circuit is copied at a time.
-    """
-    if not circuits or not reference.shape[0]:
-        return measure(circuits, reference)
-    dtype = compute_dtype(reference, *circuits)
-    results: list[list[Tensor]] = [[] for _ in circuits]
-    for rows in blocks(reference):
-        ref = cool(reference[rows], dtype, temperature)
-        for circuit, result in zip(circuits, results, strict=True):
-            result.append(measure([cool(circuit[rows], dtype, temperature)], ref)[0])
-    return torch.stack([torch.cat(result) for result in results])
 
 
 def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:

@@ -36,25 +36,26 @@ class _Known(NamedTuple):
     likely: Tensor  # where p is largest in each stretch of the vocabulary (R, C)
     p_likely: Tensor  # p there (R, C)
     share: NDArray[np.float64]  # P there (R, C)
-    weights: Tensor  # share / Σ share, times log2 e (R, C)
+    weights: Tensor  # share / Σ share, times log2 e (R, C, 1)
     z_p: NDArray[np.float64]  # Σ e^(p - max p) (R,)
     depth: NDArray[np.float32]  # max p - min p (R,)
     deep: bool  # whether any row is
 
 
 class _Sums(NamedTuple):
-    """What is kept of rows (..., V)."""
+    """What is kept of the parts of rows (..., V)."""
 
-    lowest: Tensor  # the least x log2 e (...)
-    highest: Tensor  # the largest (...); 0 in a block that is not deep
-    first: Tensor  # Σ w x of parts (..., M)
-    second: Tensor  # -Σ w (e^x - 1 - x) of parts (..., M)
+    lowest: Tensor  # the least x log2 e (..., M)
+    highest: Tensor  # the largest (..., M); 0 in a block that is not deep
+    first: Tensor  # Σ w x (..., M)
+    second: Tensor  # -Σ w (e^x - 1 - x) (..., M)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], n_parts: int) -> "_Sums":
         """Return memory for them."""
-        lowest, highest = torch.zeros((2, *shape), dtype=torch.float32, device="cpu")
-        first, second = torch.empty((2, *shape, n_parts), dtype=torch.float32, device="cpu")
+        shape = (*shape, n_parts)
+        lowest, first, second = torch.empty((3, *shape), dtype=torch.float32, device="cpu")
+        highest = torch.zeros(shape, dtype=torch.float32, device="cpu")
         return cls(lowest, highest, first, second)
 
 
@@ -94,7 +95,7 @@ class Workspace:
         top = w.rows.gather(-1, likely).double()
         w.rows.scatter_(-1, likely, 0.0)
         z_p = top.sum(-1).numpy() + _total(w.sums())
-        weights = (top / top.sum(-1, keepdim=True) * _LOG2E).float()
+        weights = (top / top.sum(-1, keepdim=True) * _LOG2E).float()[..., None]
         # Of a row of nothing but -inf there are no shares.
         with np.errstate(all="ignore"):
             share, deep = top.numpy() / z_p[:, None], bool((depth > formulas.DEEP).any())
@@ -126,18 +127,20 @@ class Workspace:
         shape = n_circuits, len(known.p)
         there = torch.empty((*shape, known.likely.shape[1]), dtype=torch.float32, device="cpu")
         c_log2e = torch.empty((*shape, 1), dtype=torch.float32, device="cpu")
+        apart = torch.empty_like(known.p_likely)
         sums = _Sums.empty(shape, self._layout.n_parts)
-        for k, kept in enumerate(zip(*sums, strict=True)):
+        each = zip(there, c_log2e, zip(*sums, strict=True), strict=True)
+        for k, (there_k, c_k, kept) in enumerate(each):
             q = circuit(k, None)
-            there[k] = q.gather(-1, known.likely)
-            apart = torch.sub(known.p_likely, there[k])
-            torch.bmm(apart[:, None], known.weights[..., None], out=c_log2e[k, ..., None])
+            there_k.copy_(q.gather(-1, known.likely))
+            torch.sub(known.p_likely, there_k, out=apart)
+            torch.bmm(apart[:, None], known.weights, out=c_k[..., None])
             if q.dtype == torch.float32:
                 torch.sub(q, known.p, out=x.rows)
             else:
                 x.rows.copy_(q).sub_(known.p)
             # A multiply-add for all elements, or for none: compilers contract a loop's tail too.
-            torch.add(c_log2e[k], x.rows, alpha=_LOG2E, out=x.rows)
+            torch.add(c_k, x.rows, alpha=_LOG2E, out=x.rows)
             self._sum(x, w, t, _Sums(*kept))
         # Infinite and NaN logits are for whoever measures such rows to speak of.
         with np.errstate(all="ignore"):
@@ -161,9 +164,10 @@ class Workspace:
 
     def _sum(self, x: Block, w: Block, t: Block, sums: _Sums) -> None:
         """Set the sums, given x log2 e, which is written over."""
-        torch.amin(x.rows, -1, out=sums.lowest)
+        # Of parts, which threads share evenly, as they do not share a few rows.
+        torch.amin(x.parts, -1, out=sums.lowest)
         if self._known.deep:
-            torch.amax(x.rows, -1, out=sums.highest)
+            torch.amax(x.parts, -1, out=sums.highest)
         formulas.sums(x, w, t, first=sums.first, second=sums.second)
 
     def _divergences(
@@ -173,15 +177,14 @@ class Workspace:
         known = self._known
         first, second = (_total(t) / known.z_p[rows] for t in (sums.first, sums.second))
         divergence, mean, good = formulas.divergences(first, -second, known.share[rows], x)
-        good &= sums.lowest.numpy() >= formulas.LEAST_EXPONENT
+        good &= sums.lowest.numpy().min(-1) >= formulas.LEAST_EXPONENT
         good &= formulas.weights_will_do(known.depth[rows], self._highest(sums, rows))
         return divergence, mean, good
 
     def _highest(self, sums: _Sums, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the largest x log2 e of deep rows, 0 of others, whatever rows are beside them."""
-        return np.where(
-            self._known.depth[rows] > formulas.DEEP, sums.highest.numpy(), np.float32(0)
-        )
+        highest: NDArray[np.float32] = sums.highest.numpy().max(-1)
+        return np.where(self._known.depth[rows] > formulas.DEEP, highest, np.float32(0))
 
     def _measure_exactly(
         self, circuit: Circuit, k: int, rows: NDArray[np.int64], c: NDArray[np.float64]

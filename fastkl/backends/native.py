@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastkl import errors
-from fastkl.rows import measure_cooled, taken
 from fastkl.state import RowState
 
 NAME = "native"
@@ -81,17 +80,15 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     reference : Tensor (R, V)
         Logits of the full model.
     temperature : float
-        What all logits are divided by, in blocks of rows.
+        What all logits are divided by, as they are read.
 
     Returns
     -------
     Tensor (K, R)
         float32.
     """
-    if temperature != 1:
-        return measure_cooled(kl_rows, circuits, reference, temperature)
     result = torch.empty((len(circuits), reference.shape[0]), dtype=torch.float32, device="cpu")
-    _measure(circuits, reference, kl=result)
+    _measure(circuits, reference, temperature, kl=result)
     return result
 
 
@@ -100,7 +97,7 @@ def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return what `kl_rows` does, and the rows' states, their bits as float32 (N_KEPT, K, R)."""
-    states = _cooled_states(circuits, reference, temperature)
+    states = _states(circuits, reference, temperature)
     _, z_p, _, z_q, divergence = states.unbind(-1)
     divergence = torch.where((z_p > 0) & (z_q > 0), divergence, torch.nan)
     return divergence.float(), states.view(torch.float32).movedim(-1, 0).contiguous()
@@ -113,7 +110,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
     m_q is not the circuit's maximum, but a number near it.
     """
-    m_p, z_p, m_q, z_q, divergence = _states(circuits, reference).unbind(-1)
+    m_p, z_p, m_q, z_q, divergence = _states(circuits, reference, 1.0).unbind(-1)
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
     return RowState(
         m_p=m_p,
@@ -156,7 +153,7 @@ def gradients(
     if not circuits or not n_rows:
         return dqs, None if dp is None else dp.zero_()
     if kept is None:
-        states = _cooled_states(circuits, reference, temperature)
+        states = _states(circuits, reference, temperature)
     else:
         states = kept.movedim(0, -1).contiguous().view(torch.float64)
     scaled = (grad.double() / temperature).contiguous()
@@ -210,20 +207,10 @@ def js_gradients(
     return [gradient for gradient in (dq, dp) if gradient is not None]
 
 
-def _states(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+def _states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
     """Return the states (K, R, 5) of rows in float64: max and sum of p, of q, and the divergence."""
     states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64, device="cpu")
-    _measure(circuits, reference, states=states)
-    return states
-
-
-def _cooled_states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
-    if temperature == 1:
-        return _states(circuits, reference)
-    states = measure_cooled(_states, circuits, reference, temperature)
-    for state, circuit in zip(states, circuits, strict=True):
-        state[:, 0:1] += taken(reference, temperature)
-        state[:, 2:3] += taken(circuit, temperature)
+    _measure(circuits, reference, temperature, states=states)
     return states
 
 
@@ -257,6 +244,8 @@ def _js(
 def _measure(
     circuits: Sequence[Tensor],
     reference: Tensor,
+    temperature: float,
+    *,
     kl: Tensor | None = None,
     states: Tensor | None = None,
 ) -> None:
@@ -268,6 +257,7 @@ def _measure(
         _matrix(reference),
         n_rows,
         n_cols,
+        temperature,
         0 if kl is None else kl.data_ptr(),
         0 if states is None else states.data_ptr(),
         torch.get_num_threads(),

@@ -29,6 +29,7 @@ struct Problem {
     Matrix reference;
     int64_t n_rows;
     int64_t n_cols;
+    double temperature;
 };
 
 // A row's mass over a piece of the vocabulary: Σ e^logit = sum · e^max. `max` is some number near the
@@ -107,11 +108,15 @@ struct JsRoom {
     float *mass, *worth;
 };
 
-// What one thread needs beside the inputs.
+// Circuits whose blocks are looked at together, at the most.
+constexpr int kMostTogether = 4;
+
+// What one thread needs beside the inputs; the last only where a temperature divides them.
 struct Scratch {
     alignas(64) float p[kBlock + 64];
     alignas(64) float a[kBlock + 64];
     alignas(64) float w[kBlock + 64];
+    alignas(64) float cooled[kMostTogether][kBlock + 64];
 };
 
 // Asked before every block; false stops the work.
@@ -124,8 +129,8 @@ struct Poll {
 struct Level {
     const char* name;
     bool (*supported)();
-    // Sets states[k] to the state of circuit k over columns [begin, end) of a row; notes[k] is room
-    // for a note from block to block. False if it was stopped.
+    // Sets states[k] to the state of circuit k over columns [begin, end) of a row, of logits divided by
+    // the temperature; notes[k] is room for a note from block to block. False if it was stopped.
     bool (*slice)(const Problem&, int64_t row, int64_t begin, int64_t end, State* states,
                   uint8_t* notes, Scratch&, const Poll&);
     // Writes the gradients of one row. False if it was stopped.

@@ -121,8 +121,8 @@ PyObject* measure(PyObject*, PyObject* args) {
     Py_ssize_t n_rows, n_cols, kl, states;
     int n_threads;
     fastkl::Problem problem;
-    if (!PyArg_ParseTuple(args, "sO!Onnnni", &level_name, &PyList_Type, &circuits, &reference,
-                          &n_rows, &n_cols, &kl, &states, &n_threads) ||
+    if (!PyArg_ParseTuple(args, "sO!Onndnni", &level_name, &PyList_Type, &circuits, &reference,
+                          &n_rows, &n_cols, &problem.temperature, &kl, &states, &n_threads) ||
         !read_matrix(reference, &problem.reference)) {
         return nullptr;
     }
@@ -233,8 +233,8 @@ PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS,
      "levels()\n--\n\nNames of the instruction-set levels this machine can run, best first."},
     {"measure", measure, METH_VARARGS,
-     "measure(level, circuits, reference, n_rows, n_cols, kl, states, n_threads)\n--\n\n"
-     "Write KL(reference || circuit) of every row.\n\n"
+     "measure(level, circuits, reference, n_rows, n_cols, temperature, kl, states, n_threads)\n--\n\n"
+     "Write KL(reference || circuit) of every row, of logits divided by the temperature.\n\n"
      "`circuits` is a list of, and `reference` one, (address, row stride in elements, dtype): 0 for\n"
      "float32, 1 for bfloat16, 2 for float16. `kl` is the address of float32 (K, R) or 0, `states`\n"
      "that of float64 (K, R, 5) or 0: max and sum of p, of q, and the divergence (see kl.hpp)."},

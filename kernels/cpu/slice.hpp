@@ -24,6 +24,7 @@ template <bool VALUE> struct Flag {
 #include "simd.hpp"
 #include "functions.hpp"
 #include "looks.hpp"
+#include "temperature.hpp"
 
 // A block's plain result is used from here on: sums of a few distinct terms, whose rounding is alike, are
 // off by up to 2e-6.
@@ -44,7 +45,7 @@ inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0;
 
 // Circuits of a block that are looked at together, as far as the level has registers for their sums:
 // of the reference's numbers, which come from the second level cache, each needs the fewer.
-constexpr int kTogether = W == 16 ? 4 : W == 8 ? 2 : 1;
+constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 
 enum class Look { divergence, far_divergence, exponentials, alone };
 
@@ -264,35 +265,73 @@ int64_t look_together(Look first, int64_t n, CircuitBlock<T>* blocks, State* sta
 
 // The states of a block for circuit k and those after it that are looked at together with it. `so_far`
 // are all circuits' states of the blocks before. Returns how many these are.
-template <class T>
-int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block, int64_t k,
-                  const State* so_far, uint8_t* notes, State* states) {
-    CircuitBlock<T> blocks[kTogether];
+template <class T, bool COOL>
+int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block,
+                  double taken_p, int64_t k, const State* so_far, uint8_t* notes, Scratch& scratch,
+                  State* states) {
+    using L = std::conditional_t<COOL, float, T>;
+    CircuitBlock<L> blocks[kTogether];
+    double taken[kTogether] = {};
     Look first = Look::alone;
     int64_t n = 0;
     for (; n < kTogether && k + n < problem.n_circuits; ++n) {
         const Matrix& circuit = problem.circuits[k + n];
         if (circuit.dtype != problem.circuits[k].dtype) break;
-        const T* q = reinterpret_cast<const T*>(address(circuit, row, start));
+        const T* logits = reinterpret_cast<const T*>(address(circuit, row, start));
         // Where the circuit that is looked at as long after this one lies, perhaps in the next block.
         const int64_t after = k + n + kTogether;
         const char* ahead = address(problem.circuits[after % problem.n_circuits], row,
                                     after < problem.n_circuits ? start : start + block.n);
-        const double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
-        blocks[n] = CircuitBlock<T>(block, {q, ahead}, guess, notes[k + n]);
+        double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
+        Circuit<L> q;
+        if constexpr (COOL) {
+            float* cooled = scratch.cooled[n];
+            taken[n] = cool(logits, block.n, divisor_of(problem.temperature), ahead, cooled);
+            guess -= taken_p - taken[n];
+            q = {cooled, reinterpret_cast<const char*>(cooled)};
+        } else {
+            q = {logits, ahead};
+        }
+        blocks[n] = CircuitBlock<L>(block, q, guess, notes[k + n]);
         const Look look = blocks[n].first_look();
         if (n == 0) first = look;
         if (first == Look::alone || look != first) break;
     }
+    int64_t count = 1;
     if (first == Look::alone) {
         states[0] = blocks[0].state();
-        return 1;
+    } else {
+        count = look_together<kTogether>(first, n, blocks, states);
     }
-    return look_together<kTogether>(first, n, blocks, states);
+    if constexpr (COOL) {
+        for (int64_t i = 0; i < count; ++i) {
+            states[i].p.max += taken_p;
+            states[i].q.max += taken[i];
+        }
+    }
+    return count;
 }
 
-bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
-           uint8_t* notes, Scratch& scratch, const Poll& poll) {
+// Reads a block of the reference, given the mass of the blocks before. `taken` is set to what was taken
+// from it.
+template <bool COOL, class T>
+Block read_block(const T* p, int64_t n, double temperature, const Mass& so_far, Scratch& scratch,
+                 double& taken) {
+    if constexpr (COOL) {
+        float* cooled = scratch.cooled[0];
+        taken = cool(p, n, divisor_of(temperature), reinterpret_cast<const char*>(p + n), cooled);
+        // The largest is 0, or there is none.
+        return read_reference(cooled, n, 0.0f, scratch);
+    } else {
+        taken = 0;
+        const float guess = so_far.sum > 0 ? float(so_far.max) : maximum(p, n < kSample ? n : kSample);
+        return read_reference(p, n, float(finite_or_zero(guess)), scratch);
+    }
+}
+
+template <bool COOL>
+bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
+              uint8_t* notes, Scratch& scratch, const Poll& poll) {
     const FlushSubnormals flush;
     const Mass nothing{-double(__builtin_inff()), 0.0};
     for (int64_t k = 0; k < problem.n_circuits; ++k) {
@@ -304,19 +343,19 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
     for (int64_t start = begin; start < end; start += length) {
         if (!poll.keep_going(poll.context)) return false;
         const int64_t n = end - start < length ? end - start : length;
+        double taken;
         const Block block =
             with_dtype(problem.reference.dtype, address(problem.reference, row, start), [&](auto p) {
-                const float guess = reference.sum > 0 ? float(reference.max)
-                                                      : maximum(p, n < kSample ? n : kSample);
-                return read_reference(p, n, float(finite_or_zero(guess)), scratch);
+                return read_block<COOL>(p, n, problem.temperature, reference, scratch, taken);
             });
-        const Shares share = shares(reference, {block.max, block.sum});
+        const Shares share = shares(reference, {block.max + taken, block.sum});
         for (int64_t k = 0; k < problem.n_circuits;) {
             State of_block[kTogether];
             const int64_t count =
                 with_dtype(problem.circuits[k].dtype, nullptr, [&](auto logits) {
                     using T = std::remove_const_t<std::remove_pointer_t<decltype(logits)>>;
-                    return look_from<T>(problem, row, start, block, k, states, notes, of_block);
+                    return look_from<T, COOL>(problem, row, start, block, taken, k, states, notes,
+                                              scratch, of_block);
                 });
             for (int64_t i = 0; i < count; ++i, ++k)
                 states[k] = merge(share, states[k], of_block[i]);
@@ -324,6 +363,12 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
         reference = share.total;
     }
     return true;
+}
+
+bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
+           uint8_t* notes, Scratch& scratch, const Poll& poll) {
+    const auto measure = problem.temperature == 1 ? slice_at<false> : slice_at<true>;
+    return measure(problem, row, begin, end, states, notes, scratch, poll);
 }
 
 #include "rows.hpp"
