@@ -92,7 +92,15 @@ def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor
     c = (ref.m - cir.m) + temperature * torch.log(ref.z / cir.z)
     c = torch.where(c.isfinite(), c, 0.0)
     d, c = differences(cir.logits, ref.logits, c)
-    return (d, c) if temperature == 1 else (_divide(d, temperature), c / temperature)
+    if temperature == 1:
+        return d, c
+    # As in `cool`: of a token without mass an infinite one would make NaN of 0.
+    finite = d.isfinite() if temperature < 1 else None
+    _divide(d, temperature)
+    if finite is not None:
+        largest = torch.finfo(d.dtype).max
+        d = torch.where(finite, d.clamp(-largest, largest), d)
+    return d, c / temperature
 
 
 def differences(q: Tensor, p: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,9 +92,10 @@ def test_gradient_kernel(dtype, reference):
     assert stores[True] == tile.loads * (1 + reference)
     # An H100 issues 35 instructions in the time of 4 bytes, half-precision logits and their gradient,
     # and is bound by them there: two of them bring sides together that may lie apart. All else moves
-    # more: with a single circuit, 6 to 16 bytes.
-    pairs = tile.tokens / program.threads
-    assert len(program.body) / pairs <= (47.5 if reference else 38.5)
+    # more: with a single circuit, 6 to 16 bytes. Of float32 logits what their difference is rounded by
+    # takes six.
+    pairs, rounded = tile.tokens / program.threads, 6 if dtype == "fp32" else 0
+    assert len(program.body) / pairs <= (47.5 if reference else 38.5) + rounded
     assert program.body.special / pairs <= 1.25
 
 

@@ -296,6 +296,16 @@ def test_sides_far_apart(generator, shift, temperature):
             assert error(ours, exact / temperature) <= (BOUND if temperature == 1 else 1e-5)
 
 
+def test_sides_on_either_side_of_0(generator):
+    """Neither side can be moved to the other without losing the last digits of likely tokens."""
+    p = torch.randn(3, 1500, generator=generator) * 0.3
+    p += torch.tensor([0.25, 7.75, 127.75])[:, None]
+    q = p - torch.tensor([1.0, 16.0, 256.0])[:, None]
+    q += 1e-3 * torch.randn(3, 1500, generator=generator)
+    *found, _ = one(q, p, arch=100)
+    assert_right(found, oracle_gradients(q, p))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_batch(generator, dtype):
     circuit, reference = make(generator, (0.01, 1.0), 2504, dtype)

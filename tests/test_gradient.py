@@ -88,6 +88,33 @@ def test_shifts_change_nothing(one, generator, ordinary, side, shift):
         assert error(ours, exact) <= BOUND
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("shift", [1.0, 16.0, -64.0, 256.0])
+def test_sides_on_either_side_of_0(gradients, one, generator, shift, temperature):
+    """Whichever side is moved to the other, float32 has no room for the last digits of likely tokens."""
+    if shift < 4 and gradients is eager.gradients:
+        pytest.skip("eager's differences are rounded here: see README, Limits")
+    p = torch.randn(2, 1500, generator=generator) * 0.3 + (shift / 2 - 0.25)
+    q = p - shift + 1e-3 * torch.randn(2, 1500, generator=generator)
+    exact = oracle_gradients(q.double() / temperature, p.double() / temperature)
+    for ours, wide in zip(one(q, p, temperature=temperature), exact, strict=True):
+        assert error(ours, wide / temperature) <= BOUND
+
+
+@pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -3e38])
+@pytest.mark.parametrize("side", [0, 1])
+def test_masks_that_overflow_when_they_are_divided(gradients, one, generator, side, mask):
+    """Of a token without mass nothing is left, and not 0 times inf."""
+    if gradients is triton.gradients:
+        pytest.skip("in Triton logits below -1e38 count as masked: see README, Limits")
+    rows = list(make(generator, 2, 40, 0.1))
+    rows[0][:, 3], rows[1][:, 3] = -500, -500
+    rows[side][:, 3] = mask
+    exact = oracle_gradients(*(t.double() / 0.5 for t in rows))
+    for ours, wide in zip(one(*rows, temperature=0.5), exact, strict=True):
+        assert error(ours, wide / 0.5) <= BOUND
+
+
 @pytest.mark.parametrize("huge", [1e8, -1e9])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_row_of_one_huge_logit_is_uniform(gradients, one, generator, side, huge):

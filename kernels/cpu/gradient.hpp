@@ -2,7 +2,7 @@
 // t = e^(p - m_p) expm1(-d'), summed at the pivot that the row's state knows, and x, what it is off by.
 
 // What a row's logits are counted from, as its state says. They are divided by the temperature only as
-// differences: m_p, m_q and the pivot's first parts are between logits as they come.
+// differences: m_p, m_q and the pivot are between logits as they come.
 struct Center {
     Center(const State& state, double temperature)
         : inverse(inverse_of(temperature)), m_p(float(state.p.max * temperature)),
@@ -16,7 +16,11 @@ struct Center {
             c = Pivot(0, 0);
         } else {
             const double pivot = log_ratio(state.p, state.q);
-            rest = float(pivot - (double(c.of_p) + c.of_q) / temperature);
+            if (!c.apart && pivot * pivot > kApartFrom * state.kl) {
+                c.apart = true;
+                c.low = float(pivot * temperature - c.high);
+            }
+            rest = float(pivot - (c.apart ? c.value() : 0.0) / temperature);
             kl = float(state.kl);
             near = kNear * kNear;
             often_far = !(state.kl < kOftenFarFrom);
@@ -24,6 +28,8 @@ struct Center {
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
     }
 
+    // Of sides this far apart, beside what tokens move by themselves, p - q is rounded by 1e-6 of that.
+    static constexpr double kApartFrom = 5e3;
     // From about there on, a branch for far tokens costs more than it saves.
     static constexpr double kOftenFarFrom = 0.01;
 
@@ -71,8 +77,9 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
         for (int u = 0; u < U; ++u) {
             const vf logit_p = load(from_p + u * W), logit_q = load(from_q + u * W);
             // Exact for logits alike. NaN where both are masked: neither near nor of any weight.
-            const vf apart = (logit_p - of.c.of_p) - (logit_q + of.c.of_q);
-            d[u] = fma(apart, splat(of.inverse), splat(-of.rest));
+            const vf difference =
+                of.c.apart ? of.c.difference(logit_p, logit_q) : logit_p - logit_q;
+            d[u] = fma(difference, splat(of.inverse), splat(-of.rest));
             w[u] = weight_of(fma(logit_p - of.m_p, splat(of.inverse), splat(of.more_p)));
             const vf square = d[u] * d[u];
             t[u] = w[u] * fma(square, phi_over_square(d[u]), -d[u]);

@@ -179,24 +179,25 @@ def exact_pivot(base_p, base_q, unit, inverse):
 def move_of(pivot, inverse):
     """Return the integer that brings two sides together, and what it leaves of their pivot."""
     moved = (pivot / inverse + TO_INTEGER) - TO_INTEGER
-    moved = tl.where(tl.abs(pivot) < APART, 0.0, moved)
     # Of a temperature's inverse the product is rounded: what that took is added again.
     product = product_of(moved, inverse)
     return moved, (pivot - product) - tl.fma(moved, inverse, -product)
 
 
 @triton.jit
-def sides(moved, base_p, base_q):
-    """Return what is taken from p and what is added to q: all of a move, to the side further from 0."""
-    of_p = tl.where(tl.abs(base_p) > tl.abs(base_q), moved, 0.0)
-    return of_p, moved - of_p
+def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr):
+    """Return d of tokens, given how far their sides are moved and how much of that is the reference's.
 
-
-@triton.jit
-def moved_differences(p, q, of_p, of_q, rest, inverse):
-    """Return d of tokens, their sides moved first."""
+    What the difference of two float32 logits is rounded by is added again. Half-precision ones have room
+    for the move, which leaves their difference exact.
+    """
     # A product that is rounded by itself would be off by as much as all of d where rows are confident.
-    return tl.fma((p - of_p) - (q + of_q), inverse, -rest)
+    if dtype == tl.float32:
+        difference = p - q
+        # Of an infinite difference nothing is rounded off.
+        off = tl.where(tl.abs(difference) < float("inf"), rounded_off(p, q), 0.0)
+        return tl.fma((difference - moved) + off, inverse, -rest)
+    return tl.fma((p - of_p) - (q + (moved - of_p)), inverse, -rest)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ numbers of its row, so that each logit is read once.
 import triton
 import triton.language as tl
 
-from .algebra import NEAR, moved_differences, phi_over_square, sides, weights
+from .algebra import NEAR, moved_differences, phi_over_square, weights
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
@@ -42,15 +42,16 @@ def nothing(scale):
 
 @triton.jit
 def kept_of(field, stride):
-    """Return what `kept` in algebra.py says of a row, its move as what p loses and q gains."""
+    """Return what `kept` in algebra.py says of a row, and how much of its move is the reference's."""
     # From one to the next: an address of its own for each would be held, in registers, all the time.
     numbers = ()
     for _ in tl.static_range(9):
         field += stride
         numbers = numbers + (tl.load(field),)
     base_p, z_p, base_q, rest, moved, s, growth, far, share = numbers
-    of_p, of_q = sides(moved, base_p, base_q)
-    return base_p, z_p, base_q, rest, of_p, of_q, s, growth, far, share
+    # All of it if that is further from 0.
+    of_p = tl.where(tl.abs(base_p) > tl.abs(base_q), moved, 0.0)
+    return base_p, z_p, base_q, rest, moved, of_p, s, growth, far, share
 
 
 @triton.jit
@@ -113,16 +114,16 @@ def differentiate(
             # is another, its sums are moved there. The first one's is loaded again, since the compiler,
             # given it in a register, computes all weights again.
             kept = kept_of(rows_ptr + index, field_stride)
-            base_p, z_p, base_q, rest, of_p, of_q, _, growth, growth_far, _ = kept
-            moved = tl.load(rows_ptr + field_stride + row) - base_p
-            base_q += moved
-            scale = grad * inverse / (z_p * tl.exp2(-moved))
+            base_p, z_p, base_q, rest, moved, of_p, _, growth, growth_far, _ = kept
+            raised = tl.load(rows_ptr + field_stride + row) - base_p
+            base_q += raised
+            scale = grad * inverse / (z_p * tl.exp2(-raised))
             if REFERENCE:
                 top_rest = tl.load(top_ptr + index)
                 mean = tl.load(top_ptr + field_stride + index)
-                d = moved_differences(p, q, of_p, of_q, top_rest, inverse)
+                d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype)
                 total += reference_gradient(weight, q, d, mean, scale)
-            d = moved_differences(p, q, of_p, of_q, rest, inverse)
+            d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
             value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit)
         if wanted:
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
@@ -251,13 +252,14 @@ def top_kernel(
     row = (program % n_rows).to(tl.int64)
     field_stride = n_circuits.to(tl.int64) * n_rows
     kept = kept_of(rows_ptr + program, field_stride)
-    base_p, z_p, _, rest, of_p, of_q, s, _, _, share = kept
+    base_p, z_p, _, rest, moved, of_p, s, _, _, share = kept
+    dtype: tl.constexpr = p_ptr.dtype.element_ty
     mean = s / z_p
 
     # What a token must have of the mass to be counted from; false where there is no divergence.
     if share * (1.0 + (tl.abs(rest) + tl.abs(mean)) * CONFIDENT) >= 1.0:
         p_row = p_ptr + row * p_row_stride
-        q_row = row_address(table_ptr, circuit, row, p_ptr.dtype.element_ty)
+        q_row = row_address(table_ptr, circuit, row, dtype)
         lane = tl.arange(0, TILE)
         best = tl.full((TILE,), -float("inf"), tl.float32)
         likeliest = tl.zeros((TILE,), tl.int32)
@@ -269,7 +271,7 @@ def top_kernel(
         top = tl.max(best, axis=0)
         likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
         beside = tl.load(q_row + likeliest).to(tl.float32)
-        own = moved_differences(top, beside, of_p, of_q, 0.0, inverse)
+        own = moved_differences(top, beside, moved, of_p, 0.0, inverse, dtype)
         if tl.abs(own) < float("inf"):
             rest = own
             total = tl.zeros((TILE,), tl.float32)
@@ -279,7 +281,7 @@ def top_kernel(
                 q = load_inside(q_row + token, token < n_cols)
                 weight = weights(p, unit, base_p)
                 # A token without mass counts nothing, whatever its d.
-                d = moved_differences(p, q, of_p, of_q, rest, inverse)
+                d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
                 total += tl.where(p == -float("inf"), 0.0, weight * d)
             mean = tl.sum(total, axis=0) / z_p
     tl.store(top_ptr + program, rest)
