@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkl import backends, errors
+from fastkl.registration import batches, fake, register
 from fastkl.rows import compute_dtype
 from fastkl.views import as_rows, asked_for, with_gaps
 
@@ -37,11 +38,9 @@ def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) 
     return backends.choose(backend, reference.device, dtype)
 
 
-@torch.library.custom_op(
-    "fastkl::kl_div",
-    mutates_args=(),
-    schema="(Tensor[] circuits, Tensor reference, float temperature, str? backend, bool keep) "
-    "-> (Tensor, Tensor)",
+@register(
+    "kl_div(Tensor[] circuits, Tensor reference, float temperature, str? backend, bool keep) "
+    "-> (Tensor, Tensor)"
 )
 def kl_div(
     circuits: Sequence[Tensor],
@@ -64,11 +63,9 @@ def kl_div(
     return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
 
 
-@torch.library.custom_op(
-    "fastkl::kl_div_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor[] circuits, Tensor reference, Tensor kept, bool[] wanted, "
-    "bool reference_wanted, float temperature, str? backend) -> Tensor[]",
+@register(
+    "kl_div_backward(Tensor grad, Tensor[] circuits, Tensor reference, Tensor kept, bool[] wanted, "
+    "bool reference_wanted, float temperature, str? backend) -> Tensor[]"
 )
 def kl_div_backward(
     grad: Tensor,
@@ -99,7 +96,7 @@ def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     return reference.new_empty(shape, dtype=compute_dtype(reference, *circuits))
 
 
-@kl_div.register_fake
+@fake(kl_div)
 def _(
     circuits: Sequence[Tensor],
     reference: Tensor,
@@ -115,7 +112,7 @@ def _(
     return divergence, divergence.new_empty((n_kept, *divergence.shape))
 
 
-@kl_div_backward.register_fake
+@fake(kl_div_backward)
 def _(
     grad: Tensor,
     circuits: Sequence[Tensor],
@@ -164,7 +161,7 @@ def _backward(
     return dqs, next(found) if reference_wanted else None, None, None, None
 
 
-kl_div.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(kl_div, _backward, setup_context=_save)
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:
@@ -174,7 +171,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-kl_div_backward.register_autograd(_refuse)
+torch.library.register_autograd(kl_div_backward, _refuse)
 
 
 def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
@@ -193,7 +190,7 @@ def _fold_values(t: Tensor, dim: int | None, size: int) -> Tensor:
     return _batched(t, dim, size).movedim(0, -2).flatten(-2)
 
 
-@kl_div.register_vmap
+@batches(kl_div)
 def _(
     info: Any,
     in_dims: tuple[Sequence[int | None], int | None, None, None, None],
@@ -212,7 +209,7 @@ def _(
     return (divergence.reshape(shape), kept.reshape(kept.shape[0], *shape)), (1, 2)
 
 
-@kl_div_backward.register_vmap
+@batches(kl_div_backward)
 def _(
     info: Any,
     in_dims: tuple[
@@ -244,11 +241,9 @@ def _(
     return [t.reshape(size, *shape) for t in found], [0] * len(found)
 
 
-@torch.library.custom_op(
-    "fastkl::js_div",
-    mutates_args=(),
-    schema="(Tensor circuit, Tensor reference, float beta, float temperature, str? backend) "
-    "-> Tensor",
+@register(
+    "js_div(Tensor circuit, Tensor reference, float beta, float temperature, str? backend) "
+    "-> Tensor"
 )
 def js_div(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
@@ -262,11 +257,9 @@ def js_div(
     return asked_for(chosen.js_rows(cir, ref, beta, temperature), window)
 
 
-@torch.library.custom_op(
-    "fastkl::js_div_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor circuit, Tensor reference, float beta, float temperature, "
-    "bool wanted, bool reference_wanted, str? backend) -> Tensor[]",
+@register(
+    "js_div_backward(Tensor grad, Tensor circuit, Tensor reference, float beta, float temperature, "
+    "bool wanted, bool reference_wanted, str? backend) -> Tensor[]"
 )
 def js_div_backward(
     grad: Tensor,
@@ -286,7 +279,7 @@ def js_div_backward(
     return [t.reshape(reference.shape) for t in found]
 
 
-@js_div.register_fake
+@fake(js_div)
 def _(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
 ) -> Tensor:
@@ -294,7 +287,7 @@ def _(
     return _empty([circuit], reference)[0]
 
 
-@js_div_backward.register_fake
+@fake(js_div_backward)
 def _(
     grad: Tensor,
     circuit: Tensor,
@@ -327,11 +320,11 @@ def _js_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, 
     return dq, dp, None, None, None
 
 
-js_div.register_autograd(_js_backward, setup_context=_js_save)
-js_div_backward.register_autograd(_refuse)
+torch.library.register_autograd(js_div, _js_backward, setup_context=_js_save)
+torch.library.register_autograd(js_div_backward, _refuse)
 
 
-@js_div.register_vmap
+@batches(js_div)
 def _(
     info: Any,
     in_dims: tuple[int | None, int | None, None, None, None],
@@ -348,7 +341,7 @@ def _(
     return divergence.reshape(info.batch_size, math.prod(leading)), 0
 
 
-@js_div_backward.register_vmap
+@batches(js_div_backward)
 def _(
     info: Any,
     in_dims: tuple[int | None, int | None, int | None, None, None, None, None, None],

@@ -1,12 +1,28 @@
-"""What else a row's log-softmaxes tell: log-sum-exps, entropies, and whether the top tokens agree."""
+"""What else a row's log-softmaxes tell: log-sum-exps, entropies, and whether the top tokens agree.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+Each logit is looked at for its row's maximum, and its exponential taken in a block that stays in the
+cache; what is asked of a row's few numbers is asked for all rows and circuits together. An operator,
+`fastkl::statistics`, does it, so that it has numbers to look at where tensors are traced or batched by
+`torch.vmap`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkl.rows import Rows, blocks, compute_dtype, read, row_sums
+from fastkl import errors
+from fastkl.registration import batches, fake, register
+from fastkl.rows import blocks, compute_dtype, row_sums
+from fastkl.views import as_rows
+
+# Elements a thread takes of a block, and for how many threads at the most: two buffers of them are in
+# reach of a CPU's core, and threads wait for each other after every operation on a block.
+_SHARE, _SHARES = 1 << 18, 16
+# An exponent of which float64 too has no exponential but 0, and 0 times it is 0.
+_NO_MASS = -1e4
 
 
 class KLStatistics(NamedTuple):
@@ -43,50 +59,111 @@ class KLStatistics(NamedTuple):
 def statistics(
     circuits: Sequence[Tensor], reference: Tensor, divergence: Tensor, temperature: float
 ) -> KLStatistics:
-    """Return the statistics (K, R) of rows (R, V) and their divergences KL(P ‖ Q) (K, R)."""
-    dtype = compute_dtype(reference, *circuits)
-    # Not written into tensors made before: what torch.vmap batches does not fit into them.
-    lse_p, entropy = _Pieces(reference, dtype), _Pieces(reference, dtype)
-    lse_q = [_Pieces(reference, dtype) for _ in circuits]
-    agreement = [_Pieces(reference, torch.bool) for _ in circuits]
-    for rows in blocks(reference):
-        ref = read(reference[rows], dtype, temperature)
-        lse_p.append(_logsumexp(ref, temperature))
-        below = torch.sub(ref.logits, ref.m.to(dtype)).div_(temperature)
-        # A token without mass adds nothing: not 0 · inf.
-        below.masked_fill_(ref.weights == 0, 0.0)
-        surprise = torch.log(ref.z) - row_sums(below.mul_(ref.weights)) / ref.z
-        entropy.append(torch.where(ref.defined, surprise, torch.nan)[:, 0])
-        top = ref.logits.argmax(-1)
-        for k, circuit in enumerate(circuits):
-            cir = read(circuit[rows], dtype, temperature)
-            lse_q[k].append(_logsumexp(cir, temperature))
-            defined = (ref.defined & cir.defined)[:, 0]
-            agreement[k].append((cir.logits.argmax(-1) == top) & defined)
+    """Return the statistics (K, R) of rows and their divergences KL(P ‖ Q) (K, R)."""
+    lse, entropy, agreement = _statistics(circuits, reference, temperature)
     shape = divergence.shape
-    of_reference = [pieces.joined().expand(shape) for pieces in (lse_p, entropy)]
-    of_circuits = [
-        torch.stack([pieces.joined() for pieces in field]) if field else divergence.new_empty(shape)
-        for field in (lse_q, agreement)
-    ]
-    cross_entropy = of_reference[1] + divergence.detach()
     return KLStatistics(
-        of_reference[0], of_circuits[0], of_reference[1], cross_entropy, of_circuits[1].bool()
+        lse[0].expand(shape),
+        lse[1:],
+        entropy.expand(shape),
+        entropy + divergence.detach(),
+        agreement,
     )
 
 
-class _Pieces(list[Tensor]):
-    """A number a row, block by block."""
+@register(
+    "statistics(Tensor[] circuits, Tensor reference, float temperature) -> (Tensor, Tensor, Tensor)"
+)
+def _statistics(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-sum-exps, the reference's first (1 + K, R), entropies (R,), and agreement (K, R)."""
+    errors.check_rows(circuits, reference)
+    sides = [as_rows(t.detach()) for t in (reference, *circuits)]
+    dtype, (n_rows, n_cols) = compute_dtype(*sides), sides[0].shape
+    # What is known of each row: the largest logit m, where it is, and Σ e^x, x being (logit - m) / T;
+    # of the reference's Σ x e^x too.
+    m, z = sides[0].new_empty((2, len(sides), n_rows), dtype=torch.float64)
+    top = m.new_empty(m.shape, dtype=torch.int64)
+    below = m.new_empty(n_rows)
+    slices = list(_slices(sides[0]))
+    most = max((rows.stop - rows.start for rows in slices), default=0)
+    x_memory, w_memory = sides[0].new_empty((2, most, n_cols), dtype=dtype)
+    for rows in slices:
+        n = rows.stop - rows.start
+        x, w = x_memory[:n], w_memory[:n]
+        for side, logits in enumerate(sides):
+            block = logits[rows]
+            if block.dtype != dtype:
+                block = x.copy_(block)
+            largest, top[side, rows] = _largest(block)
+            m[side, rows] = largest[:, 0]
+            # Of a row of nothing but -inf, a finite number is subtracted, so that its sum is 0.
+            torch.sub(block, largest.clamp(min=torch.finfo(dtype).min), out=x)
+            if temperature != 1:
+                # By the least number, if need be, that the dtype does not take for 0.
+                x.div_(max(temperature, torch.finfo(dtype).tiny))
+            if side == 0:
+                # A token without mass adds nothing: not 0 · inf.
+                x.clamp_(min=_NO_MASS)
+            torch.exp(x, out=w)
+            z[side, rows] = row_sums(w)[:, 0]
+            if side == 0:
+                below[rows] = row_sums(x.mul_(w))[:, 0]
+    # Where there is no distribution z is 0, or NaN, of a NaN or inf - inf, which fails the comparison;
+    # the entropy is NaN either way.
+    defined, log_z = z > 0, torch.log(z)
+    entropy = log_z[0] - below / z[0]
+    agreement = (top[1:] == top[0]) & defined[0] & defined[1:]
+    return (m / temperature + log_z).to(dtype), entropy.to(dtype), agreement
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        super().__init__([like.new_empty(0, dtype=dtype)])
-        self._dtype = dtype
 
-    def joined(self) -> Tensor:
-        """Return all of them (R,)."""
-        return torch.cat([piece.to(self._dtype) for piece in self])
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Yield the slices of rows (R, V) that are computed at a time."""
+    if logits.device.type != "cpu":
+        yield from blocks(logits)
+        return
+    n_rows, n_cols = logits.shape
+    size = max(1, _SHARE * min(torch.get_num_threads(), _SHARES) // n_cols)
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
 
 
-def _logsumexp(rows: Rows, temperature: float) -> Tensor:
-    """Return log Σ e^(logits / T) of rows (R,), in float64."""
-    return (rows.m / temperature + torch.log(rows.z))[:, 0]
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's largest logit (R, 1), and where it is first (R,)."""
+    if logits.device.type == "cpu":
+        # PyTorch takes ten times as long to say where a maximum is.
+        at = torch.from_numpy(logits.numpy().argmax(-1))
+        return logits.gather(-1, at[:, None]), at
+    m, at = logits.max(-1, keepdim=True)
+    return m, at[:, 0]
+
+
+@fake(_statistics)
+def _(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    del temperature
+    n_circuits, n_rows = len(circuits), math.prod(reference.shape[:-1])
+    lse = reference.new_empty((1 + n_circuits, n_rows), dtype=compute_dtype(reference, *circuits))
+    agreement = lse.new_empty((n_circuits, n_rows), dtype=torch.bool)
+    return lse, lse.new_empty(n_rows), agreement
+
+
+@batches(_statistics)
+def _(
+    info: Any,
+    in_dims: tuple[Sequence[int | None], int | None, None],
+    circuits: Sequence[Tensor],
+    reference: Tensor,
+    temperature: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
+    size, (dims, reference_dim, _) = info.batch_size, in_dims
+    ref, *cir = (
+        as_rows(t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0))
+        for t, dim in zip((reference, *circuits), (reference_dim, *dims), strict=True)
+    )
+    lse, entropy, agreement = _statistics(cir, ref, temperature)
+    found = lse, entropy, agreement
+    shape = size, ref.shape[0] // size
+    return tuple(t.reshape(*t.shape[:-1], *shape) for t in found), (1, 0, 1)

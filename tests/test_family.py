@@ -2,7 +2,7 @@
 
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 from conftest import assert_matches, oracle, oracle_gradients
 
 import fastkl
+from fastkl.statistics import statistics
 
 NAN, INF = math.nan, math.inf
 NOISES = (1e-5, 1e-3, 0.1, 1, 5)
@@ -102,7 +103,7 @@ def test_temperature_of_other_dtypes(generator, dtype):
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("noise", NOISES)
 def test_gradient_at_a_temperature(generator, noise, backend):
-    if reason := fastkl.available_backends()[backend]:
+    if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     circuit, reference = make(generator, 4, 5003, noise)
     grad = torch.rand(4, generator=generator)
@@ -240,6 +241,111 @@ def test_statistics(generator):
     )
 
 
+def exact_statistics(circuit, reference, temperature):
+    """The statistics of rows (R, V) in float64, by the definitions; NaN where there is none."""
+    log_p, log_q = ((t.double() / temperature).log_softmax(-1) for t in (reference, circuit))
+    p = log_p.exp()
+    lse = [
+        torch.where((t == INF).any(-1), NAN, (t.double() / temperature).logsumexp(-1))
+        for t in (reference, circuit)
+    ]
+    entropy = -torch.where(p > 0, p * log_p, p * 0).sum(-1)
+    cross = -torch.where(p > 0, p * log_q, p * 0 + log_q.exp() * 0).sum(-1)
+    # The first of equals, by counting.
+    top = [
+        (t == t.amax(-1, keepdim=True)).int().cumsum(-1).eq(0).sum(-1) for t in (reference, circuit)
+    ]
+    agreement = (top[0] == top[1]) & ~log_p.isnan().any(-1) & ~log_q.isnan().any(-1)
+    return fastkl.KLStatistics(*lse, entropy, cross, agreement)
+
+
+def assert_statistics_match(found, expected):
+    for name, field, exact in zip(found._fields, found, expected, strict=True):
+        if exact.dtype == torch.bool:
+            assert torch.equal(field, exact), name
+            continue
+        # A few 1e-7 of the largest terms: logits, or the logarithm of a sum of exponentials.
+        eps = 2e-6 if field.dtype == torch.float32 else 1e-14
+        message = f"{name}: {field.tolist()} for {exact.tolist()}"
+        close = torch.isclose(field.double(), exact, rtol=eps, atol=10 * eps, equal_nan=True)
+        assert close.all(), message
+
+
+@pytest.mark.parametrize("temperature", [1, 0.25, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_statistics_at_the_edges(generator, dtype, temperature):
+    """Tokens and rows without mass, NaN, infinities, and equals, of which the first counts."""
+    # Wider apart than equals by chance.
+    reference = torch.randn(16, 300, generator=generator) * 3
+    circuit = reference + 0.3 * torch.randn(16, 300, generator=generator)
+    reference[0, 5:200] = circuit[0, 7:200] = -INF
+    circuit[0, 5] = reference[0, 205] = 0
+    # Of an undefined row the first NaN, +inf or -inf is the largest, and does not agree with this one.
+    circuit[1:4, 0] = reference[4:7, 0] = 50
+    reference[1, 0], reference[2, 0], reference[3] = NAN, INF, -INF
+    circuit[4, 0], circuit[5, 0], circuit[6] = NAN, INF, -INF
+    reference[7] = circuit[7] = -INF
+    # Equals: at 40 and 70 against 70 alone, against both, and against 70 and 90.
+    reference[8:11, 40] = reference[8:11, 70] = 40
+    circuit[8:11, 70] = 40
+    circuit[9, 40] = circuit[10, 90] = 40
+    reference[11] = circuit[11] = 7
+    # One token has all the mass; and the same a long way off 0.
+    reference[12, 9], reference[13:15] = 2000, reference[13:15] - 300
+    circuit[13] -= 300
+    circuit[15, :-1] = reference[15, :-1] = -INF
+    circuit, reference = circuit.to(dtype), reference.to(dtype)
+    before = circuit.clone(), reference.clone()
+    _, found = fastkl.kl_div(
+        circuit, reference, temperature=temperature, reduction="none", return_stats=True
+    )
+    assert found.circuit_logsumexp.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    expected = exact_statistics(circuit, reference, temperature)
+    assert_statistics_match(found, expected)
+    assert found.top1_agreement[8:12].tolist() == [False, True, False, True]
+    assert found.reference_logsumexp[3] == found.circuit_logsumexp[6] == -INF
+    for t, was in zip((circuit, reference), before, strict=True):
+        assert torch.equal(t.nan_to_num(nan=123.0), was.nan_to_num(nan=123.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_statistics_of_several_blocks(generator, dtype):
+    """The last of them not full, and the circuits' rows not one after another."""
+    wide = torch.randn(3, 7, 50300, generator=generator).to(dtype) * 3
+    reference, *circuits = wide[..., :50257]
+    circuits[1][2] = reference[2]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = statistics(circuits, reference, torch.zeros(2, 7), 1.0)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert [e.count for e in profile.key_averages() if e.key == "aten::exp"] == [3 * 2]
+    divergence = fastkl.kl_div_many(circuits, reference, reduction="none")
+    found = found._replace(cross_entropy=found.reference_entropy + divergence)
+    for k, circuit in enumerate(circuits):
+        expected = exact_statistics(circuit, reference, 1)
+        assert_statistics_match(fastkl.KLStatistics(*(field[k] for field in found)), expected)
+    assert found.top1_agreement[1].tolist() == [False, False, True, False, False, False, False]
+
+
+def test_statistics_look_at_each_logit_a_few_times(generator):
+    """A maximum, which PyTorch is slow to find the place of, and one exponential of each."""
+    circuit, reference = make(generator, 4, 1000, 0.5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        statistics([circuit] * 5, reference, torch.zeros(5, 4), 1.0)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["fastkl::statistics"] == 1
+    assert calls["aten::exp"] == 6
+    # The reference's for its entropy too.
+    assert calls["aten::sum"] == 7
+    assert calls["aten::sub"] == 7
+    assert not calls.keys() & {"aten::argmax", "aten::max", "aten::amax", "aten::amin"}
+
+
 def test_no_rows():
     empty = torch.empty(0, 5)
     divergence, stats = fastkl.kl_div(empty, empty, reduction="none", return_stats=True)
@@ -360,4 +466,4 @@ def test_the_fields_of_statistics_are_documented():
 
 def test_stacked_circuits_are_annotated():
     hints = typing.get_type_hints(fastkl.kl_div_many)
-    assert set(typing.get_args(hints["circuits"])) == {torch.Tensor, Sequence[torch.Tensor]}
+    assert set(typing.get_args(hints["circuits"])) == {torch.Tensor, Iterable[torch.Tensor]}

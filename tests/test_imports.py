@@ -23,6 +23,7 @@ LAYERS = {
     "rows": 0,
     "reductions": 0,
     "views": 0,
+    "registration": 0,
     "backends.eager_blocks": 0,
     "_triton": 0,
     "_native": 0,
@@ -152,11 +153,6 @@ def test_the_readmes_first_example_runs():
     )
 
 
-def test_the_readmes_lines_are_short():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if len(line) > 125 and not line.startswith("|")] == []
-
-
 def test_public_names():
     assert sorted(fastkl.__all__) == [
         "JSDivLoss",
@@ -168,6 +164,7 @@ def test_public_names():
         "kl_div",
         "kl_div_many",
         "measure_kl_div",
+        "unavailable_backends",
     ]
 
 

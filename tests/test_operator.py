@@ -209,7 +209,7 @@ def test_a_teachers_buffer_that_is_used_again(pair, function):
 @pytest.mark.parametrize("temperature", [1, 2.0])
 @pytest.mark.parametrize("leading", [(0,), (2, 0)])
 def test_gradients_of_no_rows(backend, temperature, leading):
-    if reason := fastkl.available_backends()[backend]:
+    if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     options = {"temperature": temperature, "backend": backend}
     for reduction in ("none", "sum", "mean"):
@@ -233,6 +233,36 @@ def test_a_second_derivative_is_refused(pair):
     (first,) = torch.autograd.grad(fastkl.kl_div(circuit, reference), circuit, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiates once"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
+def test_batches_of_gradients_are_refused(pair, function):
+    """By `torch.autograd`, and not by `torch.vmap`, to which the error points."""
+    circuit = pair[0].clone().requires_grad_()
+    rows = function(circuit, pair[1], reduction="none").flatten()
+    ones = torch.eye(len(rows))
+    with pytest.raises(RuntimeError, match=r"use torch\.vmap of torch\.autograd\.grad"):
+        torch.autograd.grad(rows, circuit, ones, is_grads_batched=True, retain_graph=True)
+    found = torch.vmap(lambda v: torch.autograd.grad(rows, circuit, v, retain_graph=True)[0])(ones)
+    (expected,) = torch.autograd.grad(rows.sum(), circuit)
+    assert torch.equal(found.sum(0), expected)
+
+
+FIRST_CALL = """
+import sys, torch, fastkl
+leaf = torch.randn(3, 5, requires_grad=True)
+for function in (fastkl.kl_div, fastkl.js_div):
+    function(leaf, torch.randn(3, 5)).backward()
+fastkl.kl_div(leaf, leaf, return_stats=True)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_first_call_does_not_import_a_compiler():
+    """It takes a second or two, in every process."""
+    command = [sys.executable, "-c", FIRST_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def _dual(f, t):
@@ -319,7 +349,7 @@ def misplaced(rows):
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_the_operators_take_any_strides(pair, backend):
     """A compiler may hand them over otherwise than they were."""
-    if reason := fastkl.available_backends()[backend]:
+    if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     rows = [t[0] for t in pair]
     odd = [misplaced(t) for t in rows]
@@ -440,6 +470,53 @@ def test_statistics_of_what_is_traced_or_has_no_memory(pair):
     assert torch.equal(torch.export.export(Crossed(), pair).module()(*pair), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_of_statistics(pair, dtype):
+    circuit, reference = (t.to(dtype)[0] for t in pair)
+    torch.library.opcheck(
+        torch.ops.fastkl.statistics, ([circuit, 2 * circuit], reference, 2.0), atol=0, rtol=0
+    )
+    lse, entropy, agreement = torch.ops.fastkl.statistics([], reference, 2.0)
+    assert (lse.shape, entropy.shape, agreement.shape) == ((1, 6), (6,), (0, 6))
+    with pytest.raises(ValueError, match=r"circuits\[0\].*\(6, 49\)"):
+        torch.ops.fastkl.statistics([circuit[:, 1:]], reference, 2.0)
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (None, 0), (0, None), (1, 0), (2, 1)])
+def test_statistics_of_a_batch(pair, dims):
+    """Along any dimension, of both sides or one: what each of its members has."""
+
+    def fields(circuit, reference):
+        found = fastkl.kl_div_many([circuit, reference], reference, return_stats=True)[1]
+        return torch.stack([field.double() for field in found])
+
+    sides = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(pair, dims, strict=True)]
+    members = [
+        [t if dim is None else t.select(dim, i) for t, dim in zip(sides, dims, strict=True)]
+        for i in range(4)
+    ]
+    expected = torch.stack([fields(*member) for member in members])
+    torch.testing.assert_close(torch.vmap(fields, dims)(*sides), expected, rtol=1e-6, atol=1e-6)
+    assert 0 < expected[:, -1, 0].sum() < 24
+
+
+def test_compiled_statistics_have_no_gradient(pair):
+    """In one graph, of any number of rows; the divergence beside them has one."""
+
+    def both(circuit, reference):
+        return fastkl.kl_div(circuit, reference, reduction="none", return_stats=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (4, 3):
+        leaf, reference = pair[0][:n].clone().requires_grad_(), pair[1][:n]
+        divergence, found = compiled(leaf, reference)
+        assert divergence.requires_grad
+        assert not any(field.requires_grad for field in found)
+        for field, expected in zip(found, both(leaf, reference)[1], strict=True):
+            assert torch.equal(field, expected)
+
+
 class Wrapped(torch.Tensor):
     """Logits that lie elsewhere, as those of quantized tensors do."""
 
@@ -477,7 +554,7 @@ def test_tensors_that_are_not_what_lies_in_memory(pair, kind):
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_gradients_in_batches(pair, function, backend):
     """A Jacobian's rows, all at once."""
-    if reason := fastkl.available_backends()[backend]:
+    if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     leaves = [t[:2].clone().requires_grad_() for t in pair]
     for view in (lambda t: t, rest_of_prompts):
