@@ -73,7 +73,7 @@ def _processor() -> str:
 
 
 def _native_level() -> str | None:
-    if fastkl.available_backends()["native"] is not None:
+    if fastkl.unavailable_backends().get("native") is not None:
         return None
     from fastkl import _native  # noqa: PLC0415
     from fastkl.backends.native import LEVEL_VARIABLE  # noqa: PLC0415

@@ -96,7 +96,7 @@ def _fastkl(backend: str) -> Peer:
         OURS + backend,
         f'`fastkl.measure_kl_div(..., backend="{backend}")`',
         functools.partial(_prepare_fastkl, backend),
-        lambda _: fastkl.available_backends()[backend],
+        lambda _: fastkl.unavailable_backends().get(backend),
         # What the package promises.
         lambda _: (1e-5, 1e-8),
     )

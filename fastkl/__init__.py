@@ -1,7 +1,7 @@
 """KL divergence between a language model and its circuits, straight from logits."""
 
 from fastkl import first_calls as first_calls  # for what it does
-from fastkl.backends import available_backends
+from fastkl.backends import available_backends, unavailable_backends
 from fastkl.functional import js_div, kl_div, kl_div_many
 from fastkl.measure import measure_kl_div
 from fastkl.modules import JSDivLoss, KLDivLoss
@@ -17,5 +17,6 @@ __all__ = [
     "kl_div",
     "kl_div_many",
     "measure_kl_div",
+    "unavailable_backends",
 ]
 __version__ = "0.1.0"

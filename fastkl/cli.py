@@ -2,12 +2,13 @@
 
 import argparse
 import importlib.util
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -24,6 +25,8 @@ _EXTRA = ("rich", "matplotlib")
 # argparse's own code for a command line that can not be carried out.
 _USAGE = 2
 _FAILURE = 1
+# The shells' code for a program that Ctrl-C (signal 2) ended: 128 + 2.
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +40,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if all went well, 1 if the work failed, 2 if it can not be begun as asked.
+        0 if all went well, 1 if the work failed or its output could not be written, 2 if it can
+        not be begun as asked, 130 if it was interrupted.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A ‖ that a terminal can not show is no reason to stop. stderr is never strict.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # What is still buffered fails here, where it is handled, or else as Python exits.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as `head` has of a long one.
+        _drop(sys.stdout)
+        return _FAILURE
+    except OSError as error:
+        _drop(sys.stdout)
+        return _complain(error, _FAILURE)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "backends":
         return _backends()
@@ -62,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
 
-    demo = commands.add_parser(
+    demo_command = commands.add_parser(
         "demo",
         help="train a small transformer and measure the KL of its circuits",
         description=(
@@ -72,13 +98,15 @@ def _parser() -> argparse.ArgumentParser:
             "nothing. Writes kl_curve.png and kl_curve.json."
         ),
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="of weights and prompts (default: 0)")
-    demo.add_argument(
+    demo_command.add_argument(
+        "--seed", type=_seed, default=0, help="of weights and prompts (default: 0)"
+    )
+    demo_command.add_argument(
         "--backend", help="one that `fastkl backends` lists (default: the fastest that can run)"
     )
-    demo.add_argument(
+    demo_command.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         default=Path(),
         metavar="FOLDER",
         help="where to write the files, created if need be (default: the current folder)",
@@ -97,23 +125,35 @@ def _seed(text: str) -> int:
     return seed
 
 
+def _folder(text: str) -> Path:
+    """Read a folder's name; an empty one, as of a variable not set, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty text")
+    return Path(text)
+
+
 def _backends() -> int:
-    found = fastkl.available_backends()
-    width = max(map(len, found))
-    for name, missing in found.items():
-        print(f"{name:{width}}  {missing or 'can run here'}")
-    print(f"\nCPU tensors: {_chosen('cpu')}")
-    if torch.cuda.is_available():
-        print(f"CUDA tensors: {_chosen('cuda')}")
-    return 0
+    missing = fastkl.unavailable_backends()
+    width = max(map(len, backends.NAMES))
+    for name in backends.NAMES:
+        print(f"{name:{width}}  {missing.get(name, 'can run here')}")
+    print()
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    code = _FAILURE
+    for device in devices:
+        try:
+            chosen = _chosen(device)
+            # A backend for cards alone, asked for where there is one, is no mistake.
+            code = 0
+        except (RuntimeError, ValueError) as error:
+            chosen = str(error)
+        print(f"{device.upper()} tensors: {chosen}")
+    return code
 
 
 def _chosen(device: str) -> str:
-    """Say which backend takes logits of a device, or why the one that is asked for does not."""
-    try:
-        chosen = backends.choose(None, torch.device(device), torch.float32).NAME
-    except (RuntimeError, ValueError) as error:
-        return str(error)
+    """Say which backend takes logits of a device; raise what `choose` does if none can."""
+    chosen = backends.choose(None, torch.device(device), torch.float32).NAME
     variable = backends.ENVIRONMENT_VARIABLE
     return f"{chosen} ({variable})" if os.environ.get(variable) else chosen
 
@@ -130,13 +170,19 @@ def _demo(seed: int, backend: str | None, out: Path) -> int:
     from rich.console import Console  # noqa: PLC0415
 
     console = Console(highlight=False)
-    console.print("Training a small transformer to copy from its context, to take it apart then.")
+    console.print("Training a small transformer to copy from its context, then ablating its heads.")
     try:
         result = demo.run(seed, place)
-        _show(result, console)
-        _write_files(result, out, console)
-    except (OSError, demo.NotLearnedError) as error:
+    except demo.NotLearnedError as error:
         return _complain(error, _FAILURE)
+    # Before anything is shown: output that fails loses no results.
+    try:
+        names = _write_files(result, out)
+    except OSError as error:
+        return _complain(f"can not write to the folder {out}: {_reason(error)}", _FAILURE)
+    _show(result, console)
+    # A folder's name may hold brackets, which are markup to rich.
+    console.print(f"Wrote {' and '.join(names)}", soft_wrap=True, markup=False)
     return 0
 
 
@@ -145,17 +191,23 @@ def _check_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"fastkl demo needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+            f"fastkl demo needs {' and '.join(missing)}: from a clone, pip install -e '.[demo]'"
         )
 
 
 def _check_out(folder: Path) -> None:
     """Create the folder if need be; raise OSError if no file can be written to it."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out must be a folder: {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(f"--out must be a folder: {error.filename} is a file") from error
+    except OSError as error:
+        raise OSError(f"--out: can not create the folder {folder}: {_reason(error)}") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--out: can not write to the folder {folder}: {_reason(error)}") from error
 
 
 def _show(result: demo.Result, console: "Console") -> None:
@@ -213,8 +265,8 @@ def _nats(kl: float) -> str:
     return f"{kl:.4f}" if kl >= 1e-3 else f"{kl:.1e}"
 
 
-def _write_files(result: demo.Result, folder: Path, console: "Console") -> None:
-    """Write kl_curve.json and kl_curve.png to a folder."""
+def _write_files(result: demo.Result, folder: Path) -> tuple[str, str]:
+    """Write kl_curve.png and kl_curve.json to a folder; return their names."""
     from fastkl.plot import kl_curve  # noqa: PLC0415
 
     as_json, as_png = folder / "kl_curve.json", folder / "kl_curve.png"
@@ -227,10 +279,30 @@ def _write_files(result: demo.Result, folder: Path, console: "Console") -> None:
         title=f"How many heads does copying take? (fastkl demo, seed {result.seed})",
     )
     figure.savefig(as_png)
-    # A folder's name may hold brackets, which are markup to rich.
-    console.print(f"Wrote {as_png} and {as_json}", soft_wrap=True, markup=False)
+    return str(as_png), str(as_json)
 
 
-def _complain(error: Exception, code: int) -> int:
-    print(f"fastkl: error: {error}", file=sys.stderr)
+def _complain(error: Exception | str, code: int) -> int:
+    try:
+        print(f"fastkl: error: {error}", file=sys.stderr)
+    except OSError:
+        # Nobody is there to be told; the code still tells.
+        _drop(sys.stderr)
     return code
+
+
+def _reason(error: OSError) -> str:
+    """Return what the system says, without its number and a file's name."""
+    return error.strerror or str(error)
+
+
+def _drop(stream: TextIO | None) -> None:
+    """Lead a stream nowhere, so that what is left in its buffer does not fail again at the exit."""
+    try:
+        number = stream.fileno() if stream else None
+    except OSError:
+        # An object of the caller's, with no file below it.
+        number = None
+    if number is not None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), number)

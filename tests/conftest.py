@@ -157,7 +157,7 @@ def to_device(rows: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; skipped, with what is missing, where it can not run."""
-    if reason := fastkl.available_backends()[request.param]:
+    if reason := fastkl.unavailable_backends().get(request.param):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
@@ -166,7 +166,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return "eager", or "native" with one of its levels forced; skip where it can not run."""
     if name == "eager":
         return name
-    if reason := fastkl.available_backends()["native"]:
+    if reason := fastkl.unavailable_backends().get("native"):
         pytest.skip(reason)
     known = native._extension().levels()
     if name not in known:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def chosen(name=None, device=CPU, dtype=torch.float32):
 
 @pytest.fixture
 def only_eager(monkeypatch):
+    monkeypatch.delenv("FASTKL_BACKEND", raising=False)
     monkeypatch.setattr(native, "missing", lambda *_: "not built")
     monkeypatch.setattr(triton, "missing", lambda *_: "not installed")
 
@@ -48,14 +50,33 @@ def test_argument_over_environment_over_device(everything, monkeypatch):
 
 def test_what_can_not_run_is_passed_over(only_eager):
     assert chosen() == "eager"
+
+
+@pytest.mark.parametrize(
+    ("device", "text"),
+    [
+        ("cuda", "triton can not be used: not installed"),
+        ("cpu", "native can not be used: not built"),
+    ],
+)
+def test_the_slow_way_is_told_once(only_eager, monkeypatch, device, text):
     backends._tell_once.cache_clear()
-    cuda = torch.device("cuda")
-    assert chosen(device=cuda, dtype=torch.float64) == "eager"
-    with pytest.warns(
-        UserWarning, match=r"on this card .*not by its kernels: not installed"
-    ) as told:
-        assert [chosen(device=cuda) for _ in range(2)] == ["eager", "eager"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen(device=torch.device(device), dtype=torch.float64) == "eager"
+        monkeypatch.setenv("FASTKL_BACKEND", "eager")
+        assert chosen(device=torch.device(device)) == "eager"
+    monkeypatch.delenv("FASTKL_BACKEND")
+    with pytest.warns(UserWarning, match=text) as told:
+        assert [chosen(device=torch.device(device)) for _ in range(2)] == ["eager", "eager"]
     assert len(told) == 1
+
+
+def test_the_slow_way_is_told_of_the_users_line(only_eager):
+    backends._tell_once.cache_clear()
+    with pytest.warns(UserWarning, match="can not be used") as told:
+        fastkl.kl_div(ROWS, ROWS)
+    assert told[0].filename == __file__
 
 
 def test_a_device_without_float64():
@@ -109,7 +130,7 @@ def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
     found = {"triton": True, "fastkl._triton": None}
     monkeypatch.setattr(triton.importlib.util, "find_spec", found.get)
     text = f"kernels fastkl._triton are not in {Path(fastkl.__file__).parent}: .* a clone, imports"
-    assert re.search(text, fastkl.available_backends()["triton"])
+    assert re.search(text, fastkl.unavailable_backends().get("triton"))
 
 
 def test_unknown_name():
@@ -126,7 +147,7 @@ def test_unknown_name_before_the_model_runs():
 
 
 def test_asking_for_what_is_missing(only_eager):
-    text = "backend asks for triton, which can not run here: not installed"
+    text = "backend='triton' was requested but cannot be used here: not installed"
     with pytest.raises(RuntimeError, match=text):
         fastkl.kl_div(ROWS, ROWS, backend="triton")
 
@@ -134,7 +155,7 @@ def test_asking_for_what_is_missing(only_eager):
 def test_float64_needs_eager():
     rows = ROWS.double()
     for name in ("triton", "native"):
-        if fastkl.available_backends()[name] is None:
+        if fastkl.unavailable_backends().get(name) is None:
             with pytest.raises(RuntimeError, match="float64"):
                 fastkl.kl_div(rows, rows, backend=name)
     assert fastkl.kl_div(rows, rows).dtype == torch.float64
@@ -145,7 +166,7 @@ def test_a_triton_that_is_too_old(monkeypatch, version):
     pytest.importorskip("triton")
     monkeypatch.setattr(triton, "_version", lambda: version)
     text = f"triton {version} is too old: the kernels need 3.4"
-    assert fastkl.available_backends()["triton"] == text
+    assert fastkl.unavailable_backends().get("triton") == text
     with pytest.raises(RuntimeError, match=re.escape(text)):
         fastkl.kl_div(ROWS, ROWS, backend="triton")
     for new in ("3.4.0", "3.10.0rc1", "4.0"):
@@ -164,10 +185,11 @@ def test_states_of_no_circuits(backend):
 
 
 def test_available_backends():
-    available = fastkl.available_backends()
-    assert list(available) == ["triton", "native", "eager"]
-    assert available["eager"] is None
-    assert all(reason is None or isinstance(reason, str) for reason in available.values())
+    available, missing = fastkl.available_backends(), fastkl.unavailable_backends()
+    assert sorted([*available, *missing]) == ["eager", "native", "triton"]
+    assert available == tuple(name for name in ("triton", "native", "eager") if name in available)
+    assert "eager" in available
+    assert all(isinstance(reason, str) and reason for reason in missing.values())
     assert eager.missing(CPU, torch.float64) is None
 
 
@@ -177,7 +199,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 sys.modules["triton"] = None
 import torch, fastkl
-print(fastkl.available_backends()["triton"])
+print(fastkl.unavailable_backends().get("triton"))
 rows = torch.zeros(2, 5)
 print(float(fastkl.kl_div(rows, rows)))
 try:
@@ -209,7 +231,7 @@ def test_without_triton():
     missing, value, error = run(WITHOUT_TRITON)
     assert missing == "the package triton is not installed (pip install triton)"
     assert value == "0.0"
-    assert error == f"backend asks for triton, which can not run here: {missing}"
+    assert error == f"backend='triton' was requested but cannot be used here: {missing}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -217,4 +239,4 @@ def test_cpu_tensors_without_the_interpreter():
     if triton.missing():
         pytest.skip("triton is not installed")
     (error,) = run(WITHOUT_INTERPRETER)
-    assert error.endswith("can not run here: PyTorch sees no CUDA or ROCm device")
+    assert error.endswith("cannot be used here: PyTorch sees no CUDA or ROCm device")

@@ -1,5 +1,7 @@
 """The command line: what it prints, writes and returns; what it refuses before it trains."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -11,9 +13,9 @@ import pytest
 import torch
 
 import fastkl
-from fastkl import cli, demo
+from fastkl import backends, cli, demo
 from fastkl.backends import native, triton
-from fastkl.demo_model import NotLearnedError, Shape, Task
+from fastkl.demo_model import NotLearnedError, Shape, Task, Training
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -27,6 +29,25 @@ def no_training(monkeypatch):
 
     monkeypatch.delenv("FASTKL_BACKEND", raising=False)
     monkeypatch.setattr(demo, "run", begun)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Stand in for the training with what one might have found."""
+    result = demo.Result(
+        seed=0,
+        backend="eager",
+        device="cpu",
+        n_vocab=32,
+        training=Training(100, 1.0, 2.5),
+        heads=[demo.Head(1, 0, 0.5, 0.9, 0.0), demo.Head(0, 0, 0.25, 0.0, 0.9)],
+        layers=[(1, 0.5), (0, 0.25)],
+        sizes=[0, 1, 2],
+        kl=[2.0, 1e-4, 0.0],
+        agreement=[0.0, 0.5, 1.0],
+        rows=40,
+    )
+    monkeypatch.setattr(demo, "run", lambda *_args, **_keywords: result)
 
 
 def test_version(capsys):
@@ -49,6 +70,7 @@ def test_version(capsys):
             ["demo", "--seed", "-1"],
             "argument --seed: must be an integer from 0 to 2^63 - 1, got -1",
         ),
+        (["demo", "--out", ""], "argument --out: must name a folder, got an empty text"),
     ],
 )
 def test_bad_usage_exits_with_2(arguments, complaint, capsys, no_training):
@@ -59,15 +81,15 @@ def test_bad_usage_exits_with_2(arguments, complaint, capsys, no_training):
 
 
 def test_backends_lists_what_can_run_and_what_is_missing(capsys, monkeypatch):
-    found = {"quick": None, "slow": "no card"}
-    monkeypatch.setattr(fastkl, "available_backends", lambda: found)
+    monkeypatch.setattr(backends, "NAMES", ("quick", "slow"))
+    monkeypatch.setattr(fastkl, "unavailable_backends", lambda: {"slow": "no card"})
     assert cli.main(["backends"]) == 0
     assert capsys.readouterr().out.startswith("quick  can run here\nslow   no card\n\n")
 
 
-def chosen(capsys):
+def chosen(capsys, code=0):
     """Run the command; return what it says of each device."""
-    assert cli.main(["backends"]) == 0
+    assert cli.main(["backends"]) == code
     _, lines = capsys.readouterr().out.split("\n\n")
     return dict(line.split(": ", 1) for line in lines.splitlines())
 
@@ -90,10 +112,25 @@ def test_backends_honors_the_environment(capsys, monkeypatch):
     assert chosen(capsys) == {"CPU tensors": "eager (FASTKL_BACKEND)"}
     monkeypatch.setattr(triton, "missing", lambda *_: "no card")
     monkeypatch.setenv("FASTKL_BACKEND", "triton")
-    refusal = "FASTKL_BACKEND asks for triton, which can not run here: no card"
-    assert chosen(capsys) == {"CPU tensors": refusal}
+    refusal = "FASTKL_BACKEND='triton' was requested but cannot be used here: no card"
+    assert chosen(capsys, code=1) == {"CPU tensors": refusal}
     monkeypatch.setenv("FASTKL_BACKEND", "abacus")
-    assert "FASTKL_BACKEND must be one of" in chosen(capsys)["CPU tensors"]
+    assert "FASTKL_BACKEND must be one of" in chosen(capsys, code=1)["CPU tensors"]
+
+
+def test_a_backend_for_cards_alone_is_no_mistake_where_there_is_one(capsys, monkeypatch):
+    def missing(device=None, _dtype=None):
+        return "no card's tensors" if device == torch.device("cpu") else None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton, "missing", missing)
+    monkeypatch.setenv("FASTKL_BACKEND", "triton")
+    assert chosen(capsys) == {
+        "CPU tensors": (
+            "FASTKL_BACKEND='triton' was requested but cannot be used here: no card's tensors"
+        ),
+        "CUDA tensors": "triton (FASTKL_BACKEND)",
+    }
 
 
 def test_the_package_runs_as_the_command(tmp_path):
@@ -111,7 +148,7 @@ def test_the_package_runs_as_the_command(tmp_path):
 def test_backends_lists_the_real_ones(capsys):
     assert cli.main(["backends"]) == 0
     lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == list(fastkl.available_backends())
+    assert [line.split()[0] for line in lines] == list(backends.NAMES)
     assert re.search(r"^eager +can run here$", "\n".join(lines), re.MULTILINE)
 
 
@@ -133,7 +170,8 @@ def test_unwritable_folder_is_refused_before_training(tmp_path, capsys, no_train
     (tmp_path / "file").write_text("in the way")
     folder = tmp_path / "file" / "below"
     assert cli.main(["demo", "--out", str(folder), "--backend", "eager"]) == 2
-    assert str(folder) in capsys.readouterr().err
+    reason = f"--out: can not create the folder {folder}: {os.strerror(errno.ENOTDIR)}\n"
+    assert capsys.readouterr().err == f"fastkl: error: {reason}"
 
 
 def test_a_file_is_no_folder(tmp_path, capsys, no_training):
@@ -150,7 +188,8 @@ def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypat
     # Not by chmod: whoever runs the tests as root may write anywhere.
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
     assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 2
-    assert f"Permission denied: '{tmp_path}'" in capsys.readouterr().err
+    reason = f"--out: can not write to the folder {tmp_path}: Permission denied\n"
+    assert capsys.readouterr().err == f"fastkl: error: {reason}"
 
 
 def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path):
@@ -170,7 +209,8 @@ def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path
     )
     assert done.stdout.splitlines()[-1] == "0 2"
     assert done.stderr == (
-        "fastkl: error: fastkl demo needs rich and matplotlib: pip install rich matplotlib\n"
+        "fastkl: error: fastkl demo needs rich and matplotlib: "
+        "from a clone, pip install -e '.[demo]'\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -183,6 +223,95 @@ def test_not_learning_returns_1_and_writes_nothing(tmp_path, capsys, monkeypatch
     assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 1
     assert "fastkl: error: the model did not learn to copy: 4.0%" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_can_not_be_encoded_is_replaced(encoding, tmp_path, monkeypatch, trained):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
+    # Neither has ‖, nor the folder's Ω.
+    out = tmp_path / "Ω"
+    assert cli.main(["demo", "--backend", "eager", "--out", str(out)]) == 0
+    printed = shown.getvalue().decode(encoding)
+    assert "KL(full model ? circuit), a mean over 40 predictions" in printed
+    assert f"Wrote {tmp_path / '?' / 'kl_curve.png'}" in printed
+    assert '"kl_nats"' in (out / "kl_curve.json").read_text()
+
+
+def test_results_are_written_before_they_are_shown(tmp_path, capsys, monkeypatch, trained):
+    reading, writing = os.pipe()
+    run = demo.run
+
+    def close_and_run(*arguments):
+        os.close(reading)
+        return run(*arguments)
+
+    monkeypatch.setattr(demo, "run", close_and_run)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        # Versions of rich differ in whether they raise SystemExit themselves.
+        with pytest.raises(SystemExit) as stop:
+            sys.exit(cli.main(["demo", "--backend", "eager", "--out", str(tmp_path)]))
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kl_curve.json", "kl_curve.png"]
+
+
+def test_results_that_can_not_be_written_are_an_error(tmp_path, capsys, monkeypatch, trained):
+    def fail(*_args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_write_files", fail)
+    assert cli.main(["demo", "--backend", "eager", "--out", str(tmp_path)]) == 1
+    reason = f"can not write to the folder {tmp_path}: No space left on device\n"
+    assert capsys.readouterr().err == f"fastkl: error: {reason}"
+
+
+def test_an_interruption_returns_130(tmp_path, capsys, monkeypatch):
+    def interrupt(*_args, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(["demo", "--backend", "eager", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def ended(stdout, *arguments, **options):
+    """Run the command in a process of its own; return its code and what it says on stderr."""
+    found = {"PYTHONPATH": str(Path(fastkl.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkl", *arguments],
+        env=os.environ | found,
+        stdout=stdout,
+        check=False,
+        **{"stderr": subprocess.PIPE, "text": True, **options},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def closed_pipe():
+    """The end to write to of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+@pytest.mark.parametrize("arguments", [["backends"], ["--version"]])
+def test_a_closed_pipe_ends_it_without_a_word(arguments, closed_pipe):
+    assert ended(closed_pipe, *arguments) == (1, "")
+
+
+def test_an_error_that_nobody_reads_still_has_its_code(closed_pipe):
+    arguments = ("demo", "--backend", "abacus")
+    assert ended(closed_pipe, *arguments, stderr=closed_pipe) == (2, None)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_has_no_room_is_one_line_of_error():
+    with open("/dev/full", "w") as full:
+        assert ended(full, "backends") == (1, "fastkl: error: [Errno 28] No space left on device\n")
 
 
 def test_demo_prints_and_writes_what_it_found(tmp_path, capsys, monkeypatch):

@@ -221,6 +221,104 @@ def test_sides_an_offset_apart(implementation, generator, side, shift):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
 
 
+def _against_float64(implementation, circuit, reference, beta=0.5, temperature=1.0):
+    """Assert a row's divergence and, by their norms, its gradients."""
+    leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
+    found = fastkl.js_div(
+        *leaves, beta=beta, temperature=temperature, reduction="none", backend=implementation
+    )
+    # In float16 most of a small divergence's gradients would be below its normal numbers.
+    scale = 2.0**10
+    (scale * found.sum()).backward()
+    wide = [t.double().requires_grad_() for t in (circuit, reference)]
+    # Less their maxima: float64, too, rounds a large quotient by more than alike rows differ.
+    cooled = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in wide)
+    exact = definition(*cooled, beta)
+    (scale * exact.sum()).backward()
+    assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
+    for ours, theirs in zip(leaves, wide, strict=True):
+        # In float64: of gradients below 1e-23 a float32 norm is 0.
+        error = (ours.grad.double() - theirs.grad).norm(dim=-1)
+        # A result of 16 bits is rounded to these.
+        bound = max(1e-5, torch.finfo(ours.dtype).eps)
+        assert (error <= bound * theirs.grad.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("shift", [5, 8, 16, -31, 64, -255, 1000, 1e5])
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("middle", [0, -0.5])
+def test_gradients_of_sides_an_offset_apart(implementation, generator, middle, noise, shift):
+    """What a difference is rounded by at the offset is more than alike sides differ.
+
+    On one side of 0, the nearer one on the finer grid, and on both.
+    """
+    for temperature, beta in ((1, 0.5), (8, 0.1), (0.3, 0.5)):
+        circuit, reference = (
+            t * temperature + middle * shift for t in make(generator, 3, 1000, noise)
+        )
+        _against_float64(implementation, circuit + shift, reference, beta, temperature)
+        _against_float64(implementation, circuit, reference + shift, beta, temperature)
+
+
+@natively
+@pytest.mark.parametrize("shift", [0.1, 0.5, -1, 2, -3, 3.9])
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
+def test_gradients_of_sides_a_little_apart(implementation, generator, noise, shift):
+    """Where the likeliest logits of one side are near 0, and on a finer grid than a small offset's."""
+    for temperature in (1, 8):
+        reference = torch.randn(8, 1000, generator=generator) * 3 * temperature
+        reference -= reference.amax(-1, keepdim=True)
+        circuit = reference + noise * temperature * torch.randn(8, 1000, generator=generator)
+        _against_float64(implementation, circuit + shift, reference, 0.5, temperature)
+        _against_float64(implementation, reference + shift, circuit, 0.2, temperature)
+
+
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
+def test_gradients_of_sides_an_offset_apart_by_dtype(implementation, generator, q_dtype):
+    for shift in (16, -31, 255):
+        circuit, reference = make(generator, 3, 1000, 1e-3)
+        _against_float64(implementation, (circuit + shift).to(q_dtype), reference)
+
+
+def test_two_tokens_an_offset_apart(implementation):
+    """The divergence is 1e-15, and its gradients were off by seven times theirs."""
+    reference = torch.tensor([[-3.5498819, -3.4717090]])
+    circuit = torch.tensor([[28.173254, 28.251427]])
+    _against_float64(implementation, circuit, reference, 0.1)
+    _against_float64(implementation, reference, circuit, 0.9)
+
+
+@pytest.mark.parametrize("shift", [2.0, 16.0, -32.0, 1024.0])
+def test_an_exact_offset_changes_nothing(implementation, js_rows, gradients, generator, shift):
+    """Of logits on a grid that both sides have: 0 exactly, where tokens are masked on both too."""
+    reference = (torch.randn(3, 5001, generator=generator) * 3 * 256).round() / 256
+    reference[1, :4000] = -INF
+    for rows in ((reference + shift, reference), (reference, reference + shift)):
+        assert (js_rows(*rows, 0.3) == 0).all()
+        for gradient in gradients(*rows, 0.3):
+            assert (gradient == 0).all()
+
+
+@natively
+def test_masks_of_sides_an_offset_apart(implementation, generator):
+    """Masked on one side, on the other, on both, and by the least number there is."""
+    circuit, reference = make(generator, 4, 700, 1e-3)
+    circuit[0, 5] = reference[0, 6] = circuit[0, 7] = reference[0, 7] = -INF
+    circuit[1, 5] = reference[1, 6] = -3.4e38
+    circuit[2, ::2] = reference[2, ::2] = -INF
+    for shift in (16.0, -128.0):
+        leaves = [t.requires_grad_() for t in (circuit + shift, reference.clone())]
+        found = fastkl.js_div(*leaves, beta=0.3, reduction="none", backend=implementation)
+        found.sum().backward()
+        wide = [t.detach().double() for t in leaves]
+        exact = definition(*wide, 0.3)
+        assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
+        expected = jensen_shannon.js_gradients(torch.ones(4), *wide, 0.3, 1.0, True, True)
+        for leaf, theirs in zip(leaves, expected, strict=True):
+            error = (leaf.grad.double() - theirs).norm(dim=-1)
+            assert (error <= 1e-5 * theirs.norm(dim=-1)).all()
+
+
 @natively
 @pytest.mark.parametrize("beta", [1e-4, 0.25, 0.5, 0.99])
 def test_gradient_of_each_token(gradients, generator, beta):
@@ -404,7 +502,7 @@ def test_the_rule_of_choice(generator, monkeypatch):
 
 
 def test_triton_has_it_from_pytorch(generator):
-    if reason := fastkl.available_backends()["triton"]:
+    if reason := fastkl.unavailable_backends().get("triton"):
         pytest.skip(reason)
     leaves = [t.requires_grad_() for t in make(generator, 3, 700, 0.5)]
     found = {}

@@ -69,7 +69,7 @@ def test_differences_beyond_float32(monkeypatch, level):
 def test_an_unknown_level_is_an_error_and_no_fallback(monkeypatch):
     monkeypatch.setenv(native.LEVEL_VARIABLE, "mmx")
     message = f"{native.LEVEL_VARIABLE} asks for the instruction-set level 'mmx'"
-    assert message in fastkl.available_backends()["native"]
+    assert message in fastkl.unavailable_backends().get("native")
     rows = torch.zeros(1, 3)
     with pytest.raises(RuntimeError, match=message):
         fastkl.kl_div(rows, rows, backend="native")

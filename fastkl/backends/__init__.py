@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Protocol
@@ -74,23 +75,44 @@ class Backend(Protocol):
 # Fastest first: the first one that can run on the logits as they are is taken.
 _TABLE: tuple[Backend, ...] = (triton, native, eager)
 _BY_NAME = {backend.NAME: backend for backend in _TABLE}
+NAMES = tuple(_BY_NAME)
+# Of the frames between a user's call and a backend.
+_OWN = ("fastkl", "torch")
 
 
-def available_backends() -> dict[str, str | None]:
-    """Tell which backends can run here.
+def available_backends() -> tuple[str, ...]:
+    """Tell which backends can run on this machine.
 
     Returns
     -------
-    dict
-        From each backend's name to None if it can run on this machine, else to what is missing.
+    tuple of str
+        Their names, the fastest first.
 
     Examples
     --------
     >>> import fastkl
-    >>> fastkl.available_backends()["eager"] is None
+    >>> "eager" in fastkl.available_backends()
     True
     """
-    return {name: backend.missing() for name, backend in _BY_NAME.items()}
+    return tuple(name for name, backend in _BY_NAME.items() if not backend.missing())
+
+
+def unavailable_backends() -> dict[str, str]:
+    """Tell which backends can not run on this machine, and what is missing.
+
+    Returns
+    -------
+    dict {name: reason}
+        Those that :func:`fastkl.available_backends` does not name.
+
+    Examples
+    --------
+    >>> import fastkl
+    >>> "eager" in fastkl.unavailable_backends()
+    False
+    """
+    found = ((name, backend.missing()) for name, backend in _BY_NAME.items())
+    return {name: reason for name, reason in found if reason}
 
 
 def named(name: str, source: str = "backend") -> Backend:
@@ -103,7 +125,7 @@ def named(name: str, source: str = "backend") -> Backend:
     """
     if backend := _BY_NAME.get(name):
         return backend
-    raise errors.unknown_backend(name, tuple(_BY_NAME), source)
+    raise errors.unknown_backend(name, NAMES, source)
 
 
 def requested(name: str | None) -> Backend | None:
@@ -142,15 +164,25 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     found = next((b for b in candidates if not b.missing(device, dtype)), None)
     if found is None:
         raise errors.no_backend(device, eager.missing(device, dtype))
-    if device.type == "cuda" and found is eager and dtype != torch.float64:
-        _tell_once(triton.missing(device, dtype))
+    usual = {"cuda": triton, "cpu": native}.get(device.type)
+    if usual is not None and found is eager and dtype != torch.float64:
+        _tell_once(usual.NAME, usual.missing(device, dtype))
     return found
 
 
 @functools.cache
-def _tell_once(reason: str | None) -> None:
-    """Warn that the kernels do not run on a card, for which a user would take them to."""
+def _tell_once(usual: str, reason: str | None) -> None:
+    """Warn of the slowest backend where a user would take another one for granted."""
     warnings.warn(
-        f"fastkl measures on this card by PyTorch's own operations, not by its kernels: {reason}",
-        stacklevel=2,
+        f"fastkl measures by PyTorch's own operations (backend eager), which is slow, since the backend "
+        f"{usual} can not be used: {reason}. {ENVIRONMENT_VARIABLE}=eager keeps this quiet.",
+        stacklevel=_outside(),
     )
+
+
+def _outside() -> int:
+    """Return the level of the nearest caller's caller that is neither fastkl's nor PyTorch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OWN:
+        frame, level = frame.f_back, level + 1
+    return level
