@@ -47,11 +47,13 @@ class Training:
     noise: float = 0.5
     both: bool = False
     js: bool = False
+    temperature: float = 1.0
 
     def __str__(self) -> str:
         sides = "both gradients" if self.both else "the student's gradient"
         name = "Jensen-Shannon " if self.js else ""
-        return f"{name}R={self.n_rows} V={self.n_vocabulary} {self.dtype} noise {self.noise:g}, {sides}"
+        what = f"R={self.n_rows} V={self.n_vocabulary} {self.dtype} noise {self.noise:g}"
+        return f"{name}{what} T={self.temperature:g}, {sides}"
 
     def logits(self, device: str, seed: int = SEED) -> tuple[Tensor, Tensor]:
         """Return the student's logits and the teacher's, as leaves."""
@@ -68,23 +70,35 @@ GRID = (
     Training(),
     Training(noise=1e-3),
     Training(both=True),
+    Training(temperature=2.0),
     Training(dtype="bfloat16"),
     Training(n_rows=16),
     Training(n_vocabulary=151936, n_rows=64),
     Training(js=True),
 )
-QUICK_GRID = (Training(8, 5000), Training(8, 5000, both=True), Training(8, 5000, js=True))
+QUICK_GRID = (
+    Training(8, 5000),
+    Training(8, 5000, both=True, temperature=2.0),
+    Training(8, 5000, js=True),
+)
 
 
-def definition(student: Tensor, teacher: Tensor) -> Tensor:
+def log_masses(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the log-softmaxes of logits divided by a temperature, the teacher's first."""
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    return teacher.log_softmax(-1), student.log_softmax(-1)
+
+
+def definition(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean divergence as PyTorch's own functions compute it."""
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    log_p, log_q = log_masses(student, teacher, temperature)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def js_definition(student: Tensor, teacher: Tensor) -> Tensor:
+def js_definition(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean Jensen-Shannon divergence by PyTorch's own functions."""
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    log_p, log_q = log_masses(student, teacher, temperature)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     halves = [
         F.kl_div(log_m, side, reduction="batchmean", log_target=True) for side in (log_p, log_q)
@@ -92,35 +106,41 @@ def js_definition(student: Tensor, teacher: Tensor) -> Tensor:
     return (halves[0] + halves[1]) / 2
 
 
-def liger(student: Tensor, teacher: Tensor) -> Tensor:
+def liger(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the same by Liger-Kernel, with the log_softmaxes that it asks for."""
     from liger_kernel.transformers import LigerKLDIVLoss  # noqa: PLC0415
 
     loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
-    divergence: Tensor = loss(student.log_softmax(-1), teacher.log_softmax(-1))
+    log_p, log_q = log_masses(student, teacher, temperature)
+    divergence: Tensor = loss(log_q, log_p)
     return divergence
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def losses(device: str, js: bool = False) -> dict[str, Loss]:
+def losses(device: str, js: bool = False, temperature: float = 1.0) -> dict[str, Loss]:
     """Return the peers that can run here; the first is what the others are compared with."""
-    textbook = js_definition if js else definition
+
+    def textbook(student: Tensor, teacher: Tensor) -> Tensor:
+        return (js_definition if js else definition)(student, teacher, temperature)
+
     found: dict[str, Loss] = {"eager torch": textbook}
     if sys.platform != "win32":
         found["torch.compile"] = torch.compile(textbook, dynamic=False)
     if not js and device != "cpu" and importlib.util.find_spec("liger_kernel"):
-        found["Liger-Kernel"] = liger
-    for backend, reason in fastkl.available_backends().items():
-        if reason is None and (backend == "eager" or (backend == "native") == (device == "cpu")):
-            found[f"fastkl {backend}"] = _fastkl(backend, js)
+        found["Liger-Kernel"] = partial(liger, temperature=temperature)
+    for backend in fastkl.available_backends():
+        if backend == "eager" or (backend == "native") == (device == "cpu"):
+            found[f"fastkl {backend}"] = _fastkl(backend, js, temperature)
     return found
 
 
-def _fastkl(backend: str, js: bool = False) -> Loss:
+def _fastkl(backend: str, js: bool = False, temperature: float = 1.0) -> Loss:
     function = fastkl.js_div if js else fastkl.kl_div
-    return lambda student, teacher: function(student, teacher, backend=backend)
+    return lambda student, teacher: function(
+        student, teacher, temperature=temperature, backend=backend
+    )
 
 
 def step(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], None]:
@@ -136,9 +156,9 @@ def step(loss: Loss, leaves: Sequence[Tensor]) -> Callable[[], None]:
     return run
 
 
-def errors(leaves: Sequence[Tensor], js: bool = False) -> float:
+def errors(leaves: Sequence[Tensor], js: bool = False, temperature: float = 1.0) -> float:
     """Return the largest relative error of the leaves' gradients, norm-wise, against float64."""
-    student, teacher = (t.detach().double().log_softmax(-1) for t in leaves)
+    student, teacher = ((t.detach().double() / temperature).log_softmax(-1) for t in leaves)
     if js:
         mixture = torch.logaddexp(student, teacher) - math.log(2)
         exact = tuple(_weighted(side, side - mixture) / 2 for side in (student, teacher))
@@ -146,7 +166,9 @@ def errors(leaves: Sequence[Tensor], js: bool = False) -> float:
         d = teacher - student
         exact = (teacher.exp() * torch.expm1(-d), _weighted(teacher, d))
     found = [
-        ((leaf.grad.double() * len(leaf) - gradient).norm() / gradient.norm()).item()
+        (
+            (leaf.grad.double() * (temperature * len(leaf)) - gradient).norm() / gradient.norm()
+        ).item()
         for leaf, gradient in zip(leaves, exact, strict=True)
         if leaf.grad is not None
     ]
@@ -164,10 +186,10 @@ def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> d
     torch.compiler.reset()
     leaves = case.logits(device, seed)
     steps, entries = {}, {}
-    for name, loss in losses(device, case.js).items():
+    for name, loss in losses(device, case.js, case.temperature).items():
         run = step(loss, leaves)
         run()
-        error = errors(leaves, case.js)
+        error = errors(leaves, case.js, case.temperature)
         limit = _TOLERANCE if name.startswith("fastkl ") else _TEXTBOOK
         if case.dtype != "float32":
             # The gradient is rounded to it, and what is not ours computes in it.
@@ -210,7 +232,7 @@ def _peak(name: str, case: Training, device: str, seed: int) -> int | None:
 
 def _measure_peak(name: str, case: Training, device: str, seed: int) -> int:
     leaves = case.logits(device, seed)
-    run = step(losses(device, case.js)[name], leaves)
+    run = step(losses(device, case.js, case.temperature)[name], leaves)
     run()
     gradients = sum(leaf.nbytes for leaf in leaves if leaf.requires_grad)
     for leaf in leaves:
@@ -233,6 +255,7 @@ def markdown(document: dict[str, Any]) -> str:
             f"{case['n_rows']}, {case['n_vocabulary']}, {case['dtype']}, {case['noise']:g}, {sides}"
         )
         sizes += ", Jensen-Shannon" if case.get("js") else ""
+        sizes += f", T = {case['temperature']:g}" if case.get("temperature", 1) != 1 else ""
         rows.append([sizes, *(_cell(case["peers"].get(name)) for name in names)])
     first = document["cases"][0]["peers"]
     accuracy = ", ".join(

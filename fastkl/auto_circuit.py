@@ -208,16 +208,26 @@ def unpatch() -> tuple[str, ...]:
 
 
 def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:
-    """Build the functions that stand in for auto_circuit's, with auto_circuit's parameters."""
+    """Build the functions that stand in for auto_circuit's: its parameters, and our own by name."""
 
     def measure(
         model: Model,
         dataloader: Iterable[Batch],
         circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]],
         compare_to_clean: bool = True,
+        *,
+        vocab_size: int | None = None,
+        backend: str | None = backend,
+        progress: bool = progress,
     ) -> list[tuple[EdgeCount, float]]:
         return measure_kl_div(
-            model, dataloader, circuit_outs, compare_to_clean, backend=backend, progress=progress
+            model,
+            dataloader,
+            circuit_outs,
+            compare_to_clean,
+            vocab_size=vocab_size,
+            backend=backend,
+            progress=progress,
         )
 
     def multibatch(input_logprobs: Tensor, target_logprobs: Tensor) -> Tensor:
@@ -243,7 +253,12 @@ def _find_sites() -> list[_Site]:
         original = originals[name] = getattr(_import(module_name), name, None)
         if original is None:
             raise _mismatch([f"{module_name}.{name} is missing"])
-        parameters = tuple(inspect.signature(original).parameters)
+        # Our own, which may stand there already, takes others by name.
+        parameters = tuple(
+            name
+            for name, parameter in inspect.signature(original).parameters.items()
+            if parameter.kind is not parameter.KEYWORD_ONLY
+        )
         if parameters != wanted:
             raise _mismatch([f"{module_name}.{name} takes ({', '.join(parameters)})"])
         copies[name] = list(_copies(name, original))

@@ -5,17 +5,24 @@ Checks run before any work and look at types, shapes, dtypes and devices, never 
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import forward_ad
 
-REDUCTIONS = ("none", "sum", "mean", "batchmean")
-DIRECTIONS = ("forward", "reverse")
+# PyTorch's own business: where it has moved, transforms are not refused, and nothing else is the worse.
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_is_batched = getattr(_functorch, "is_batchedtensor", lambda _: False)
+_is_tracking = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
+
+Reduction = Literal["none", "sum", "mean", "batchmean"]
+Direction = Literal["forward", "reverse"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+DIRECTIONS: tuple[str, ...] = get_args(Direction)
+_SINGLE = "; a single circuit goes to kl_div, or as [circuit]"
 _INSTEAD = "use those, or write the divergence with torch.log_softmax"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -35,7 +42,7 @@ def check_direction(direction: str) -> None:
 def check_temperature(temperature: object) -> None:
     """Refuse what logits can not be divided by."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+        raise _no_number(temperature, "temperature")
     if not 0 < _as_float(temperature) < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
@@ -43,12 +50,18 @@ def check_temperature(temperature: object) -> None:
 def check_beta(beta: object) -> None:
     """Refuse a weight that leaves no mixture."""
     if isinstance(beta, bool) or not isinstance(beta, Real):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+        raise _no_number(beta, "beta")
     if not 0 < _as_float(beta) < 1:
         raise ValueError(
             f"beta must lie between 0 and 1, got {beta}: at 0 and 1 the Jensen-Shannon divergence is "
             f"0; divided by beta or 1 - beta it tends to kl_div's two directions"
         )
+
+
+def _no_number(value: object, name: str) -> TypeError:
+    # Refused, since reading one would wait for its device, unseen, and lose its gradient.
+    item = f": pass {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
+    return TypeError(f"{name} must be a number, got {type(value).__name__}{item}")
 
 
 def _as_float(number: Real) -> float:
@@ -84,7 +97,10 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
     if boolean and values.dtype != torch.bool:
-        raise TypeError(f"{name} must be boolean, True for rows that count; got {values.dtype}")
+        cast = "" if values.is_floating_point() or values.is_complex() else f": pass {name}.bool()"
+        raise TypeError(
+            f"{name} must be boolean, True for rows that count; got {values.dtype}{cast}"
+        )
     if not boolean and not values.is_floating_point():
         raise TypeError(f"{name} must be floating, got {values.dtype}; a boolean one is a mask")
     if values.layout != torch.strided:
@@ -112,9 +128,11 @@ def check_logits(logits: object, name: str) -> None:
         what = "a nested one" if logits.is_nested else f"layout {logits.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {what}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
+        # What a circuit (V,) that is taken for a sequence of circuits is made of.
+        single = _SINGLE if name == "circuits[0]" and logits.dim() == 0 else ""
         raise ValueError(
             f"{name} must have shape (..., V) with a vocabulary of at least one token, "
-            f"got {tuple(logits.shape)}"
+            f"got {tuple(logits.shape)}{single}"
         )
 
 
@@ -152,14 +170,15 @@ def check_pair(
         raise ValueError(
             f"{name} and reference must have the same vocabulary, got {circuit.shape[-1]} tokens "
             f"in shape {tuple(circuit.shape)} and {reference.shape[-1]} in "
-            f"{tuple(reference.shape)}; if one is padded, "
-            + ("leave the padding out" if sliced else "say how many tokens they share: vocab_size=")
-            + source
+            f"{tuple(reference.shape)}; if one is padded, say how many tokens they share: "
+            f"vocab_size={source}"
         )
     if circuit.shape != reference.shape:
+        # A circuit of the reference's shape, taken for a sequence of circuits, falls into such.
+        single = name == "circuits[0]" and circuit.shape == reference.shape[1:]
         raise ValueError(
             f"{name} and reference must have the same shape, got {tuple(circuit.shape)} and "
-            f"{tuple(reference.shape)}{source}"
+            f"{tuple(reference.shape)}{source}{_SINGLE if single else ''}"
         )
     raise ValueError(
         f"{name} and reference must be on the same device, got {circuit.device} and "
@@ -198,17 +217,17 @@ def check_transforms(logits: Sequence[Tensor]) -> None:
     """
     if torch.compiler.is_compiling():
         # A compiler sees no tangents of what its function is called with.
-        if forward_ad._current_level >= 0:
+        if getattr(forward_ad, "_current_level", -1) >= 0:
             raise _no_forward_mode()
         return
-    forward = forward_ad._current_level >= 0
+    forward = getattr(forward_ad, "_current_level", 0) >= 0
     backward = torch.is_grad_enabled()
     for t in logits:
-        if forward and not _functorch.is_batchedtensor(t):
+        if forward and not _is_batched(t):
             unpacked = forward_ad.unpack_dual(t)  # type: ignore[no-untyped-call]
             if unpacked.tangent is not None:
                 raise _no_forward_mode()
-        if backward and t.requires_grad and _functorch.is_gradtrackingtensor(t):
+        if backward and t.requires_grad and _is_tracking(t):
             raise RuntimeError(
                 "fastkl's gradients are for .backward() and torch.autograd.grad, not for torch.func "
                 f"(grad, vjp, jacrev, hessian): {_INSTEAD}"
@@ -231,7 +250,7 @@ def check_backend(backend: object) -> None:
 def check_model(model: object) -> None:
     """Refuse what is not a model with an out_slice."""
     if not callable(model):
-        raise TypeError(f"model must be callable on a batch, got {type(model).__name__}")
+        raise TypeError(f"model must be callable on prompts, got {type(model).__name__}")
     if not hasattr(model, "out_slice"):
         raise TypeError(
             f"model must have an out_slice, the index that picks the logits from its output "
@@ -277,7 +296,7 @@ def check_circuit_outs(circuit_outs: object) -> None:
 
 
 def check_batch(batch: object, inputs: str) -> None:
-    """Refuse a batch without a key or the prompts to run."""
+    """Refuse a batch without a key to look up or the prompts to run."""
     for attribute in ("key", inputs):
         if not hasattr(batch, attribute):
             raise TypeError(
@@ -286,13 +305,48 @@ def check_batch(batch: object, inputs: str) -> None:
             )
 
 
-def missing_batch_key(edge_count: object, key: Hashable, outputs: Mapping[Any, Any]) -> KeyError:
-    """Build the error of a batch for which a circuit has no output."""
-    return KeyError(
-        f"circuit_outs[{edge_count!r}] has no output for batch key {key!r} "
-        f"(it has {_count(len(outputs), 'other key')}). The dataloader must give the same batches "
-        f"as when the circuits were run: the usual cause is a loader with shuffle=True"
+def check_batch_key(key: object) -> None:
+    """Refuse what no mapping can be asked for."""
+    try:
+        hash(key)
+    except TypeError as error:
+        raise TypeError(
+            "each batch's key must be hashable: the circuits' outputs are looked up by it; "
+            f"got {type(key).__name__} ({error})"
+        ) from error
+
+
+def missing_batch_key(
+    edge_count: object, key: Hashable, circuit_outs: Mapping[Any, Mapping[Any, Any]]
+) -> KeyError:
+    """Build the error of a batch for which a circuit has no output, with the likeliest cause."""
+    outputs = circuit_outs[edge_count]
+    has = _count(len(outputs), "other key")
+    if outputs:
+        example = next(iter(outputs))
+        has += f", such as {example!r} of type {type(example).__name__}"
+    cause = (
+        "The dataloader must give the same batches as when the circuits were run: the usual cause "
+        "is a loader with shuffle=True"
     )
+    if outputs and not any(_can_equal(key, other) for other in outputs):
+        cause = f"The batch key is of another type, {type(key).__name__}"
+    counts = f"batch key {key!r} is" if key in circuit_outs else "these keys are"
+    if key in circuit_outs or (outputs and all(other in circuit_outs for other in outputs)):
+        # Small numbers may be both.
+        cause = (
+            f"circuit_outs must be {{edge_count: {{batch key: logits}}}}, and {counts} among its "
+            f"edge counts: is the nesting swapped? If not: {cause[0].lower()}{cause[1:]}"
+        )
+    return KeyError(
+        f"circuit_outs[{edge_count!r}] has no output for batch key {key!r} (it has {has}). {cause}"
+    )
+
+
+def _can_equal(key: object, other: object) -> bool:
+    if isinstance(key, Number) and isinstance(other, Number):
+        return True
+    return isinstance(key, type(other)) or isinstance(other, type(key))
 
 
 def no_rows(n_batches: int) -> ValueError:
@@ -326,5 +380,5 @@ def no_backend(device: torch.device, reason: str | None) -> RuntimeError:
 
 
 def unusable_backend(name: str, reason: str, source: str) -> RuntimeError:
-    """Build the error of a backend that was asked for and can not run here."""
-    return RuntimeError(f"{source} asks for {name}, which can not run here: {reason}")
+    """Build the error of a backend that can not run on this machine, or on these logits."""
+    return RuntimeError(f"{source}={name!r} was requested but cannot be used here: {reason}")

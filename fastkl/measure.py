@@ -1,11 +1,13 @@
 """measure_kl_div: the auto_circuit contract."""
 
+import sys
 from collections.abc import Hashable, Iterable, Mapping
+from operator import length_hint
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fastkl import backends, errors, functional
 
@@ -45,6 +47,7 @@ def measure_kl_div(
     circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]],
     compare_to_clean: bool = True,
     *,
+    vocab_size: int | None = None,
     backend: str | None = None,
     progress: bool = True,
 ) -> list[tuple[EdgeCount, float]]:
@@ -73,11 +76,14 @@ def measure_kl_div(
         bfloat16 or float64. Outputs that belong to no batch are left alone.
     compare_to_clean : bool
         Whether the full model runs on the clean (True) or the corrupt (False) prompts.
+    vocab_size : int, optional
+        The tokens that count are the first so many; padding beyond them is not read, and the circuits
+        may be padded otherwise than the model's output.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
         device, decide. See :func:`fastkl.available_backends`.
     progress : bool
-        Show a progress bar over batches, if the output is a terminal.
+        Show a progress bar over batches, if the output is a terminal or a notebook.
 
     Returns
     -------
@@ -91,9 +97,10 @@ def measure_kl_div(
     KeyError
         A circuit has no output for a batch.
     TypeError
-        The model, a batch, or logits are not of the kind described above.
+        The model, a batch or its key, or logits are not of the kind described above.
     ValueError
-        Shapes, vocabularies or devices differ, or the loader gave no rows.
+        Shapes, vocabularies or devices differ, vocab_size is more than there are tokens, or the loader
+        gave no rows.
     RuntimeError
         The backend asked for can not run here.
 
@@ -122,6 +129,7 @@ def measure_kl_div(
         return []
     errors.check_model(model)
     errors.check_dataloader(dataloader)
+    errors.check_vocab_size(vocab_size)
     errors.check_backend(backend)
     backends.requested(backend)
 
@@ -129,15 +137,17 @@ def measure_kl_div(
     totals: Tensor | None = None
     n_batches = n_rows = 0
     with torch.inference_mode():
-        # disable=None: silent where the output is no terminal.
-        for batch in tqdm(dataloader, desc="KL divergence", disable=None if progress else True):
+        for batch in _with_bar(dataloader, progress):
             n_batches += 1
             errors.check_batch(batch, inputs)
-            circuits = _outputs_for(batch.key, circuit_outs)
+            key = batch.key
+            circuits = _outputs_for(key, circuit_outs, vocab_size)
             reference = _logits(model, getattr(batch, inputs))
             errors.check_logits(reference, "the model's output")
+            errors.check_vocab_fits(vocab_size, reference, "the model's output")
+            reference = _without_padding(reference, vocab_size)
             for edge_count, circuit in zip(circuit_outs, circuits, strict=True):
-                name = f"circuit_outs[{edge_count!r}][{batch.key!r}]"
+                name = f"circuit_outs[{edge_count!r}][{key!r}]"
                 errors.check_pair(circuit, reference, name, sliced=True)
             rows = functional.kl_rows(circuits, reference, backend=backend)
             sums = rows.sum(dim=1, dtype=torch.float64)
@@ -150,6 +160,23 @@ def measure_kl_div(
     return list(zip(circuit_outs, (totals / n_rows).tolist(), strict=True))
 
 
+def _with_bar(dataloader: Iterable[Batch], progress: bool) -> Iterable[Batch]:
+    """Return the loader's batches, with a progress bar over them where one can be seen."""
+    # A notebook shows bars though its output is no terminal; its shell has a kernel, a terminal's none.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    # None: silent where the output is no terminal.
+    hidden = None if getattr(shell, "kernel", None) is None else False
+    # An iterator, since tqdm.auto's iterates twice over what it is given.
+    batches: Iterable[Batch] = tqdm(
+        iter(dataloader),
+        desc="KL divergence",
+        total=length_hint(dataloader) or None,
+        disable=hidden if progress else True,
+    )
+    return batches
+
+
 def _logits(model: Model, prompts: Any) -> Any:
     """Run the model; return what its out_slice picks, which may be no logits yet."""
     output = model(prompts)
@@ -160,14 +187,22 @@ def _logits(model: Model, prompts: Any) -> Any:
 
 
 def _outputs_for(
-    key: Hashable, circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]]
+    key: Hashable, circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]], vocab_size: int | None
 ) -> list[Tensor]:
     """Return all circuits' logits for a batch, checked as far as they can be without the reference."""
+    errors.check_batch_key(key)
     circuits = []
     for edge_count, outputs in circuit_outs.items():
         # Asked first: a defaultdict would make up an entry.
         if key not in outputs:
-            raise errors.missing_batch_key(edge_count, key, outputs)
-        errors.check_logits(outputs[key], f"circuit_outs[{edge_count!r}][{key!r}]")
-        circuits.append(outputs[key])
+            raise errors.missing_batch_key(edge_count, key, circuit_outs)
+        name = f"circuit_outs[{edge_count!r}][{key!r}]"
+        errors.check_logits(outputs[key], name)
+        errors.check_vocab_fits(vocab_size, outputs[key], name)
+        circuits.append(_without_padding(outputs[key], vocab_size))
     return circuits
+
+
+def _without_padding(logits: Tensor, vocab_size: int | None) -> Tensor:
+    """View the logits of the tokens that count."""
+    return logits if vocab_size is None else logits[..., : int(vocab_size)]

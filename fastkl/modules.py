@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastkl import backends, errors
+from fastkl.errors import Direction, Reduction
 from fastkl.functional import js_div, kl_div
 
 
@@ -57,8 +58,8 @@ class KLDivLoss(torch.nn.Module):
     def __init__(
         self,
         *,
-        reduction: str = "mean",
-        direction: str = "forward",
+        reduction: Reduction = "mean",
+        direction: Direction = "forward",
         temperature: float = 1.0,
         vocab_size: int | None = None,
         backend: str | None = None,
@@ -153,7 +154,7 @@ class JSDivLoss(torch.nn.Module):
         self,
         *,
         beta: float = 0.5,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         temperature: float = 1.0,
         vocab_size: int | None = None,
         backend: str | None = None,

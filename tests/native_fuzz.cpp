@@ -396,6 +396,10 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
     }
     if (!result.defined) return result;
     for (int s = 0; s < 2; ++s) lse[s] = log_sum_exp(logits[s], temperature, max[s]);
+    // Where the kernel asks about as much, either will do.
+    const Wide offset = Wide(max[0]) - max[1];
+    const bool apart = std::fabs(offset) >= 4 ||
+                       std::fabs(offset) > 33 * temperature * std::fabs(lse[0] - lse[1]);
     std::vector<double> masses[2], worths[2], errors[2];
     Wide js = 0;
     for (size_t i = 0; i < n; ++i) {
@@ -425,13 +429,10 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
             term = weights[0] * mass[0] * worth[0] + weights[1] * mass[1] * worth[1];
         }
         js += term;
-        // Of the difference of two logits, or of theirs from the maxima.
+        // Of the difference of two logits, or of that less what lies between the maxima.
+        const Wide difference = Wide(logits[0][i]) - logits[1][i];
         const Wide rounded =
-            1.5e-7 *
-            (std::fabs(Wide(max[0]) - max[1]) > 32 * temperature
-                 ? std::fabs(logits[0][i] - Wide(max[0])) + std::fabs(logits[1][i] - Wide(max[1]))
-                 : std::fabs(Wide(logits[0][i]) - logits[1][i])) /
-            temperature;
+            1.5e-7 * std::fabs(apart ? difference - offset : difference) / temperature;
         for (int s = 0; s < 2; ++s) {
             masses[s].push_back(double(mass[s]));
             worths[s].push_back(double(worth[s]));

@@ -1,5 +1,6 @@
 """The benchmark of a loss and its gradients: what it measures, refuses and says."""
 
+import functools
 import json
 
 import pytest
@@ -14,29 +15,30 @@ CASE = training.Training(4, 60)
 @pytest.fixture
 def quick(monkeypatch):
     """Without compilation and without processes of their own."""
-    own = [name for name in ("native", "eager") if fastkl.available_backends()[name] is None]
+    own = [name for name in ("native", "eager") if fastkl.unavailable_backends().get(name) is None]
 
-    def losses(_, js=False):
+    def losses(_, js=False, temperature=1.0):
         textbook = training.js_definition if js else training.definition
-        ours = {f"fastkl {name}": training._fastkl(name, js) for name in own}
-        return {"eager torch": textbook, **ours}
+        ours = {f"fastkl {name}": training._fastkl(name, js, temperature) for name in own}
+        return {"eager torch": functools.partial(textbook, temperature=temperature), **ours}
 
     monkeypatch.setattr(training, "losses", losses)
     monkeypatch.setattr(training, "_peak", lambda *_: 2**20)
     return [f"fastkl {name}" for name in own]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("js", [False, True])
-def test_gradients_are_checked_against_float64(quick, js):
+def test_gradients_are_checked_against_float64(quick, js, temperature):
     leaves = training.replace(CASE, both=True).logits("cpu")
-    for loss in training.losses("cpu", js).values():
+    for loss in training.losses("cpu", js, temperature).values():
         training.step(loss, leaves)()
-        assert training.errors(leaves, js) < 1e-5
+        assert training.errors(leaves, js, temperature) < 1e-5
     leaves[0].grad *= 1.01
-    assert training.errors(leaves, js) == pytest.approx(0.01, rel=0.01)
+    assert training.errors(leaves, js, temperature) == pytest.approx(0.01, rel=0.01)
     leaves[0].grad = None
     leaves[1].grad *= 0.9
-    assert training.errors(leaves, js) == pytest.approx(0.1, rel=0.01)
+    assert training.errors(leaves, js, temperature) == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):

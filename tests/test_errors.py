@@ -1,6 +1,7 @@
 """The table of errors: what is wrong, which error it is, and the facts its text carries."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_circuits_that_are_no_sequence(case):
         fastkl.kl_div_many(circuits, F32)
 
 
+@pytest.mark.parametrize("circuit", [F32, F32[0], F32[:, None]])
+def test_a_single_circuit_that_is_taken_for_many(circuit):
+    hint = "; a single circuit goes to kl_div, or as [circuit]"
+    with pytest.raises(ValueError, match=r"circuits\[0\] .* got \(.*\)" + re.escape(hint) + "$"):
+        fastkl.kl_div_many(circuit, circuit)
+    with pytest.raises(ValueError, match="same shape") as raised:
+        fastkl.kl_div_many([F32, F32[0]], F32)
+    assert hint not in str(raised.value)
+
+
 def test_kl_div_many_names_the_circuit():
     with pytest.raises(ValueError, match=r"circuits\[1\] and reference must have the same shape"):
         fastkl.kl_div_many([F32, F32[:1]], F32)
@@ -70,6 +81,19 @@ def test_kl_div_many_names_the_circuit():
 def test_sparse_values_of_rows(name, values):
     with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got layout torch.sparse"):
         fastkl.kl_div(F32, F32, **{name: values.to_sparse()})
+
+
+MASKS = {
+    "integers": (F32[:, 0].long(), r"got torch.int64: pass mask.bool\(\)$"),
+    "floating": (F32[:, 0], "True for rows that count; got torch.float32$"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_that_are_not_boolean(case):
+    mask, text = MASKS[case]
+    with pytest.raises(TypeError, match=f"mask must be boolean, .*{text}"):
+        fastkl.kl_div(F32, F32, mask=mask)
 
 
 @pytest.mark.parametrize("number", [10**400, -(10**400), math.nan, -1])
@@ -89,7 +113,17 @@ def test_reduction(function):
 NUMBERS = {
     "a boolean temperature": (fastkl.kl_div, {"temperature": True}, "temperature .* got bool"),
     "NumPy's boolean": (fastkl.kl_div, {"temperature": np.bool_(True)}, "temperature .* got bool"),
-    "a tensor": (fastkl.kl_div, {"temperature": F32[0, 0]}, "temperature .* number, got Tensor"),
+    "a tensor": (
+        fastkl.kl_div,
+        {"temperature": F32[0, 0]},
+        r"temperature must be a number, got Tensor: pass temperature.item\(\)$",
+    ),
+    "a parameter": (
+        fastkl.js_div,
+        {"beta": torch.nn.Parameter(F32[:1, 0])},
+        r"beta must be a number, got Parameter: pass beta.item\(\)$",
+    ),
+    "a tensor of many": (fastkl.kl_div, {"temperature": F32}, "must be a number, got Tensor$"),
     "a boolean beta": (fastkl.js_div, {"beta": True}, "beta must be a number, got bool"),
     "a boolean size": (fastkl.kl_div, {"vocab_size": True}, "vocab_size .* integer, got bool"),
     "a broken size": (fastkl.kl_div, {"vocab_size": np.float32(2)}, "integer, got float32"),
@@ -137,8 +171,21 @@ def test_modules_can_be_made_where_their_backend_can_not_run(monkeypatch):
     """Configured on one machine, and used on another."""
     monkeypatch.setattr(triton, "missing", lambda *_: "no card")
     loss = fastkl.KLDivLoss(backend="triton")
-    with pytest.raises(RuntimeError, match=r"backend asks for triton, .* no card"):
+    with pytest.raises(RuntimeError, match=r"backend='triton' was requested .*: no card"):
         loss(F32, F32)
+
+
+UNUSABLE = "'native' was requested but cannot be used here: the kernel takes .* got torch.float64"
+
+
+@pytest.mark.skipif(fastkl.unavailable_backends().get("native") is not None, reason="not built")
+def test_a_dtype_that_the_backend_does_not_take(monkeypatch):
+    """Not the machine is at fault."""
+    with pytest.raises(RuntimeError, match=f"^backend={UNUSABLE}"):
+        fastkl.kl_div(F32.double(), F32, backend="native")
+    monkeypatch.setenv("FASTKL_BACKEND", "native")
+    with pytest.raises(RuntimeError, match=f"^FASTKL_BACKEND={UNUSABLE}"):
+        fastkl.kl_div(F32.double(), F32)
 
 
 class Model:
@@ -162,7 +209,7 @@ OUTS = {30: {7: F32}, 20: {7: F32}}
 
 MEASURE = {
     "no out_slice": (lambda p: p, [batch()], OUTS, TypeError, "out_slice, .* function has none", 0),
-    "not callable": ("gpt2", [batch()], OUTS, TypeError, "model must be callable .* got str", 0),
+    "not callable": ("gpt2", [batch()], OUTS, TypeError, "callable on prompts, got str", 0),
     "circuit_outs a list": (Model(), [batch()], [F32], TypeError, "mapping {edge_count: ", 0),
     "outputs a tensor": (
         Model(),
@@ -185,7 +232,64 @@ MEASURE = {
         [batch()],
         {30: {7: F32}, 20: {1: F32}},
         KeyError,
-        r"circuit_outs\[20\] .* key 7",
+        r"circuit_outs\[20\] .* key 7 \(it has 1 other key, such as 1 of type int\)\. The dataloader",
+        0,
+    ),
+    "no keys": (
+        Model(),
+        [batch()],
+        {30: {}},
+        KeyError,
+        r"batch key 7 \(it has 0 other keys\)\. The dataloader must give the same",
+        0,
+    ),
+    "a key of another type": (
+        Model(),
+        [batch("7")],
+        OUTS,
+        KeyError,
+        r"'7' \(it has .* 7 of type int\)\. The batch key is of another type, str",
+        0,
+    ),
+    "a key of another type of number": (
+        Model(),
+        [batch(np.int64(8))],
+        OUTS,
+        KeyError,
+        "shuffle=True",
+        0,
+    ),
+    "nesting swapped": (
+        Model(),
+        [batch()],
+        {7: {30: F32, 20: F32}},
+        KeyError,
+        r"must be {edge_count: {batch key: logits}}, and batch key 7 is among its edge counts",
+        0,
+    ),
+    "edge counts for batch keys": (
+        Model(),
+        [batch()],
+        {30: {30: F32}},
+        KeyError,
+        r"must be {edge_count: {batch key: logits}}, and these keys are among its edge counts: is the "
+        r"nesting swapped\? If not: the dataloader must give .* shuffle=True",
+        0,
+    ),
+    "a key that can not be looked up": (
+        Model(),
+        [batch([7])],
+        OUTS,
+        TypeError,
+        r"each batch's key must be hashable: .*; got list \(unhashable type: 'list'\)",
+        0,
+    ),
+    "a key that holds such": (
+        Model(),
+        [batch(([7],))],
+        OUTS,
+        TypeError,
+        "each batch's key must be hashable: .*; got tuple",
         0,
     ),
     "no key": (
@@ -233,7 +337,7 @@ MEASURE = {
         [batch()],
         {30: {7: torch.zeros(2, 151936)}},
         ValueError,
-        r"151936 tokens in shape .* and 152064 .* padded, leave .* what model.out_slice picks",
+        r"151936 tokens in shape .* and 152064 .* how many .* share: vocab_size=; .*out_slice picks",
         1,
     ),
     "device": (
@@ -293,7 +397,7 @@ MEASURE = {
         1,
     ),
     "no loader": (Model(), None, OUTS, TypeError, "dataloader must be an iterable .* NoneType", 0),
-    "one other key": (Model(), [batch(8)], OUTS, KeyError, r"\(it has 1 other key\)", 0),
+    "one other key": (Model(), [batch(8)], OUTS, KeyError, r"\(it has 1 other key, such as 7 ", 0),
     "empty loader": (Model(), [], OUTS, ValueError, "gave 0 batches and no rows", 0),
     "batches without rows": (
         Model(torch.zeros(0, 3, 5)),
@@ -315,6 +419,37 @@ def test_measure(case):
         fastkl.measure_kl_div(model, loader, outs)
     if isinstance(model, Model):
         assert model.calls == calls
+
+
+SIZES = {
+    "more than the circuit has": (
+        6,
+        F32,
+        torch.zeros(2, 3, 8),
+        ValueError,
+        r"between 1 and the 5 tokens of circuit_outs\[30\]\[7\] with shape \(2, 5\), got 6",
+        0,
+    ),
+    "more than the model has": (
+        6,
+        torch.zeros(2, 7),
+        torch.zeros(2, 3, 5),
+        ValueError,
+        r"between 1 and the 5 tokens of the model's output with shape \(2, 5\), got 6",
+        1,
+    ),
+    "none": (0, F32, F32[:, None], ValueError, "vocab_size must be at least 1, got 0", 0),
+    "no number": (5.0, F32, F32[:, None], TypeError, "must be an integer, got float", 0),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_vocab_size_of_measure(case):
+    vocab_size, circuit, output, error, text, calls = SIZES[case]
+    model = Model(output)
+    with pytest.raises(error, match=text):
+        fastkl.measure_kl_div(model, [batch()], {30: {7: circuit}}, vocab_size=vocab_size)
+    assert model.calls == calls
 
 
 def test_a_used_up_iterator():

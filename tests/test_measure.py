@@ -2,15 +2,18 @@
 
 import gc
 import math
-import weakref
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+import tqdm.auto
 from conftest import oracle
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastkl
+from fastkl import measure
 
 V = 60
 
@@ -27,10 +30,11 @@ class Model:
 
     def __call__(self, tokens):
         gc.collect()
-        self.alive_at_call.append(sum(output() is not None for output in self.outputs))
+        self.alive_at_call.append(sum(not output.expired() for output in self.outputs))
         self.calls.append((tokens, torch.is_inference_mode_enabled()))
         output = self.table[tokens]
-        self.outputs.append(weakref.ref(output))
+        # Of its memory: what out_slice picks is another tensor, and keeps it alive.
+        self.outputs.append(StorageWeakRef(output.untyped_storage()))
         return output
 
 
@@ -55,6 +59,15 @@ class Loader:
 
     def __len__(self):
         return len(self.batches)
+
+
+class Same:
+    """A model whose prompts are its logits."""
+
+    out_slice = slice(None)
+
+    def __call__(self, prompts):
+        return prompts
 
 
 LAST = (slice(None), -1)
@@ -152,6 +165,69 @@ def test_rows_are_weighed_alike_not_batches():
     assert measured[7] == pytest.approx(dict(expected_kl(model, loader, outs))[7], rel=1e-5)
 
 
+def test_sums_are_kept_in_float64():
+    """Within a batch, and over batches: float32 has seven digits for the first row and the others."""
+    reference, circuit = torch.zeros(4000, 2), torch.zeros(4000, 2)
+    circuit[:, 0] = torch.linspace(0.5, 2, 4000)
+    circuit[0, 0] = 3e6
+    batches = [slice(0, 3), slice(3, 4000)]
+    loader = [SimpleNamespace(key=i, clean=reference[rows]) for i, rows in enumerate(batches)]
+    outs = {1: {i: circuit[rows] for i, rows in enumerate(batches)}}
+    exact = fastkl.kl_div(circuit, reference, reduction="none").double().mean().item()
+    model = Same()
+    ((_, value),) = fastkl.measure_kl_div(model, loader, outs)
+    assert value == pytest.approx(exact, rel=1e-12, abs=0)
+    whole = [SimpleNamespace(key=0, clean=reference)]
+    ((_, value),) = fastkl.measure_kl_div(model, whole, {1: {0: circuit}})
+    assert value == pytest.approx(exact, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("out_slice", [LAST, NOT_FIRST], ids=["last", "not first"])
+@pytest.mark.parametrize("vocab_size", [V, V - 7])
+@pytest.mark.parametrize("padding", [0.0, 1e3, math.nan])
+def test_padded_vocabularies(out_slice, vocab_size, padding):
+    """Both sides are padded, each in its own way; a smaller vocab_size leaves more out."""
+    model, loader = Model(out_slice), Loader()
+    outs = circuits_for(model, loader)
+    short = Model(out_slice)
+    short.table = model.table[:, :vocab_size].contiguous()
+    shortened = {
+        edges: {key: logits[..., :vocab_size].contiguous() for key, logits in outputs.items()}
+        for edges, outputs in outs.items()
+    }
+    expected = fastkl.measure_kl_div(short, loader, shortened)
+
+    def padded(logits, n):
+        return torch.nn.functional.pad(logits, (0, n), value=padding)
+
+    model.table = padded(model.table, 4)
+    outs = {
+        edges: {key: padded(logits, i + 1) for key, logits in outputs.items()}
+        for i, (edges, outputs) in enumerate(outs.items())
+    }
+    found = fastkl.measure_kl_div(model, loader, outs, vocab_size=vocab_size)
+    # Rows that lie otherwise may be added up in another order.
+    assert [edges for edges, _ in found] == [edges for edges, _ in expected]
+    for (_, value), (_, exact) in zip(found, expected, strict=True):
+        assert value == pytest.approx(exact, rel=1e-6, abs=1e-12)
+    assert found[0][1] == 0.0
+
+
+def test_padding_is_not_copied_and_a_batch_is_one_call(monkeypatch):
+    model, loader = Model(NOT_FIRST), Loader()
+    outs = circuits_for(model, loader)
+    calls = []
+    kl_rows = measure.functional.kl_rows
+
+    def recorded(circuits, reference, backend):
+        calls.append([(t.shape[-1], t.stride(-2)) for t in (reference, *circuits)])
+        return kl_rows(circuits, reference, backend=backend)
+
+    monkeypatch.setattr("fastkl.functional.kl_rows", recorded)
+    fastkl.measure_kl_div(model, loader, outs, vocab_size=V - 1)
+    assert calls == [[(V - 1, V)] * 4] * 3
+
+
 def test_nan_and_infinity_survive():
     model, loader = Model(ALL), Loader()
     outs = circuits_for(model, loader)
@@ -207,11 +283,12 @@ def test_silent_when_not_a_terminal(capfd):
 
 
 class Terminal:
-    def __init__(self):
+    def __init__(self, tty=True):
         self.text = ""
+        self.tty = tty
 
     def isatty(self):
-        return True
+        return self.tty
 
     def write(self, text):
         self.text += text
@@ -227,6 +304,39 @@ def test_progress_bar_on_a_terminal(monkeypatch, progress):
     model, loader = Model(LAST), Loader()
     fastkl.measure_kl_div(model, loader, circuits_for(model, loader), progress=progress)
     assert ("KL divergence" in terminal.text) == progress
+
+
+@pytest.mark.parametrize("progress", [True, False])
+@pytest.mark.parametrize(
+    ("shell", "shown"),
+    [(SimpleNamespace(kernel="any"), True), (SimpleNamespace(), False), (None, False)],
+    ids=["notebook", "IPython", "Python"],
+)
+def test_progress_bar_in_a_notebook(monkeypatch, shell, shown, progress):
+    """Its output is no terminal, and shows bars; IPython's may be a file."""
+    output = Terminal(tty=False)
+    monkeypatch.setattr("sys.stderr", output)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    model, loader = Model(LAST), Loader()
+    fastkl.measure_kl_div(model, loader, circuits_for(model, loader), progress=progress)
+    assert ("KL divergence" in output.text) == (shown and progress)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_progress_bar_counts_batches(monkeypatch, sized):
+    """Of a loader that knows how many there are; a generator does not."""
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    model, loader = Model(LAST), Loader()
+    outs = circuits_for(model, loader)
+    fastkl.measure_kl_div(model, loader if sized else (b for b in loader), outs)
+    assert ("/3" in terminal.text) == sized
+    assert loader.iterations == 1
+
+
+def test_the_bar_is_the_notebooks_own():
+    """tqdm.auto's, which is a widget where there are any."""
+    assert measure.tqdm is tqdm.auto.tqdm
 
 
 def test_one_synchronization(monkeypatch):

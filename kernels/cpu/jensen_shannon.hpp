@@ -15,8 +15,10 @@
 // wherever it has mass, these are all -log a but for y: so y is what is kept of them, and what is counted
 // from.
 
-// From here on each side's logits are counted from its maximum before they are subtracted.
-constexpr double kFarApart = 32.0;
+// The difference of two sides' logits is rounded at the size of what lies between their maxima. From
+// kApart on, in logits as they are, or where that is so many times the log-ratios beside it, logits are
+// counted from their maxima before they are subtracted.
+constexpr double kApart = 4.0, kTimesApart = 32.0;
 // Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
 constexpr float kLargestRatio = 128.0f;
 
@@ -71,20 +73,22 @@ class Pair {
     Pair(const JsProblem& problem, const Side& heavy, const Side& light)
         : defined(heavy.defined && light.defined), mixture_(problem.mixture),
           scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
-        const double apart = double(heavy.max) - double(light.max);
-        // Differences of such logits are rounded by more than those from the maxima are, or overflow.
-        far_apart_ = __builtin_fabs(apart * scale_) > kFarApart || __builtin_fabs(apart) > 1e38;
+        const double offset = double(heavy.max) - double(light.max);
+        // The log-ratios of the two likeliest tokens have -beside between them: where the offset is less than
+        // kTimesApart of it, what differences are rounded by is less than 2e-6 of the larger.
+        const double beside = ::log(heavy.mass.sum / light.mass.sum);
+        apart_ = __builtin_fabs(offset) >= kApart ||
+                 __builtin_fabs(offset * scale_) > kTimesApart * __builtin_fabs(beside);
         // In two parts, the first exact as it is subtracted: rounded to one, the difference of log-sum-exps
         // would be off by more than nearly identical rows differ.
-        shift_ = float(far_apart_ ? 0.0 : apart);
-        const double left = far_apart_ ? 0.0 : apart - shift_;
-        rest_ = float(::log(heavy.mass.sum / light.mass.sum) + left * scale_);
+        shift_ = float(apart_ ? 0.0 : offset);
+        const double left = apart_ ? 0.0 : offset - shift_;
+        rest_ = float(beside + left * scale_);
     }
 
     // D. 0 for identical rows; the largest where neither side has the token.
     vf log_ratio(vf heavy, vf light) const {
-        const vf difference =
-            far_apart_ ? (heavy - heavy_max_) - (light - light_max_) : (heavy - light) - shift_;
+        const vf difference = apart_ ? difference_of_apart(heavy, light) : (heavy - light) - shift_;
         // In this order a NaN is dropped.
         return min(fma(difference, splat(scale_), splat(-rest_)), splat(kLargestRatio));
     }
@@ -143,6 +147,21 @@ class Pair {
     const bool defined;
 
   private:
+    // Less what lies between the maxima. Tokens alike, too, are rounded as they are counted from these, the
+    // ones on a finer grid by more: what was rounded off is added again.
+    vf difference_of_apart(vf heavy, vf light) const {
+        const vf d = (heavy - heavy_max_) - (light - light_max_);
+        const vf off = rounded_off(heavy, heavy_max_) - rounded_off(light, light_max_);
+        // Of an infinite difference nothing is rounded off.
+        return d + (d - d == 0.0f ? off : vf{});
+    }
+
+    // What x - y is rounded by. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+    static vf rounded_off(vf x, float y) {
+        const vf d = x - y, back = d - x;
+        return (x - (d - back)) - (y + back);
+    }
+
     static vf series(const float (&coefficients)[Mixture::kTerms], vf x) {
         vf sum = splat(coefficients[Mixture::kTerms - 1]);
         for (int i = Mixture::kTerms - 2; i >= 0; --i) sum = fma(sum, x, splat(coefficients[i]));
@@ -151,7 +170,7 @@ class Pair {
 
     const Mixture& mixture_;
     const float scale_, heavy_max_, light_max_;
-    bool far_apart_;
+    bool apart_;
     float shift_, rest_;  // the log-sum-exps are shift · scale + rest apart, or their maxima and rest
 };
 
