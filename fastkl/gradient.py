@@ -112,9 +112,8 @@ def _block(
     d, c = log_ratios(cir, ref, temperature)
     masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
 
-    # A NaN in a sum fails the comparison: then the whole row is NaN.
-    defined = (ref.z > 0) & (cir.z > 0) & (ref.m < torch.inf) & (cir.m < torch.inf)
-    scale = torch.where(defined, grad.double(), torch.nan) / ref.z
+    # Where there is none the whole row is NaN.
+    scale = torch.where(ref.defined & cir.defined, grad.double(), torch.nan) / ref.z
     scale = torch.where(grad == 0, 0.0, scale)
 
     if total is not None:
@@ -147,7 +146,7 @@ def _block(
 
 
 def _settle(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> None:
-    """Put 0 where a logit is masked, but for rows that are NaN, and in rows that no one asks for."""
+    """Set masked logits to 0, or NaN in rows that are NaN, and rows with no incoming gradient to 0."""
     for mask in masks:
         if mask is not None:
             torch.where(mask, torch.where(scale.isnan(), torch.nan, 0.0).to(t.dtype), t, out=t)

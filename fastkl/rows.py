@@ -10,8 +10,8 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 17
 # On other devices a block fills the chip many times over, and launches are few.
 DEVICE_BLOCK_ELEMENTS = 1 << 23
-# Sides less than this apart are subtracted as they are, which is exact for logits alike.
-_APART = 4.0
+# Sides less than this apart are subtracted as they are: 3e-8 of a nat is rounded off at the most.
+_APART = 0.5
 # Beyond it float64 knows how far apart sides are to no more than 1e-4.
 KNOWN = 2.0**40
 
@@ -48,9 +48,9 @@ def blocks(logits: Tensor) -> Iterator[slice]:
 def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """Return logits (R, V) in the dtype that is computed in, divided by the temperature there.
 
-    Less their row's `tops` first, of which no divergence knows: what a division rounds is a part of the
-    quotient, which is small then for all tokens that count. A finite mask stays finite: what overflows
-    is the least number there is.
+    The row's largest logit is subtracted first, which no divergence notices: the rounding of a division
+    is relative, and so small for likely tokens. A finite logit whose quotient overflows becomes the
+    least finite number, so that a finite mask stays one.
     """
     logits = logits.to(dtype)
     if temperature == 1:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# Rows that are measured for those that are asked for: more, and a copy costs less.
+# Rows in the gaps are measured too, for nothing, if that makes no more than so many times as many rows
+# as were asked for: beyond that a copy costs less.
 _MOST = 2
-# How many of the rows follow one another, and how many rows on the next ones begin.
+# Rows of a prompt, and how many rows after them the next prompt's begin.
 Window = tuple[int, int]
 
 

@@ -241,7 +241,7 @@ struct ExpectedGradient {
 };
 
 ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector<double>& q,
-                                 double kl, double grad) {
+                                 double kl, double grad, double temperature) {
     const size_t n = p.size();
     ExpectedGradient result{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n),
                             std::vector<double>(n)};
@@ -266,7 +266,7 @@ ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector
         if (p[i] == -kInf || q[i] == -kInf) continue;
         const double weight = std::exp(log_p(i));
         // A difference beyond float32's largest: what it is multiplied into may be infinite or NaN.
-        if (std::fabs(p[i] - q[i]) + std::fabs(max_p - max_q) > 1e38) overflow = kInf;
+        if (std::fabs(p[i] - q[i]) + std::fabs(max_p - max_q) > 1e38 / temperature) overflow = kInf;
         // Sides less than 4 apart are not brought together first.
         if (weight > 1e-30) span = std::fmax(span, std::fabs(log_p(i) - log_q(i)) + 4);
         scatter += weight * std::fabs(log_p(i) - log_q(i));
@@ -350,7 +350,7 @@ void try_gradients(uint64_t seed, Random& random, const Rows& reference,
             for (int64_t k = 0; k < n_circuits; ++k) {
                 const std::vector<double> q = divided(circuits[k].row(r), temperature);
                 const ExpectedGradient one =
-                    expect_gradient(p, q, expect(p, q).kl, grad[k * n_rows + r]);
+                    expect_gradient(p, q, expect(p, q).kl, grad[k * n_rows + r], temperature);
                 for (int64_t i = 0; i < n_cols; ++i) {
                     sum[i] += one.dp[i];
                     tolerance[i] += one.dp_tolerance[i];
@@ -396,10 +396,8 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
     }
     if (!result.defined) return result;
     for (int s = 0; s < 2; ++s) lse[s] = log_sum_exp(logits[s], temperature, max[s]);
-    // Where the kernel asks about as much, either will do.
     const Wide offset = Wide(max[0]) - max[1];
-    const bool apart = std::fabs(offset) >= 4 ||
-                       std::fabs(offset) > 33 * temperature * std::fabs(lse[0] - lse[1]);
+    const bool apart = std::fabs(offset) >= 4;
     std::vector<double> masses[2], worths[2], errors[2];
     Wide js = 0;
     for (size_t i = 0; i < n; ++i) {

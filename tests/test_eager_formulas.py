@@ -137,6 +137,23 @@ def test_bits_beside_a_row_that_lies_deep(generator):
     assert_matches(alone, oracle(circuit, reference))
 
 
+def test_bits_of_a_long_row_alone(generator):
+    """PyTorch shares the sum of a single row out to threads. A masked token leaves it to the states."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    reference = torch.randn(12, 100_003, generator=generator) * 3
+    reference[:, 5] = -torch.inf
+    circuit = reference + 0.3 * torch.randn(12, 100_003, generator=generator)
+    circuit[:, 5] = 0
+    try:
+        together = kl_rows([circuit], reference, "eager")[0]
+        alone = [kl_rows([circuit[i : i + 1]], reference[i : i + 1], "eager")[0] for i in range(12)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, torch.cat(alone))
+    assert_matches(together, oracle(circuit, reference))
+
+
 def far_but_small(generator, n_rows, level=0.005):
     """Rows whose unlikely tokens move far while the likely ones hardly do, as those of real models."""
     reference = torch.randn(n_rows, 5003, generator=generator) * 3

@@ -90,10 +90,8 @@ def test_shifts_change_nothing(one, generator, ordinary, side, shift):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shift", [1.0, 16.0, -64.0, 256.0])
-def test_sides_on_either_side_of_0(gradients, one, generator, shift, temperature):
+def test_sides_on_either_side_of_0(one, generator, shift, temperature):
     """Whichever side is moved to the other, float32 has no room for the last digits of likely tokens."""
-    if shift < 4 and gradients is eager.gradients:
-        pytest.skip("eager's differences are rounded here: see README, Limits")
     p = torch.randn(2, 1500, generator=generator) * 0.3 + (shift / 2 - 0.25)
     q = p - shift + 1e-3 * torch.randn(2, 1500, generator=generator)
     exact = oracle_gradients(q.double() / temperature, p.double() / temperature)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkl import state
-from fastkl.rows import KNOWN, differences
+from fastkl.rows import KNOWN, differences, masked, row_sums
 from fastkl.state import RowState
 
 # |d| from which on a token's e^(-d) is the circuit's own exponential: up to it what is left of
@@ -37,8 +37,7 @@ class Reference(NamedTuple):
         """Return the block of logits p, its weights written to w."""
         m_p = p.amax(-1, keepdim=True)
         exponentials(p, m_p, out=w)
-        absent = None if on_cpu(p) and p.amin() > -torch.inf else p == -torch.inf
-        return cls(p, w, m_p, row_sums(w).double(), absent)
+        return cls(p, w, m_p, row_sums(w)[:, 0], masked(p))
 
 
 def on_cpu(t: Tensor) -> bool:
@@ -51,20 +50,12 @@ def exponentials(logits: Tensor, maximum: Tensor, *, out: Tensor) -> None:
     torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out).exp_()
 
 
-def row_sums(x: Tensor) -> Tensor:
-    """Σ over the last dimension, whose bits do not depend on how many rows there are.
-
-    PyTorch splits the sum of a single long row over its threads: as one of two it is summed whole.
-    """
-    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
-
-
 def read_circuit(q: Tensor, e: Tensor) -> Circuit:
     """Return a block of circuit rows, its exponentials written to e."""
     q = q.to(e.dtype)
     m_q = q.amax(-1, keepdim=True)
     exponentials(q, m_q, out=e)
-    return Circuit(q, e, m_q, row_sums(e).double())
+    return Circuit(q, e, m_q, row_sums(e)[:, 0])
 
 
 def finalize(cir: Circuit, ref: Reference) -> Tensor:
@@ -98,17 +89,16 @@ def row_state(cir: Circuit, ref: Reference) -> RowState:
             d.masked_fill_(ref.absent, _FAR)
         infinite = (d == torch.inf).any(-1)
     t = d * ref.w
-    s = torch.where(infinite, torch.inf, row_sums(t).double())
+    s = torch.where(infinite, torch.inf, row_sums(t)[:, 0])
     if largest < state.NEAR:
-        h = row_sums(_near_terms(t, d))
+        h = row_sums(_near_terms(t, d))[:, 0]
         g = torch.zeros_like(h)
     else:
         size = d.abs()
         known = size < _FAR
         terms = torch.where(known, torch.expm1(-d).add_(d).mul_(ref.w), t - ref.w)
-        h = row_sums(torch.where(size < state.NEAR, _near_terms(t, d), terms))
-        g = row_sums(torch.where(known, 0.0, cir.e))
-    h, g = h.double(), g.double()
+        h = row_sums(torch.where(size < state.NEAR, _near_terms(t, d), terms))[:, 0]
+        g = row_sums(torch.where(known, 0.0, cir.e))[:, 0]
     # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
     accurate = h + g * (z_p / z_q)
     s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)

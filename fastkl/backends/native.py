@@ -63,7 +63,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     if dtype is not None and dtype not in _DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         return f"the kernel takes {known} (eager takes float64 too), got {dtype}"
-    # Not a reason to fall back: whoever forces a level wants to see it, or to hear that it is not.
+    # Not a reason to fall back: a level that is forced must not be replaced by another backend unseen.
     if problem := _level_problem(extension):
         raise RuntimeError(problem)
     return None

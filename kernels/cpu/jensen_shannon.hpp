@@ -16,7 +16,7 @@
 // from.
 
 // The difference of two sides' logits is rounded at the size of what lies between their maxima. From
-// kApart on, in logits as they are, or where that is so many times the log-ratios beside it, logits are
+// kApart on, in logits as they are, or where that is so many times what log-ratios differ by, logits are
 // counted from their maxima before they are subtracted.
 constexpr double kApart = 4.0, kTimesApart = 32.0;
 // Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
@@ -74,16 +74,16 @@ class Pair {
         : defined(heavy.defined && light.defined), mixture_(problem.mixture),
           scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
         const double offset = double(heavy.max) - double(light.max);
-        // The log-ratios of the two likeliest tokens have -beside between them: where the offset is less than
-        // kTimesApart of it, what differences are rounded by is less than 2e-6 of the larger.
-        const double beside = ::log(heavy.mass.sum / light.mass.sum);
+        // What log-ratios differ by, at the least: what the largest logits leave to others says it of rows
+        // that are nearly one token's, too. NaN where that is nothing.
+        const double differ = __builtin_fabs(::log((heavy.mass.sum - 1) / (light.mass.sum - 1)));
         apart_ = __builtin_fabs(offset) >= kApart ||
-                 __builtin_fabs(offset * scale_) > kTimesApart * __builtin_fabs(beside);
+                 !(__builtin_fabs(offset * scale_) <= kTimesApart * differ);
         // In two parts, the first exact as it is subtracted: rounded to one, the difference of log-sum-exps
         // would be off by more than nearly identical rows differ.
         shift_ = float(apart_ ? 0.0 : offset);
         const double left = apart_ ? 0.0 : offset - shift_;
-        rest_ = float(beside + left * scale_);
+        rest_ = float(::log(heavy.mass.sum / light.mass.sum) + left * scale_);
     }
 
     // D. 0 for identical rows; the largest where neither side has the token.

@@ -167,8 +167,9 @@ struct Shares {
 
 Shares shares(const Mass& first, const Mass& second);
 
-// The sums of identical rows may differ in their last digits, by tokens so far below the others that they
-// are clamped or not. A logarithm that is as little is 0, and so is their divergence.
+// The sums of identical rows may differ in their last digits, since exponentials of tokens far below the
+// others are clamped, and from another base on each side. A log-ratio as small as that counts as 0, so
+// that the rows' divergence is.
 inline double without_rounding(double log_ratio) {
     return log_ratio > -0x1p-50 && log_ratio < 0x1p-50 ? 0.0 : log_ratio;
 }

@@ -43,8 +43,8 @@ inline double phi(double x) {
 
 inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0; }
 
-// Circuits of a block that are looked at together, as far as the level has registers for their sums:
-// of the reference's numbers, which come from the second level cache, each needs the fewer.
+// Circuits of a block that are looked at together, so that they share what is loaded of the reference
+// from the second level cache: as many as the level has registers for.
 constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 
 enum class Look { divergence, far_divergence, exponentials, alone };

@@ -18,8 +18,8 @@ the first good to 1e-7, absolute, the second to 1e-6 of itself: see `fastkl.stat
 
 Bases are poor where a slice's first tokens say nothing of the others. Then a sum overflows or vanishes,
 or what changes its pivot is larger than what is left; and where the sides lie far apart, p - q is
-rounded at that distance. `merge` says which slices are to be summed again. Then what is rounded off is
-added again.
+rounded at that distance. `merge` says which slices are to be summed again: by differences to which is
+added what p - q was rounded by.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
@@ -59,7 +59,7 @@ ACCURATE_BELOW = tl.constexpr(0.1)
 # What a row may be off by without being looked at again: the tolerance of the tests.
 RELATIVE = tl.constexpr(1e-5)
 ABSOLUTE = tl.constexpr(1e-8)
-# What it may be off by without any hope that it matters: a divergence below it is next to nothing.
+# An error as small as that is not worth another pass, whatever the divergence.
 NEGLIGIBLE = tl.constexpr(1e-12)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)

@@ -44,8 +44,8 @@ SIZES = (
 )
 # What `disguised` adds to a number.
 DISGUISE = tl.constexpr(2**32)
-# Times that a row may be looked at again: at its own pivot, where that matters; at its own pivot
-# altogether; at its maxima, where a sum overflowed; and from these at its own pivot.
+# Times that a row may be summed again, at the most: at its own pivot, the slices for which that matters;
+# all of them; at its maxima, where a sum overflowed; and again at the pivot that is found there.
 LOOKS = tl.constexpr(4)
 # What takes the scale of weights off their sums.
 UNSCALE = tl.constexpr(2.0**-SCALE.value)
@@ -428,10 +428,10 @@ def look_at(state, unseen, stretch, n_slices, KEEP: tl.constexpr):
 def first_look(state, some, stretch, n_slices, KEEP: tl.constexpr):
     """Return slices as partial_kernel left them, and what `look_at` says of them.
 
-    Where all of the first tokens are masked the base is 0. If there is next to no mass at that, of
-    slices that have `some` tokens, it may have been too little for a float32; and where the reference's
-    base is far too low, the circuit's mass may be lost in rounding. Then the base is not taken for the
-    row's, and the slice is summed again at that of the others.
+    The base of a slice whose first tokens are all masked is 0. If its sum is next to nothing then,
+    though it has `some` tokens, its weights may have been too small for a float32; and where the
+    reference's base is far too low, the circuit's mass may be lost in rounding. Such a slice's mass is
+    left out for now, and the slice is summed again at the base of the others.
     """
     b_p, z_p, b_q, mass, s, h, size = state
     unseen_p = some & (b_p == 0.0) & (z_p < FAINT)
