@@ -103,7 +103,7 @@ def kl_div(
     return_stats : bool
         Return (divergence, :class:`fastkl.KLStatistics`): log-sum-exps, entropies and the agreement of
         the likeliest tokens, for every row, without a gradient. They take another sweep over the logits:
-        on a CPU a call takes three to four times as long as the native divergence alone. With direction
+        on a CPU a call takes about four times as long as the native divergence alone. With direction
         "reverse" there is one more, for the forward divergence, which the cross-entropy takes.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
