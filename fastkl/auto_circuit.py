@@ -253,11 +253,12 @@ def _find_sites() -> list[_Site]:
         original = originals[name] = getattr(_import(module_name), name, None)
         if original is None:
             raise _mismatch([f"{module_name}.{name} is missing"])
-        # Our own, which may stand there already, takes others by name.
+        # Our own, which may stand there already, takes more of them by name.
+        ours = getattr(original, "__module__", None) == __name__
         parameters = tuple(
             name
             for name, parameter in inspect.signature(original).parameters.items()
-            if parameter.kind is not parameter.KEYWORD_ONLY
+            if not (ours and parameter.kind is parameter.KEYWORD_ONLY)
         )
         if parameters != wanted:
             raise _mismatch([f"{module_name}.{name} takes ({', '.join(parameters)})"])
@@ -316,7 +317,7 @@ def _import(name: str) -> ModuleType:
         if missing == "auto_circuit":
             raise ModuleNotFoundError(
                 "auto_circuit is not installed: in a clone of fastkl, "
-                "pip install '.[auto-circuit]'",
+                "pip install -e '.[auto-circuit]'",
                 name=missing,
             ) from error
         if missing.startswith("auto_circuit."):

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -153,7 +154,10 @@ def _backends() -> int:
 
 def _chosen(device: str) -> str:
     """Say which backend takes logits of a device; raise what `choose` does if none can."""
-    chosen = backends.choose(None, torch.device(device), torch.float32).NAME
+    with warnings.catch_warnings():
+        # The list says it, and nothing is measured.
+        warnings.simplefilter("ignore")
+        chosen = backends.choose(None, torch.device(device), torch.float32).NAME
     variable = backends.ENVIRONMENT_VARIABLE
     return f"{chosen} ({variable})" if os.environ.get(variable) else chosen
 

@@ -13,7 +13,7 @@ lse_p - lse_q, and what the pivot is off by, x, follows from Σ Q = 1::
 
 whose error is as small, relative to the sum of |t|, as that of any sum. The reference's gradient needs
 no x: in d - KL = d' - Σ P d' it cancels. What is left is the rounding of p - q: none where p and q are
-within a factor of two of each other, and sides far apart are brought together first.
+within a factor of two of each other, and of sides that lie apart it is added again.
 
 References
 ----------

@@ -1,15 +1,21 @@
 """measure_kl_div: the auto_circuit contract."""
 
 import sys
+import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from operator import length_hint
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import TqdmWarning
 
 from fastkl import backends, errors, functional
+
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets the bar is text.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm
 
 EdgeCount = TypeVar("EdgeCount", bound=Hashable)
 

@@ -1,7 +1,8 @@
 """Registering operators with PyTorch.
 
 `torch.library.custom_op` does it too, but the first call of such an operator imports `torch._dynamo`,
-which takes a second or two in every process, and each call takes its host 17 us longer.
+which takes a second or two in every process, and each call takes its host longer. An operator can not be
+registered twice: modules that do so can not be reloaded.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# It has no types.
+# PyTorch's class is not annotated.
 _Library: Any = torch.library.Library
 _LIBRARY = _Library("fastkl", "FRAGMENT")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 17
 # On other devices a block fills the chip many times over, and launches are few.
 DEVICE_BLOCK_ELEMENTS = 1 << 23
-# Sides less than this apart are subtracted as they are: 3e-8 of a nat is rounded off at the most.
+# Logits of sides less than this apart are subtracted as they are: 3e-8 is rounded off at the most.
 _APART = 0.5
 # Beyond it float64 knows how far apart sides are to no more than 1e-4.
 KNOWN = 2.0**40

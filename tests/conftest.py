@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
+# Of processes that test side by side, threads that spin while they wait for one another take the others'
+# time: half of it, in tests by PyTorch's own operations. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Without a card the kernels run in Triton's interpreter, which has to be chosen before triton is

@@ -297,11 +297,13 @@ def test_sides_far_apart(generator, shift, temperature):
 
 
 def test_sides_on_either_side_of_0(generator):
-    """Neither side can be moved to the other without losing the last digits of likely tokens."""
-    p = torch.randn(3, 1500, generator=generator) * 0.3
-    p += torch.tensor([0.25, 7.75, 127.75])[:, None]
-    q = p - torch.tensor([1.0, 16.0, 256.0])[:, None]
-    q += 1e-3 * torch.randn(3, 1500, generator=generator)
+    """Neither side can be moved to the other without losing the last digits of likely tokens.
+
+    Nor can what is lost be added to what is left of an offset that is no integer.
+    """
+    offsets = torch.tensor([0.3, 0.45, 1.0, 4.5, 16.0, 100.49, 256.0])[:, None]
+    p = torch.randn(7, 1500, generator=generator) * 0.3 + (offsets / 2 - 0.25)
+    q = p - offsets + 1e-4 * torch.randn(7, 1500, generator=generator)
     *found, _ = one(q, p, arch=100)
     assert_right(found, oracle_gradients(q, p))
 

@@ -76,7 +76,7 @@ class Backend(Protocol):
 _TABLE: tuple[Backend, ...] = (triton, native, eager)
 _BY_NAME = {backend.NAME: backend for backend in _TABLE}
 NAMES = tuple(_BY_NAME)
-# Of the frames between a user's call and a backend.
+# Whose frames are skipped when a warning looks for the user's line.
 _OWN = ("fastkl", "torch")
 
 
@@ -175,7 +175,7 @@ def _tell_once(usual: str, reason: str | None) -> None:
     """Warn of the slowest backend where a user would take another one for granted."""
     warnings.warn(
         f"fastkl measures by PyTorch's own operations (backend eager), which is slow, since the backend "
-        f"{usual} can not be used: {reason}. {ENVIRONMENT_VARIABLE}=eager keeps this quiet.",
+        f'{usual} can not be used: {reason}. backend="eager" keeps this quiet.',
         stacklevel=_outside(),
     )
 
@@ -183,6 +183,6 @@ def _tell_once(usual: str, reason: str | None) -> None:
 def _outside() -> int:
     """Return the level of the nearest caller's caller that is neither fastkl's nor PyTorch's."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OWN:
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in _OWN:
         frame, level = frame.f_back, level + 1
     return level

@@ -28,7 +28,8 @@ struct Center {
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
     }
 
-    // Of sides this far apart, beside what tokens move by themselves, p - q is rounded by 1e-6 of that.
+    // The pivot's square over KL: of sides 50 times as far apart as tokens typically move (d² is about
+    // 2 KL), p - q is rounded by 1e-6 of that.
     static constexpr double kApartFrom = 5e3;
     // From about there on, a branch for far tokens costs more than it saves.
     static constexpr double kOftenFarFrom = 0.01;

@@ -158,13 +158,12 @@ struct ExponentialSums {
     }
 };
 
-// A pivot of p - q in parts: p - q - c = (p - of_p) - (q + of_q) - rest. Two sides far apart are brought
-// together before they are subtracted, or the difference is rounded at the size of the pivot. That of
-// the larger logits is moved, and by an integer, which for all but unlikely tokens is exact where these
-// lie on the largest one's grid. Where a difference has to be exact for all, it is rounded, and what was
+// A pivot of p - q. The difference of two sides far apart is rounded at the size of the pivot, and what was
 // rounded off is added again, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+// For their exponentials such sides are brought together: the one of the larger logits is moved, by an
+// integer, which for all but unlikely tokens is exact where these lie on the largest one's grid.
 struct Pivot {
-    float of_p, of_q, rest;
+    float of_p, of_q; // what p loses and q gains for their exponentials
     float high, low;  // the pivot
     bool apart;       // whether differences are rounded at its size
     bool lost;        // p - q - c is rounded by as much as d may be
@@ -184,7 +183,6 @@ struct Pivot {
         const float moved = moves ? float(__builtin_rint(pivot)) : 0.0f;
         of_p = p_moves ? moved : 0.0f;
         of_q = p_moves ? 0.0f : moved;
-        rest = float(pivot - moved);
         lost = size >= kIntegers && !moves;
         apart = size >= kApart && size < kKnown;
         high = float(pivot);

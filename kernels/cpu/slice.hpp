@@ -72,9 +72,14 @@ template <class T> class CircuitBlock {
             guessed = block_->n >= 4 * kChunk && guess_from_first_chunk();
         }
         if (masked_) return Look::alone;
-        if (!guessed || !(*note_ & kSmall) || Pivot(block_->max, guess_).lost)
-            return Look::exponentials;
-        return *note_ & kOftenFar ? Look::far_divergence : Look::divergence;
+        if (!guessed || Pivot(block_->max, guess_).lost) return Look::exponentials;
+        return look_by(*note_);
+    }
+
+    // Which one a circuit's note asks for, where its sides can be guessed to be so far apart.
+    static Look look_by(uint8_t note) {
+        if (!(note & kSmall)) return Look::exponentials;
+        return note & kOftenFar ? Look::far_divergence : Look::divergence;
     }
 
     // The look at so many circuits, of which this is the first, and their states.
@@ -264,7 +269,8 @@ int64_t look_together(Look first, int64_t n, CircuitBlock<T>* blocks, State* sta
 }
 
 // The states of a block for circuit k and those after it that are looked at together with it. `so_far`
-// are all circuits' states of the blocks before. Returns how many these are.
+// are all circuits' states of the blocks before, and `taken_p` is what was taken from the reference's
+// block. Returns how many circuits these are.
 template <class T, bool COOL>
 int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block,
                   double taken_p, int64_t k, const State* so_far, uint8_t* notes, Scratch& scratch,
@@ -285,6 +291,9 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
         Circuit<L> q;
         if constexpr (COOL) {
+            // One that another look waits for is not divided yet.
+            if (n > 0 && __builtin_isfinite(guess) && CircuitBlock<L>::look_by(notes[k + n]) != first)
+                break;
             float* cooled = scratch.cooled[n];
             taken[n] = cool(logits, block.n, divisor_of(problem.temperature), ahead, cooled);
             guess -= taken_p - taken[n];

@@ -196,7 +196,8 @@ def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr):
         difference = p - q
         # Of an infinite difference nothing is rounded off.
         off = tl.where(tl.abs(difference) < float("inf"), rounded_off(p, q), 0.0)
-        return tl.fma((difference - moved) + off, inverse, -rest)
+        # In this order: what is left of the difference is on a finer grid than what is left of the move.
+        return tl.fma(off, inverse, tl.fma(difference - moved, inverse, -rest))
     return tl.fma((p - of_p) - (q + (moved - of_p)), inverse, -rest)
 
 

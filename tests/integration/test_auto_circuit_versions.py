@@ -132,6 +132,13 @@ def test_another_version_with_the_same_sites_is_patched(other_version):
             {"kl_div": KL_DIV_SOURCE.replace("compare_to_clean", "direction")},
             [f"{KL_DIV}.measure_kl_div takes (model, dataloader, circuit_outs, direction)"],
         ),
+        (
+            {"kl_div": KL_DIV_SOURCE.replace("=True)", "=True, *, per_token=False)")},
+            [
+                f"{KL_DIV}.measure_kl_div takes "
+                "(model, dataloader, circuit_outs, compare_to_clean, per_token)"
+            ],
+        ),
         ({"tensor_ops": ""}, [f"{TENSOR_OPS}.multibatch_kl_div is missing"]),
         ({"tensor_ops": None}, [f"{TENSOR_OPS} is missing"]),
         (
