@@ -182,7 +182,7 @@ def test_gradients_on_an_h100(reference, n_circuits):
     ):
         full = predict(gradient("fp32", reference), n_circuits, card=h100)
         assert (full.binds, full.fraction_of_peak) == ("memory", 1)
-        assert full.share("issue") <= 0.65
+        assert full.share("issue") <= 0.7
         half = predict(gradient("bf16", reference), n_circuits, card=h100)
         assert half.binds in {"memory", "issue"}
         # Both gradients of four circuits have the fewest bytes a pair, and the most instructions.
