@@ -16,10 +16,8 @@ struct Center {
             c = Pivot(0, 0);
         } else {
             const double pivot = log_ratio(state.p, state.q);
-            if (!c.apart && pivot * pivot > kApartFrom * state.kl) {
-                c.apart = true;
-                c.low = float(pivot * temperature - c.high);
-            }
+            // What `high` is rounded by goes to `rest`.
+            c.apart = c.apart || pivot * pivot > kApartFrom * state.kl;
             rest = float(pivot - (c.apart ? c.value() : 0.0) / temperature);
             kl = float(state.kl);
             near = kNear * kNear;

@@ -6,11 +6,11 @@ inline double divisor_of(double temperature) {
     return limited > double(__FLT_MIN__) ? limited : double(__FLT_MIN__);
 }
 
-// Writes n logits, less the largest and divided, and the padding of their last group. Returns what was taken from
-// them, divided too.
+// Writes n logits, less the largest and divided, and the padding of their last group. Returns what was taken
+// from them, divided too.
 //
-// KL knows nothing of what is taken from a side, and what a division rounds is a part of the quotient, which is
-// small then for all tokens that count in the block. A finite logit stays finite, and anything else what it is.
+// No divergence notices what is taken from a side, and the rounding of a division is relative, and so small
+// then for tokens that count in the block. A finite logit stays finite, and anything else what it is.
 template <class T>
 double cool(const T* from, int64_t n, double divisor, const char* ahead, float* to) {
     const float high = maximum(from, n), top = high - high == 0 ? high : 0.0f;
