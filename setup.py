@@ -7,10 +7,12 @@ all Pythons from 3.10 on; where it can not be built, the package works without i
 
 import platform
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+HERE = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Each level of the kernel is compiled for its own instructions, and chosen at run time.
 LEVEL_FLAGS = {
@@ -76,13 +78,7 @@ NATIVE = Extension(
             "level_avx512",
         )
     ],
-    depends=[
-        f"kernels/cpu/{name}.hpp"
-        for name in (
-            *("kl", "threads", "slice", "looks", "rows", "gradient", "jensen_shannon"),
-            *("functions", "simd"),
-        )
-    ],
+    depends=sorted(f"kernels/cpu/{path.name}" for path in HERE.glob("kernels/cpu/*.hpp")),
     extra_compile_args=FLAGS,
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     language="c++",

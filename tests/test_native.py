@@ -284,8 +284,10 @@ def test_fuzz(seed, n_rows, n_cols, scale, noises, dtypes, gaps, offsets, specia
 
 
 LONG_CALL = """
-import signal, sys, threading, time, torch
+import gc, signal, sys, threading, time, torch
 from fastkl.backends import native
+# Of 100,000 circuits' addresses it makes something to look through, for longer than the test waits.
+gc.disable()
 # Ignored where a shell without job control started the tests in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 rows = torch.randn({rows}, 151936)
@@ -369,6 +371,19 @@ def test_peak_memory():
     result = python("-c", PEAK)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 8 * 1024
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_each_header_compiles_by_itself(tmp_path):
+    """It includes what it uses, so that no order of includes matters."""
+    folder = ROOT / "kernels" / "cpu"
+    sources = [tmp_path / f"{header.name}.cpp" for header in folder.glob("*.hpp")]
+    for source in sources:
+        source.write_text(f'#include "{source.stem}"\n')
+    command = ["c++", "-std=c++17", "-fsyntax-only", "-I", folder, *sources]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert sources
+    assert result.returncode == 0, result.stderr
 
 
 @needs_native

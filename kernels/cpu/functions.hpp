@@ -1,4 +1,12 @@
 // The functions of the inner loops, by polynomials: e^x, log x and φ(x) = e^(-x) - 1 + x.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 // Below it a weight is 0, and e^x, which must not be looked at there, is at most 1.7e-38.
 constexpr float kLowest = -87.0f;
@@ -66,3 +74,6 @@ inline vf phi_over_square(vf d) {
     series = fma(series, d, splat(-0.166662931f));
     return fma(series, d, splat(0.5f));
 }
+
+}  // namespace
+}  // namespace fastkl

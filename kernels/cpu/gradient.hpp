@@ -1,5 +1,19 @@
 // The gradients of a row's divergences. The algebra is that of fastkl/gradient.py, whose names these are:
 // t = e^(p - m_p) expm1(-d'), summed at the pivot that the row's state knows, and x, what it is off by.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "functions.hpp"
+#include "kl.hpp"
+#include "looks.hpp"
+#include "matrix.hpp"
+#include "rows.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 // What a row's logits are counted from, as its state says. They are divided by the temperature only as
 // differences: m_p, m_q and the pivot are between logits as they come.
@@ -187,3 +201,6 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
     if (room.total) write_row(problem.dp, row, room.total, n);
     return true;
 }
+
+}  // namespace
+}  // namespace fastkl

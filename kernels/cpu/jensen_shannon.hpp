@@ -14,6 +14,20 @@
 // A gradient is its side's mass times log A/M less the mean of that. Where A has next to all of the mixture
 // wherever it has mass, these are all -log a but for y: so y is what is kept of them, and what is counted
 // from.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "functions.hpp"
+#include "kl.hpp"
+#include "looks.hpp"
+#include "matrix.hpp"
+#include "rows.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 // The difference of two sides' logits is rounded at the size of what lies between their maxima. From
 // kApart on, in logits as they are, or where that is so many times what log-ratios differ by, logits are
@@ -316,3 +330,6 @@ void js_gradient(const JsProblem& problem, const JsGradients& gradients, int64_t
         write_row(gradients.sides[i], row, room[i].worth, n_cols);
     }
 }
+
+}  // namespace
+}  // namespace fastkl

@@ -1,8 +1,8 @@
 // Divergences of rows of logits: what the files of this folder share.
 //
-// For the KL divergence the vocabulary is cut into slices, a slice into blocks, and each piece is summed up by a `State`.
-// Where the cuts lie depends on the vocabulary's size alone, and pieces are merged from left to
-// right, so that a row's bits depend neither on the number of threads nor on the rows around it.
+// For the KL divergence the vocabulary is cut into slices, a slice into blocks, and each piece is summed
+// up by a `State`. Where the cuts lie depends on the vocabulary's size alone, and pieces are merged from
+// left to right, so that a row's bits depend neither on the number of threads nor on the rows around it.
 #pragma once
 
 #include <cstdint>
@@ -169,8 +169,8 @@ Shares shares(const Mass& first, const Mass& second);
 
 // The sums of identical rows may differ in their last digits, since exponentials of tokens far below the
 // others are clamped, and from another base on each side. A log-ratio as small as that counts as 0, so
-// that the rows' divergence is.
-inline double without_rounding(double log_ratio) {
+// that the rows' divergence is. Static, as piece_length is.
+static inline double without_rounding(double log_ratio) {
     return log_ratio > -0x1p-50 && log_ratio < 0x1p-50 ? 0.0 : log_ratio;
 }
 

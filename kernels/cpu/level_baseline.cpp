@@ -1,5 +1,14 @@
 // Every processor of the architecture: SSE2 on x86-64, NEON on arm64.
-#define LEVEL_NAME "baseline"
-#define LEVEL_TABLE level_baseline
-#define LEVEL_SUPPORTED true
-#include "slice.hpp"
+#include "level.hpp"
+
+namespace fastkl {
+namespace {
+
+bool supported() { return true; }
+
+}  // namespace
+
+extern const Level level_baseline;
+constexpr Level level_baseline = level_table("baseline", supported);
+
+}  // namespace fastkl

@@ -3,6 +3,16 @@
 // p, a = p - m_p and w = e^a of the reference are float32 and padded to whole groups of lanes by
 // tokens without mass; q is a circuit's, in its own dtype and of any alignment. MASKED looks take
 // any logits, the others only finite ones: anything else shows as a sum that is not finite.
+#pragma once
+
+#include <cstdint>
+
+#include "functions.hpp"
+#include "kl.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 constexpr int64_t kGroup = kLanes;
 // Elements summed in float32 before the lanes go to float64: 32 a lane, so that a sum of positive
@@ -353,3 +363,6 @@ template <class T> Block read_reference(const T* p, int64_t n, float base, Scrat
     if (any(undefined)) block.sum = __builtin_nan("");
     return block;
 }
+
+}  // namespace
+}  // namespace fastkl

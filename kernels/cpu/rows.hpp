@@ -1,5 +1,17 @@
-// Rows, or pieces of them, as float32: how they are read, what their exponentials sum to, and how they are
-// written in their own dtype.
+// Rows, or pieces of them, as float32: how they are read, what their exponentials sum to, and how they
+// are written in their own dtype.
+#pragma once
+
+#include <cstdint>
+
+#include "functions.hpp"
+#include "kl.hpp"
+#include "looks.hpp"
+#include "matrix.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 // Pads a row with tokens that neither side has, as float32. Tells whether there is a NaN or +inf, and the
 // largest logit.
@@ -97,3 +109,6 @@ inline int64_t position(const float* x, int64_t padded, float max) {
                 if (x[j] == max) return j;
     return 0;
 }
+
+}  // namespace
+}  // namespace fastkl

@@ -1,6 +1,21 @@
 // Vectors of floats, W at a time: compiler vector extensions, and the few operations in which the
-// levels differ. Included in a namespace of the level's own, so that the linker can not put one
-// level's code in place of another's; for the same reason nothing here comes from the C++ library.
+// levels differ.
+//
+// Each level compiles this header and those that include it with instructions of its own. Their code is
+// in an unnamed namespace, so that the linker can not put one level's in place of another's; for the
+// same reason it calls C's ::log and the like, and no function of the C++ library.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fastkl {
+namespace {
 
 // A call that is not inlined would keep sums in memory.
 #define INLINE_LAMBDA __attribute__((always_inline))
@@ -193,3 +208,6 @@ class FlushSubnormals {
     FlushSubnormals(const FlushSubnormals&) = delete;
     FlushSubnormals& operator=(const FlushSubnormals&) = delete;
 };
+
+}  // namespace
+}  // namespace fastkl

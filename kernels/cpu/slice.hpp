@@ -1,30 +1,18 @@
-// A slice of one row, for all circuits: the code of one instruction-set level.
-//
-// The file that includes it is compiled with the level's flags and has named the level: LEVEL_NAME
-// and LEVEL_SUPPORTED. Everything but the level's table has internal linkage.
+// A slice of one row, for all circuits.
+#pragma once
+
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 #include "kl.hpp"
+#include "looks.hpp"
+#include "matrix.hpp"
+#include "simd.hpp"
+#include "temperature.hpp"
 
 namespace fastkl {
 namespace {
-
-template <bool VALUE> struct Flag {
-    constexpr operator bool() const { return VALUE; }
-};
-
-#include "simd.hpp"
-#include "functions.hpp"
-#include "looks.hpp"
-#include "temperature.hpp"
 
 // A block's plain result is used from here on: sums of a few distinct terms, whose rounding is alike, are
 // off by up to 2e-6.
@@ -246,19 +234,6 @@ template <class T> class CircuitBlock {
     bool masked_;
 };
 
-inline const char* address(const Matrix& matrix, int64_t row, int64_t column) {
-    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
-    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
-}
-
-template <class Function> auto with_dtype(Dtype dtype, const char* row, Function function) {
-    switch (dtype) {
-        case Dtype::bfloat16: return function(reinterpret_cast<const BFloat16*>(row));
-        case Dtype::float16: return function(reinterpret_cast<const Float16*>(row));
-        default: return function(reinterpret_cast<const float*>(row));
-    }
-}
-
 // Looks at as many of n circuits as G or a half of it, or a half of that, allow; returns how many.
 template <int G, class T>
 int64_t look_together(Look first, int64_t n, CircuitBlock<T>* blocks, State* states) {
@@ -380,25 +355,5 @@ bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, Stat
     return measure(problem, row, begin, end, states, notes, scratch, poll);
 }
 
-#include "rows.hpp"
-#include "gradient.hpp"
-#include "jensen_shannon.hpp"
-
-void exponential_of(const float* x, float* y, int64_t n) {
-    for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential<true>(load(x + i)));
-}
-
-void logarithm_of(const float* x, const float* rest, float* y, int64_t n) {
-    for (int64_t i = 0; i + W <= n; i += W) store(y + i, logarithm(load(x + i), load(rest + i)));
-}
-
-bool supported() { return LEVEL_SUPPORTED; }
-
 }  // namespace
-
-extern const Level LEVEL_TABLE;
-const Level LEVEL_TABLE = {LEVEL_NAME,     supported,  slice,
-                           gradient,       js,         js_gradient,
-                           exponential_of, logarithm_of};
-
 }  // namespace fastkl

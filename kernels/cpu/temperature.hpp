@@ -1,4 +1,13 @@
 // A block's logits divided by a temperature.
+#pragma once
+
+#include <cstdint>
+
+#include "looks.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
 
 // A temperature, or the nearest one that float32 takes for neither 0 nor inf.
 inline double divisor_of(double temperature) {
@@ -25,3 +34,6 @@ double cool(const T* from, int64_t n, double divisor, const char* ahead, float* 
     for_groups(from, n, divide, [] {});
     return double(top) / divisor;
 }
+
+}  // namespace
+}  // namespace fastkl

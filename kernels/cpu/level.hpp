@@ -1,0 +1,32 @@
+// One instruction-set level: the table of its functions. Each file level_*.cpp includes this one, is
+// compiled with a level's flags, and defines the level's table, the only name of it that others see.
+#pragma once
+
+#include <cstdint>
+
+#include "slice.hpp"
+#include "gradient.hpp"
+#include "jensen_shannon.hpp"
+
+#include "functions.hpp"
+#include "kl.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
+
+void exponential_of(const float* x, float* y, int64_t n) {
+    for (int64_t i = 0; i + W <= n; i += W) store(y + i, exponential<true>(load(x + i)));
+}
+
+void logarithm_of(const float* x, const float* rest, float* y, int64_t n) {
+    for (int64_t i = 0; i + W <= n; i += W) store(y + i, logarithm(load(x + i), load(rest + i)));
+}
+
+// A constant, since code that fills it in at run time could have instructions that the processor lacks.
+constexpr Level level_table(const char* name, bool (*supported)()) {
+    return {name, supported, slice, gradient, js, js_gradient, exponential_of, logarithm_of};
+}
+
+}  // namespace
+}  // namespace fastkl

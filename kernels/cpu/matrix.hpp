@@ -1,0 +1,26 @@
+// Where the rows of a matrix lie, and what type their logits have.
+#pragma once
+
+#include <cstdint>
+
+#include "kl.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
+
+inline const char* address(const Matrix& matrix, int64_t row, int64_t column) {
+    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
+    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
+}
+
+template <class Function> auto with_dtype(Dtype dtype, const char* row, Function function) {
+    switch (dtype) {
+        case Dtype::bfloat16: return function(reinterpret_cast<const BFloat16*>(row));
+        case Dtype::float16: return function(reinterpret_cast<const Float16*>(row));
+        default: return function(reinterpret_cast<const float*>(row));
+    }
+}
+
+}  // namespace
+}  // namespace fastkl
