@@ -74,7 +74,7 @@ def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, l
     number 1 as a constant, unless the kernel forbids it.
     """
     # In Triton's interpreter a kernel is another object, and only knows its Python function.
-    function = fn if isinstance(fn, JITFunction) else JITFunction(fn.fn, **fn.kwargs)
+    function = fn if isinstance(fn, JITFunction) else JITFunction(fn.fn, **fn.rewriter.kwargs)
     parameters = {parameter.name: parameter for parameter in function.params}
     signature, constexprs, divisible = {"p_ptr": f"*{dtype}", **POINTERS}, {}, []
     divisible += [name for name in signature if name in parameters]

@@ -11,7 +11,7 @@ import torch
 
 import fastkl
 
-_PACKAGES = ("torch", "numpy", "auto-circuit", "jax", "scipy")
+_PACKAGES = ("numpy", "auto-circuit", "jax", "scipy")
 
 
 def machine() -> dict[str, Any]:
@@ -33,6 +33,8 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, fastkl, and what is installed of its peers."""
     found = {"python": platform.python_version(), "fastkl": fastkl.__version__}
+    # PyTorch's own word, which names the build: the distribution's may not.
+    found["torch"] = str(torch.__version__)
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -1,6 +1,6 @@
 """The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
 
-import importlib.util
+import importlib.metadata
 import os
 from collections.abc import Callable
 
@@ -22,8 +22,12 @@ if not ON_GPU:
 import fastkl  # noqa: E402
 from fastkl import functional  # noqa: E402
 from fastkl.backends import native  # noqa: E402
+from fastkl.backends import triton as triton_backend  # noqa: E402
 
-if importlib.util.find_spec("triton") and not ON_GPU:
+# None, or why the kernels can not be compiled, here or for any card.
+NO_TRITON = triton_backend.not_installed()
+
+if not NO_TRITON and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
     import ptx_emulator  # noqa: F401
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -53,24 +57,29 @@ if importlib.util.find_spec("triton") and not ON_GPU:
 
 # What is about compiled kernels can not be imported without their compiler, which is for Linux.
 collect_ignore = (
-    []
-    if importlib.util.find_spec("triton")
-    else [
+    [
+        "test_bench_host.py",
         "test_codegen.py",
         "test_compiled.py",
         "test_compiled_gradients.py",
         "test_ptx_emulator.py",
         "test_roofline.py",
     ]
+    if NO_TRITON
+    else []
 )
 
 
 def pytest_report_header():
     """Say what is left out."""
     if collect_ignore:
-        return f"triton is not installed, and left out: {', '.join(collect_ignore)}"
+        return f"{NO_TRITON}; left out: {', '.join(collect_ignore)}"
     return []
 
+
+# How much more than a bound of instructions the compiled kernels may take: the bounds were counted with
+# Triton 3.7, and 3.8 was seen to take 2 % more.
+SLACK = 1 if NO_TRITON or importlib.metadata.version("triton").startswith("3.7.") else 1.03
 
 BACKENDS = ("eager", "native", "triton")
 # Of native.
@@ -134,12 +143,20 @@ def vanishing_weights(generator: torch.Generator, depth: torch.Tensor) -> list[t
     return [circuit, reference]
 
 
-def assert_matches(divergence: torch.Tensor, expected: torch.Tensor) -> None:
-    """Assert that divergences are within the tolerance of the oracle's, NaN and inf in their places."""
+def assert_matches(divergence: torch.Tensor, expected: torch.Tensor, of: str = "") -> None:
+    """Assert that divergences are within the tolerance of the oracle's, NaN and inf in their places.
+
+    `of` is what a failure is said to be of.
+    """
     wide = divergence.dtype == torch.float64
     rtol, atol = (RELATIVE_64, ABSOLUTE_64) if wide else (RELATIVE, ABSOLUTE)
     torch.testing.assert_close(
-        divergence.double().cpu(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True
+        divergence.double().cpu(),
+        expected.cpu(),
+        rtol=rtol,
+        atol=atol,
+        equal_nan=True,
+        msg=lambda text: f"{of}: {text}" if of else text,
     )
     assert not (divergence < 0).any()
 

@@ -1,6 +1,7 @@
 """Directions, temperatures, masks, paddings, statistics, and the modules."""
 
 import math
+import re
 import typing
 from collections.abc import Iterable
 
@@ -461,7 +462,7 @@ def test_the_fields_of_statistics_are_documented():
     """In the class's docstring: a NamedTuple has no other place that `help` shows."""
     attributes = fastkl.KLStatistics.__doc__.split("Attributes\n")[1]
     for field in fastkl.KLStatistics._fields:
-        assert f" {field} : Tensor" in attributes
+        assert re.search(rf"^\s*{field} : Tensor", attributes, re.M)
 
 
 def test_stacked_circuits_are_annotated():

@@ -36,7 +36,7 @@ js_gradients = jensen_shannon.js_gradients
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
-    if problem := _not_installed():
+    if problem := not_installed():
         return problem
     if problem := _device_problem(device):
         return problem
@@ -68,7 +68,7 @@ def _device_problem(device: torch.device | None) -> str | None:
     return None
 
 
-def _not_installed() -> str | None:
+def not_installed() -> str | None:
     """Say what is missing of the packages."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"

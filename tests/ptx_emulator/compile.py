@@ -73,7 +73,7 @@ _twins: dict[InterpretedFunction, JITFunction] = {}
 def _twin(fn: InterpretedFunction) -> JITFunction:
     """What @triton.jit would have made of the same Python function."""
     if fn not in _twins:
-        _twins[fn] = JITFunction(fn.fn, **fn.kwargs)
+        _twins[fn] = JITFunction(fn.fn, **fn.rewriter.kwargs)
     return _twins[fn]
 
 
