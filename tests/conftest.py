@@ -1,5 +1,6 @@
 """The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
 
+import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -80,6 +81,22 @@ def pytest_report_header():
 # How much more than a bound of instructions the compiled kernels may take: the bounds were counted with
 # Triton 3.7, and 3.8 was seen to take 2 % more.
 SLACK = 1 if NO_TRITON or importlib.metadata.version("triton").startswith("3.7.") else 1.03
+
+
+def _no_amd_linker() -> bool:
+    """Whether what compiles for AMD's cards lacks the linker that Triton's wheels have from 3.5 on."""
+    if NO_TRITON:
+        return True
+    backend = importlib.import_module("triton.backends.amd.compiler").HIPBackend
+    try:
+        getattr(backend, "path_to_rocm_lld", str)()
+    except Exception:
+        return True
+    return False
+
+
+needs_amd = pytest.mark.skipif(_no_amd_linker(), reason="Triton has no linker for AMD's cards here")
+GFX942 = pytest.param("gfx942", marks=needs_amd)
 
 BACKENDS = ("eager", "native", "triton")
 # Of native.

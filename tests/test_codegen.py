@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import SLACK
+from conftest import GFX942, SLACK
 from emulated import compiled, emulate, launch
 from ptx_emulator import compile_kernel
 from triton.backends.compiler import GPUTarget
@@ -57,7 +57,7 @@ def test_registers(dtype, group):
     assert 65536 // (program.registers * program.threads) * program.threads >= 1024
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", GFX942])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_targets(target, dtype):
     """Wide loads, no waiting and no spill in the loop, on every generation."""
@@ -100,7 +100,7 @@ def test_gradient_kernel(dtype, reference):
     assert program.body.special / pairs <= 1.25
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", GFX942])
 @pytest.mark.parametrize("dtype", BYTES)
 def test_gradient_kernel_elsewhere(target, dtype):
     for reference in (False, True):

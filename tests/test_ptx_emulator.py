@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
+from conftest import needs_amd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_emulator import (
@@ -843,6 +844,7 @@ class TestCompilation:
         with pytest.raises(RuntimeError, match="imported after an interpreted kernel"):
             spec.loader.exec_module(second)
 
+    @needs_amd
     def test_other_targets(self):
         signature = {"x": "*fp32", "y": "*fp32", "out": "*fp32", "n": "i32"}
         for target, code in [

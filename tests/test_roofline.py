@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SLACK
+from conftest import GFX942, SLACK, needs_amd
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only"),
@@ -103,7 +103,7 @@ def test_slices_cover_the_row(dtype, n_cols):
         assert all(0 <= rest < tile + vec for _, rest in shape)
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", GFX942])
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_gradient_kernel_executes(dtype, reference, target):
@@ -455,6 +455,7 @@ def test_other_kernels_errors(bad_file):
         build.gpu_target("cuda")
 
 
+@needs_amd
 def test_command_line_on_another_kernel(bad_file, tmp_path):
     """As a user would: in a process of its own, without the interpreter."""
     command = [sys.executable, "-m", "bench.roofline", "--targets", "sm_90", "gfx942"]
