@@ -1,5 +1,6 @@
 """Which backend is taken, and what is said of one that can not run."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -92,7 +93,9 @@ def test_a_device_without_float64():
     ("capability", "reason"), [((7, 5), "8.0, cuda:0 has 7.5"), ((8, 0), None)]
 )
 def test_cards_that_are_too_old(monkeypatch, capability, reason):
-    _triton = pytest.importorskip("fastkl._triton")
+    if reason := triton.not_installed():
+        pytest.skip(reason)
+    _triton = importlib.import_module("fastkl._triton")
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "hip", None)

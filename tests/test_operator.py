@@ -474,9 +474,7 @@ def test_statistics_of_what_is_traced_or_has_no_memory(pair):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_of_statistics(pair, dtype):
     circuit, reference = (t.to(dtype)[0] for t in pair)
-    torch.library.opcheck(
-        torch.ops.fastkl.statistics, ([circuit, 2 * circuit], reference, 2.0), atol=0, rtol=0
-    )
+    torch.library.opcheck(torch.ops.fastkl.statistics, ([circuit, 2 * circuit], reference, 2.0))
     lse, entropy, agreement = torch.ops.fastkl.statistics([], reference, 2.0)
     assert (lse.shape, entropy.shape, agreement.shape) == ((1, 6), (6,), (0, 6))
     with pytest.raises(ValueError, match=r"circuits\[0\].*\(6, 49\)"):
