@@ -93,8 +93,8 @@ def test_a_device_without_float64():
     ("capability", "reason"), [((7, 5), "8.0, cuda:0 has 7.5"), ((8, 0), None)]
 )
 def test_cards_that_are_too_old(monkeypatch, capability, reason):
-    if reason := triton.not_installed():
-        pytest.skip(reason)
+    if problem := triton.not_installed():
+        pytest.skip(problem)
     _triton = importlib.import_module("fastkl._triton")
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
