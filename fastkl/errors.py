@@ -1,6 +1,7 @@
-"""Every check of what a user hands in, and every message.
+"""Checks of what a user hands in, and their messages.
 
-Checks run before any work and look at types, shapes, dtypes and devices, never at contents.
+They run before any work and look at types, shapes, dtypes and devices, never at contents. What a backend
+is missing it says itself, and operators what they have no rule for.
 """
 
 import math

@@ -85,8 +85,9 @@ def kl_div(
     reduction : {"mean", "sum", "none", "batchmean"}
         "mean" divides the sum over rows by the number of those that count (a row is one distribution:
         everything but the last dimension), or by the sum of their weights; the mean of none is NaN, and
-        its gradient 0: "sum" serves batches that may be empty. "batchmean", as in torch, divides by the
-        size of the first dimension, whatever is masked. "none" keeps one number a row.
+        its gradient 0: "sum" serves batches that may be empty. "batchmean" divides by the size of the
+        first dimension, whatever is masked, as in torch (and by 1 where there is none but the last).
+        "none" keeps one number a row.
     direction : {"forward", "reverse"}
         "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), the circuit's mass deciding which tokens count.
     temperature : float
@@ -95,15 +96,16 @@ def kl_div(
     mask : Tensor (...), bool, optional
         Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
     weights : Tensor (...), floating, optional
-        What each row is multiplied by; a row of weight 0 is masked. "mean" divides by their sum, and
-        is not finite where that is 0. They may be negative, and have a gradient of their own.
+        What each row is multiplied by; one of weight 0 counts 0, whatever is in it. "mean" divides by
+        their sum, and is not finite where that is 0. They may be negative, and have a gradient of their
+        own: of a weight of 0 too, unless its row's divergence is infinite or NaN.
     vocab_size : int, optional
         The tokens that count are the first so many; padding beyond them is not read, and the circuit
         may be padded otherwise than the reference.
     return_stats : bool
         Return (divergence, :class:`fastkl.KLStatistics`): log-sum-exps, entropies and the agreement of
         the likeliest tokens, for every row, without a gradient. They take another sweep over the logits:
-        on a CPU a call takes about four times as long as the native divergence alone. With direction
+        on a CPU a call takes four to six times as long as the native divergence alone. With direction
         "reverse" there is one more, for the forward divergence, which the cross-entropy takes.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
@@ -238,7 +240,7 @@ def kl_div_many(
     Parameters
     ----------
     circuits : iterable of K Tensors (..., V), or Tensor (K, ..., V)
-        Logits of the circuits; dtypes as for :func:`kl_div`.
+        Logits of the circuits; dtypes as for :func:`kl_div`. All are held at a time, a generator's too.
     reference : Tensor (..., V)
         Logits of the full model; the shape and device of each circuit.
     reduction : {"mean", "sum", "none", "batchmean"}

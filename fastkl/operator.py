@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkl import backends, errors
-from fastkl.registration import batches, fake, register
+from fastkl.registration import batch_first, batches, fake, register
 from fastkl.rows import compute_dtype
 from fastkl.views import as_rows, asked_for, with_gaps
 
@@ -60,7 +60,7 @@ def kl_div(
             found = chosen.kl_rows_kept(cir, ref, temperature)
             return asked_for(found[0], window), asked_for(found[1], window)
         divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
-    return divergence, divergence.new_empty((chosen.N_KEPT if keep else 0, *divergence.shape))
+    return divergence, _unwritten(divergence, chosen, keep)
 
 
 @register(
@@ -79,14 +79,17 @@ def kl_div_backward(
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuits' first, each like its logits."""
     errors.check_rows(circuits, reference, grad=grad, kept=kept)
-    dqs, dp = _choose(circuits, reference, backend).gradients(
+    chosen = _choose(circuits, reference, backend)
+    # The environment may name another backend than it did at the forward.
+    its_own = kept.shape[0] == chosen.N_KEPT and kept.dtype == chosen.KEPT_DTYPE
+    dqs, dp = chosen.gradients(
         grad,
         [as_rows(circuit) for circuit in circuits],
         as_rows(reference),
         wanted,
         reference_wanted,
         temperature,
-        kept if kept.shape[0] else None,
+        kept if its_own and chosen.N_KEPT else None,
     )
     return [t.reshape(reference.shape) for t in (*dqs, dp) if t is not None]
 
@@ -94,6 +97,12 @@ def kl_div_backward(
 def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     shape = (len(circuits), math.prod(reference.shape[:-1]))
     return reference.new_empty(shape, dtype=compute_dtype(reference, *circuits))
+
+
+def _unwritten(divergence: Tensor, chosen: backends.Backend, keep: bool) -> Tensor:
+    """Return what a backend keeps of divergences (K, R), or would."""
+    shape = (chosen.N_KEPT if keep else 0, *divergence.shape)
+    return divergence.new_empty(shape, dtype=chosen.KEPT_DTYPE)
 
 
 @fake(kl_div)
@@ -107,9 +116,9 @@ def _(
     del temperature
     divergence = _empty(circuits, reference)
     # No backend runs on the meta device, and one that is forced would say so.
-    keep = keep and reference.device.type != "meta"
-    n_kept = _choose(circuits, reference, backend).N_KEPT if keep else 0
-    return divergence, divergence.new_empty((n_kept, *divergence.shape))
+    on_meta = reference.device.type == "meta"
+    chosen = backends.eager if on_meta else _choose(circuits, reference, backend)
+    return divergence, _unwritten(divergence, chosen, keep)
 
 
 @fake(kl_div_backward)
@@ -174,20 +183,15 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 torch.library.register_autograd(kl_div_backward, _refuse)
 
 
-def _batched(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return a batch along its first dimension."""
-    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
 def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, torch.Size]:
     """Return rows of a batch as (batch * R, V), and the shape of each one's."""
-    batch = _batched(t, dim, size)
+    batch = batch_first(t, dim, size)
     return as_rows(batch), batch.shape[1:]
 
 
 def _fold_values(t: Tensor, dim: int | None, size: int) -> Tensor:
     """Return numbers of rows (..., R) of a batch as (..., batch * R)."""
-    return _batched(t, dim, size).movedim(0, -2).flatten(-2)
+    return batch_first(t, dim, size).movedim(0, -2).flatten(-2)
 
 
 @batches(kl_div)

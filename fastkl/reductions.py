@@ -15,16 +15,19 @@ def reduce(
 
     A row that is masked or has weight 0 counts 0, NaN and infinite ones too, and whatever the weight of
     a masked one. "mean" divides by the rows that count, or by their weights; "batchmean" by the size of
-    the first dimension.
+    the first dimension. A weight's gradient is its row's divergence, also where the weight is 0, but 0
+    where its row is masked, or not finite and of weight 0.
     """
     dtype = rows.dtype
     count: Tensor | None = None
     if weights is not None:
         # Their gradient is a sum of two, which half precision would round each.
         weights = weights.reshape(-1).double()
-        counts = weights != 0 if mask is None else mask.reshape(-1) & (weights != 0)
+        counts = (weights != 0) | rows.isfinite()
+        if mask is not None:
+            counts = counts & mask.reshape(-1)
+            weights = torch.where(mask.reshape(-1), weights, 0.0)
         # Both are replaced before they are multiplied, so that neither's gradient is 0 · NaN.
-        weights = torch.where(counts, weights, 0.0)
         rows = torch.where(counts, rows, 0.0).double() * weights
         count = weights.sum()
     elif mask is not None:
@@ -39,5 +42,5 @@ def reduce(
     if reduction == "mean" and count is not None:
         total = total / count
     elif reduction == "batchmean":
-        total = total / (leading[0] if leading else 1) if rows.shape[1] else total * torch.nan
+        total = total / (leading[0] if leading else 1)
     return total.to(dtype)

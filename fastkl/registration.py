@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 # PyTorch's class is not annotated.
@@ -49,6 +50,11 @@ def batches(operator: Any) -> Callable[[Function], Function]:
     """Return a decorator: the function is an operator's rule for `torch.vmap`."""
     decorate: Callable[[Function], Function] = torch.library.register_vmap(operator)
     return decorate
+
+
+def batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return a batch along its first dimension, given along which it is, or that all have the same."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _refuse_batches(*_: Any) -> NoReturn:

@@ -55,14 +55,14 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     logits = logits.to(dtype)
     if temperature == 1:
         return logits
-    cooled = _divide(torch.sub(logits, tops(logits)), temperature)
+    cooled = divide(torch.sub(logits, tops(logits)), temperature)
     if temperature < 1:
         overflowed = (cooled == -torch.inf) & (logits > -torch.inf)
         cooled.masked_fill_(overflowed, torch.finfo(dtype).min)
     return cooled
 
 
-def _divide(x: Tensor, temperature: float) -> Tensor:
+def divide(x: Tensor, temperature: float) -> Tensor:
     """Divide x in place by a temperature, if need be by the least that its dtype does not take for 0."""
     return x.div_(max(temperature, torch.finfo(x.dtype).tiny))
 
@@ -79,7 +79,7 @@ def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
     # Of a row of nothing but -inf, 0 is subtracted, so that its sum is 0.
     weights = torch.sub(logits, tops(logits))
     if temperature != 1:
-        _divide(weights, temperature)
+        divide(weights, temperature)
     weights.exp_()
     return Rows(logits, weights, logits.amax(-1, keepdim=True).double(), row_sums(weights))
 
@@ -96,7 +96,7 @@ def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor
         return d, c
     # As in `cool`: of a token without mass an infinite one would make NaN of 0.
     finite = d.isfinite() if temperature < 1 else None
-    _divide(d, temperature)
+    divide(d, temperature)
     if finite is not None:
         largest = torch.finfo(d.dtype).max
         d = torch.where(finite, d.clamp(-largest, largest), d)

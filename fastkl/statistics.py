@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkl import errors
-from fastkl.registration import batches, fake, register
-from fastkl.rows import blocks, compute_dtype, row_sums
+from fastkl.registration import batch_first, batches, fake, register
+from fastkl.rows import blocks, compute_dtype, divide, row_sums
 from fastkl.views import as_rows
 
 # Elements a thread takes of a block, and for how many threads at the most: two buffers of them are in
@@ -101,8 +101,7 @@ def _statistics(
             # Of a row of nothing but -inf, a finite number is subtracted, so that its sum is 0.
             torch.sub(block, largest.clamp(min=torch.finfo(dtype).min), out=x)
             if temperature != 1:
-                # By the least number, if need be, that the dtype does not take for 0.
-                x.div_(max(temperature, torch.finfo(dtype).tiny))
+                divide(x, temperature)
             if side == 0:
                 # A token without mass adds nothing: not 0 · inf.
                 x.clamp_(min=_NO_MASS)
@@ -160,7 +159,7 @@ def _(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
     size, (dims, reference_dim, _) = info.batch_size, in_dims
     ref, *cir = (
-        as_rows(t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0))
+        as_rows(batch_first(t, dim, size))
         for t, dim in zip((reference, *circuits), (reference_dim, *dims), strict=True)
     )
     lse, entropy, agreement = _statistics(cir, ref, temperature)

@@ -160,9 +160,13 @@ def test_row_weights(generator):
     weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 3.0])
     mask = torch.tensor([True, True, True, False, True])
     exact = oracle(circuit, reference)
-    each = torch.where(weights > 0, exact * weights, 0.0)
+    each = torch.where(weights != 0, exact * weights, 0.0)
     assert_matches(fastkl.kl_div(circuit, reference, weights=weights), each.sum() / 6.5)
     assert_matches(fastkl.kl_div(circuit, reference, weights=weights, reduction="none"), each)
+    negative = fastkl.kl_div(circuit, reference, weights=-weights, reduction="none")
+    assert torch.equal(
+        negative, -fastkl.kl_div(circuit, reference, weights=weights, reduction="none")
+    )
     # As 1 over a length of 0 is.
     weights[3] = torch.inf
     both = fastkl.kl_div_many([circuit, circuit], reference, weights=weights, mask=mask)
@@ -173,6 +177,20 @@ def test_row_weights(generator):
     torch.testing.assert_close(weights.grad, expected)
 
 
+def test_gradient_of_a_weight_of_0(generator):
+    """As that of any other weight, or what a gate has learned to close would never open again."""
+    circuit, reference = make(generator, 6, 50, 0.5)
+    circuit[1, 3], circuit[2, 3] = NAN, -INF
+    exact = oracle(circuit, reference)
+    weights = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0, 0.0], requires_grad=True)
+    mask = torch.tensor([True, True, True, True, True, False])
+    leaf = circuit.clone().requires_grad_()
+    fastkl.kl_div(leaf, reference, weights=weights, mask=mask, reduction="sum").backward()
+    expected = torch.stack([exact[0], *exact.new_zeros(2), *exact[3:5], *exact.new_zeros(1)])
+    torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=1e-8)
+    assert leaf.grad.count_nonzero(-1).tolist() == [0, 0, 0, 50, 0, 0]
+
+
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 def test_batchmean_is_torchs(generator, function):
     circuit, reference = make(generator, 6, 50, 0.5)
@@ -180,6 +198,7 @@ def test_batchmean_is_torchs(generator, function):
     total = function(circuit, reference, reduction="sum")
     torch.testing.assert_close(function(circuit, reference, reduction="batchmean"), total / 2)
     assert function(circuit[:0], reference[:0], reduction="batchmean").isnan()
+    assert function(circuit[:, :0], reference[:, :0], reduction="batchmean") == 0
 
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])

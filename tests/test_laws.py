@@ -127,6 +127,14 @@ def test_never_negative(backend, generator, noise):
     assert (divergence == 0).all() or noise > 0
 
 
+def test_never_negative_in_float64(generator):
+    """Where hardly more than the rounding of the pivot is left of a divergence."""
+    for n_cols in range(1, 30):
+        reference = torch.randn(40, n_cols, generator=generator, dtype=torch.float64) * 3
+        shift = 1000 * torch.randn(1, generator=generator, dtype=torch.float64)
+        assert (kl_rows([reference + shift], reference, "eager") >= 0).all()
+
+
 @pytest.mark.parametrize("shift", [-7.0, 1.0, 100.0])
 def test_a_constant_changes_nothing(backend, generator, shift):
     circuit, reference = make(generator, 0.05)

@@ -21,8 +21,9 @@ class Backend(Protocol):
     """What a module of this package offers."""
 
     NAME: str
-    # How many numbers of a row and circuit `kl_rows_kept` keeps for `gradients`.
+    # How many numbers of a row and circuit `kl_rows_kept` keeps for `gradients`, and of which type.
     N_KEPT: int
+    KEPT_DTYPE: torch.dtype
 
     def missing(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -18,7 +18,7 @@ from fastkl.rows import DEVICE_BLOCK_ELEMENTS, compute_dtype, cool
 from fastkl.state import RowState
 
 NAME = "eager"
-N_KEPT = 0
+N_KEPT, KEPT_DTYPE = 0, torch.float32
 # Elements a block where all rows get the full treatment, on the CPU.
 _BLOCK_ELEMENTS = 1 << 19
 
@@ -75,7 +75,7 @@ def kl_rows_kept(
 ) -> tuple[Tensor, Tensor]:
     """Return what `kl_rows` does; nothing is kept for `gradients`."""
     divergence = kl_rows(circuits, reference, temperature)
-    return divergence, divergence.new_empty((N_KEPT, *divergence.shape))
+    return divergence, divergence.new_empty((N_KEPT, *divergence.shape), dtype=KEPT_DTYPE)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from fastkl.state import RowState
 
 NAME = "native"
 # The five float64 of a row's state, as float32.
-N_KEPT = 10
+N_KEPT, KEPT_DTYPE = 5, torch.float64
 LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
 _Matrix = tuple[int, int, int]
 _NOTHING: _Matrix = (0, 0, 0)
@@ -96,11 +96,11 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kl_rows` does, and the rows' states, their bits as float32 (N_KEPT, K, R)."""
+    """Return what `kl_rows` does, and the rows' states (N_KEPT, K, R)."""
     states = _states(circuits, reference, temperature)
     _, z_p, _, z_q, divergence = states.unbind(-1)
     divergence = torch.where((z_p > 0) & (z_q > 0), divergence, torch.nan)
-    return divergence.float(), states.view(torch.float32).movedim(-1, 0).contiguous()
+    return divergence.float(), states.movedim(-1, 0).contiguous()
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def gradients(
     if kept is None:
         states = _states(circuits, reference, temperature)
     else:
-        states = kept.movedim(0, -1).contiguous().view(torch.float64)
+        states = kept.movedim(0, -1).contiguous()
     scaled = (grad.double() / temperature).contiguous()
     extension.gradients(
         _level(extension),
@@ -209,7 +209,8 @@ def js_gradients(
 
 def _states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
     """Return the states (K, R, 5) of rows in float64: max and sum of p, of q, and the divergence."""
-    states = torch.empty((len(circuits), reference.shape[0], 5), dtype=torch.float64, device="cpu")
+    shape = (len(circuits), reference.shape[0], N_KEPT)
+    states = torch.empty(shape, dtype=KEPT_DTYPE, device="cpu")
     _measure(circuits, reference, temperature, states=states)
     return states
 

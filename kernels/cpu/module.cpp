@@ -267,4 +267,11 @@ PyModuleDef module = {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() {
+    PyObject* self = PyModule_Create(&module);
+#ifdef Py_GIL_DISABLED
+    // Calls share nothing; without this the import would give a free-threaded Python its lock back.
+    if (self) PyUnstable_Module_SetGIL(self, Py_MOD_GIL_NOT_USED);
+#endif
+    return self;
+}
