@@ -317,7 +317,7 @@ def _import(name: str) -> ModuleType:
         if missing == "auto_circuit":
             raise ModuleNotFoundError(
                 "auto_circuit is not installed: in a clone of fastkl, "
-                "pip install -e '.[auto-circuit]'",
+                'pip install -e ".[auto-circuit]"',
                 name=missing,
             ) from error
         if missing.startswith("auto_circuit."):

@@ -195,7 +195,7 @@ def _check_extra() -> None:
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"fastkl demo needs {' and '.join(missing)}: from a clone, pip install -e '.[demo]'"
+            f'fastkl demo needs {" and ".join(missing)}: from a clone, pip install -e ".[demo]"'
         )
 
 

@@ -210,7 +210,7 @@ def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path
     assert done.stdout.splitlines()[-1] == "0 2"
     assert done.stderr == (
         "fastkl: error: fastkl demo needs rich and matplotlib: "
-        "from a clone, pip install -e '.[demo]'\n"
+        'from a clone, pip install -e ".[demo]"\n'
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -20,7 +20,7 @@ BATCH_SIZE = 2
 def ac():
     """auto_circuit's modules; where it may be absent, skip."""
     if os.environ.get("FASTKL_REQUIRE_AUTO_CIRCUIT") != "1":
-        reason = "auto_circuit is not installed: pip install -e '.[auto-circuit]'"
+        reason = 'auto_circuit is not installed: pip install -e ".[auto-circuit]"'
         pytest.importorskip("auto_circuit", reason=reason)
     from auto_circuit import data, prune, types  # noqa: PLC0415
     from auto_circuit.metrics.prune_metrics import kl_div, prune_metrics  # noqa: PLC0415
