@@ -1,11 +1,13 @@
 """Which backend is taken, and what is said of one that can not run."""
 
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +36,41 @@ def everything(monkeypatch):
     monkeypatch.delenv("FASTKL_BACKEND", raising=False)
     monkeypatch.setattr(native, "missing", lambda device=None, dtype=None: None)
     monkeypatch.setattr(triton, "missing", lambda device=None, dtype=None: None)
+
+
+CALLS = {
+    "kl_div": lambda **options: fastkl.kl_div(ROWS, ROWS, **options),
+    "reverse": lambda **options: fastkl.kl_div(ROWS, ROWS, direction="reverse", **options),
+    "kl_div_many": lambda **options: fastkl.kl_div_many([ROWS, ROWS], ROWS, **options),
+    "js_div": lambda **options: fastkl.js_div(ROWS, ROWS, **options),
+    "measure_kl_div": lambda **options: fastkl.measure_kl_div(
+        type("Model", (), {"out_slice": slice(None), "__call__": lambda _, rows: rows})(),
+        [SimpleNamespace(key=0, clean=ROWS, corrupt=ROWS)],
+        {1: {0: ROWS}},
+        **options,
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_asked_for_measures(monkeypatch, call):
+    """And nothing else, though all measure the same."""
+    took = []
+
+    def watched(module, function):
+        def watching(*args):
+            took.append(module.NAME)
+            return function(*args)
+
+        return watching
+
+    for module in (eager, native):
+        for name in ("kl_rows", "js_rows"):
+            monkeypatch.setattr(module, name, watched(module, getattr(module, name)))
+    for asked in set(fastkl.available_backends()) - {"triton"}:
+        took.clear()
+        CALLS[call](backend=asked)
+        assert set(took) == {asked}
 
 
 def test_by_device(everything):
@@ -136,6 +173,13 @@ def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
     assert re.search(text, fastkl.unavailable_backends().get("triton"))
 
 
+def test_what_the_kernels_keep_is_what_the_backend_says():
+    """It says so before it is known that Triton is there."""
+    if problem := triton.not_installed():
+        pytest.skip(problem)
+    assert triton.N_KEPT == importlib.import_module("fastkl._triton").N_KEPT
+
+
 def test_unknown_name():
     with pytest.raises(
         ValueError, match="backend must be one of triton, native, eager; got 'cuda'"
@@ -211,6 +255,19 @@ except RuntimeError as error:
     print(error)
 """
 
+UNIMPORTABLE_TRITON = """
+import torch, fastkl, fastkl.cli
+print(fastkl.available_backends())
+print(fastkl.unavailable_backends()["triton"])
+rows = torch.zeros(2, 5)
+print(float(fastkl.kl_div(rows, rows)))
+try:
+    fastkl.kl_div(rows, rows, backend="triton")
+except RuntimeError as error:
+    print(error)
+print(fastkl.cli.main(["backends"]))
+"""
+
 WITHOUT_INTERPRETER = """
 import torch, fastkl
 rows = torch.zeros(2, 5)
@@ -221,8 +278,8 @@ except RuntimeError as error:
 """
 
 
-def run(script):
-    environment = {"PATH": "", "TRITON_INTERPRET": "0", "HOME": "/nonexistent"}
+def run(script, **variables):
+    environment = {"PATH": "", "TRITON_INTERPRET": "0", "HOME": "/nonexistent"} | variables
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
@@ -235,6 +292,27 @@ def test_without_triton():
     assert missing == "the package triton is not installed (pip install triton)"
     assert value == "0.0"
     assert error == f"backend='triton' was requested but cannot be used here: {missing}"
+
+
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_a_triton_that_can_not_be_imported(tmp_path, error):
+    """Its own libraries may be missing, or be too new for the system: that is no reason to crash."""
+    if not importlib.util.find_spec("fastkl._triton"):
+        pytest.skip("fastkl was not installed by pip")
+    text = "libLLVM.so.19: cannot open shared object file"
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton/__init__.py").write_text(f"raise {error}({text!r})")
+    (tmp_path / "triton-3.7.0.dist-info").mkdir()
+    (tmp_path / "triton-3.7.0.dist-info/METADATA").write_text("Name: triton\nVersion: 3.7.0\n")
+    available, missing, value, refused, *told = run(UNIMPORTABLE_TRITON, PYTHONPATH=str(tmp_path))
+    assert "eager" in available
+    assert "triton" not in available
+    assert missing == f"triton can not be imported: {text}"
+    assert value == "0.0"
+    assert refused == f"backend='triton' was requested but cannot be used here: {missing}"
+    # The command, and that it went on to its end.
+    assert any(missing in line for line in told)
+    assert told[-1] == "0"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

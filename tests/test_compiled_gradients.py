@@ -188,6 +188,43 @@ def test_edge_cases(generator, arch, dtype):
             assert (ours[eager == 0] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("n_circuits", [1, 4])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [*((80, dtype) for dtype in DTYPES), (100, torch.float32)]
+)
+def test_infinite_rows_where_one_token_has_all_mass(
+    generator, arch, dtype, n_circuits, temperature
+):
+    """Of finite logits that have no mass in float32 the reference's gradient is NaN, not 0.
+
+    In a tile and in the tail, where one of several circuits has an infinite divergence.
+    """
+    reference = torch.randn(3, 1101, generator=generator)
+    circuits = [reference + torch.randn(3, 1101, generator=generator) for _ in range(n_circuits)]
+    reference[:, 7] = torch.tensor([88.0, 1e4, 65000.0])
+    reference[:, 11] = -60000
+    circuits[-1][:, 7] = reference[:, [9, 1100]] = -INF
+    circuits, reference = [c.to(dtype) for c in circuits], reference.to(dtype)
+    wanted = [False] * (n_circuits - 1) + [True]
+    dqs, dp, _ = emulate_gradients(
+        torch.ones(n_circuits, 3),
+        circuits,
+        reference,
+        wanted,
+        True,
+        arch=arch,
+        temperature=temperature,
+    )
+    assert dp[:, 7].isfinite().all() if n_circuits > 1 else (dp[:, 7] == 0).all()
+    assert (dp[:, [9, 1100]] == 0).all()
+    dp[:, [7, 9, 1100]] = NAN
+    assert dp.isnan().all()
+    # Q, where P is 0.
+    exact = (circuits[-1].double() / temperature).softmax(-1) / temperature
+    assert_right([dqs[-1]], [exact], dtype)
+
+
 @pytest.mark.parametrize("grad", [NAN, 1e-30])
 def test_odd_gradients(generator, grad):
     circuit, reference = make(generator, (0.1,) * 3, 700)

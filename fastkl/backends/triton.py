@@ -4,6 +4,7 @@ On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and t
 """
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import math
@@ -19,7 +20,7 @@ from fastkl.state import RowState
 
 NAME = "triton"
 # Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
-N_KEPT = 10
+N_KEPT, KEPT_DTYPE = 10, torch.float32
 # Triton 3.3 can not compile the kernels. In pyproject.toml too.
 OLDEST_TRITON = (3, 4)
 # NVIDIA's cards since Ampere: a maximum that keeps NaN is an instruction there.
@@ -69,7 +70,7 @@ def _device_problem(device: torch.device | None) -> str | None:
 
 
 def not_installed() -> str | None:
-    """Say what is missing of the packages."""
+    """Say what is missing of the packages; what is there and new enough is imported."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
     if importlib.util.find_spec("fastkl._triton") is None:
@@ -81,6 +82,17 @@ def not_installed() -> str | None:
     if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {version} is too old: the kernels need {oldest}"
+    return _import_problem()
+
+
+@functools.cache
+def _import_problem() -> str | None:
+    """Say why Triton and the kernels can not be imported, though they are there."""
+    # A library of the system's that is missing, another package's version: it may be anything.
+    try:
+        importlib.import_module("fastkl._triton")
+    except Exception as error:
+        return f"triton can not be imported: {error}"
     return None
 
 

@@ -89,6 +89,8 @@ LARGEST = tl.constexpr(2.0**16)
 # 1.5 · 2^13: added and subtracted, it leaves multiples of 2^-10.
 TO_GRID = tl.constexpr(12288.0)
 GRID = tl.constexpr(2.0**-10)
+# The numbers kept of a row: its divergence, and what `kept` returns.
+N_KEPT = tl.constexpr(10)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ numbers of its row, so that each logit is read once.
 import triton
 import triton.language as tl
 
-from .algebra import NEAR, moved_differences, phi_over_square, weights
+from .algebra import N_KEPT, NEAR, moved_differences, phi_over_square, weights
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
 # As in kernels.py: plain numbers at run time, whatever they are.
@@ -26,6 +26,9 @@ SIZES = (
 )
 # 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
 CONFIDENT = tl.constexpr(0.0625)
+# A reference's logit that is no higher has no gradient. Of others, d is finite at temperatures from 3e-4
+# on: a limit that a temperature moves would be held in registers, which would spill.
+MASKED = tl.constexpr(-1e35)
 
 
 @triton.jit
@@ -45,7 +48,7 @@ def kept_of(field, stride):
     """Return what `kept` in algebra.py says of a row, and how much of its move is the reference's."""
     # From one to the next: an address of its own for each would be held, in registers, all the time.
     numbers = ()
-    for _ in tl.static_range(9):
+    for _ in tl.static_range(N_KEPT - 1):
         field += stride
         numbers = numbers + (tl.load(field),)
     base_p, z_p, base_q, rest, moved, s, growth, far, share = numbers
@@ -68,11 +71,13 @@ def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
 
 
 @triton.jit
-def reference_gradient(weight, q, d, mean, scale):
-    """Return scale · P (d - KL) z_p of tokens."""
-    # Of no mass there is nothing to weigh: not 0 · inf.
-    none = (weight == 0.0) | (q == -float("inf"))
-    return tl.where(none, nothing(scale), weight * (scale * (d - mean)))
+def reference_gradient(p, weight, q, d, mean, scale):
+    """Return scale · P (d - KL) z_p of tokens, given a mean of NaN where the divergence is infinite."""
+    # In this order a weight of 0 gives 0, or NaN of such a mean, however large d and the scale are.
+    value = (weight * (d - mean)) * scale
+    # Where d may be infinite: not 0 · inf. The weight does not say: of finite logits it vanishes too.
+    masked = (p <= MASKED) | (q == -float("inf"))
+    return tl.where(masked, nothing(scale), value)
 
 
 @triton.jit
@@ -122,7 +127,7 @@ def differentiate(
                 top_rest = tl.load(top_ptr + index)
                 mean = tl.load(top_ptr + field_stride + index)
                 d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype)
-                total += reference_gradient(weight, q, d, mean, scale)
+                total += reference_gradient(p, weight, q, d, mean, scale)
             d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
             value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit)
         if wanted:

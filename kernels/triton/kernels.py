@@ -12,6 +12,7 @@ from .algebra import (
     GRID,
     LN_2,
     LOG2_E,
+    N_KEPT,
     NEGLIGIBLE,
     SCALE,
     estimate,
@@ -539,7 +540,7 @@ def finish_kernel(
     if KEEP:
         fields = kept(state, merged, divergence, x, unit, inverse)
         row_stride = n_circuits.to(tl.int64) * n_rows
-        for field in tl.static_range(9):
+        for field in tl.static_range(N_KEPT - 1):
             tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
 
 

@@ -9,7 +9,7 @@ import torch
 
 import triton
 
-from . import kernels
+from . import algebra, kernels
 from .kernels import DISGUISE
 
 # Whether the kernels were built for Triton's interpreter, which runs them on CPU tensors.
@@ -23,8 +23,8 @@ SLICE = 4096
 # Slices of a row, at the most: larger vocabularies have larger slices.
 SLICES = 64
 # The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
-N_FIELDS, N_KEPT = 5, 10
-LOG2_E = 1.4426950408889634
+N_FIELDS, N_KEPT = 5, algebra.N_KEPT.value
+LOG2_E = algebra.LOG2_E.value
 # Numbers that table_kernel takes at a time, for 32 tensors: in a tuple, 64 take no longer to launch than
 # 8 arguments by name.
 TABLE_CHUNK = 64
