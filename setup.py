@@ -20,8 +20,8 @@ LEVEL_FLAGS = {
     "level_avx512.cpp": [
         *("-mavx2", "-mfma", "-mf16c"),
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        # Some compilers warn about their own header's deliberately undefined vectors.
-        "-Wno-maybe-uninitialized",
+        # GCC warns about its own header's deliberately undefined vectors.
+        "-Wno-uninitialized",
     ],
 }
 FLAGS = [

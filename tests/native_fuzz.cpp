@@ -20,14 +20,28 @@ namespace {
 
 using namespace fastkl;
 
-#if defined(__aarch64__)
-using Half = __fp16;
-#else
-using Half = _Float16;
-#endif
-
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// float16 by its bits: not every compiler has the type.
+uint16_t half_of(float x) {
+    const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+    if (std::isnan(x)) return sign | 0x7e00;
+    const float size = std::fabs(x);
+    if (size >= 65520.0f) return sign | 0x7c00;
+    const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+    const int fraction = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + fraction);
+}
+
+float from_half(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    const float size = exponent == 31  ? std::numeric_limits<float>::infinity()
+                       : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                       : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+    if (exponent == 31 && fraction) return std::numeric_limits<float>::quiet_NaN();
+    return bits & 0x8000 ? -size : size;
+}
 
 class Random {
   public:
@@ -72,7 +86,7 @@ class Rows {
         if (dtype_ == Dtype::float32) {
             std::memcpy(to, &number, 4);
         } else if (dtype_ == Dtype::float16) {
-            const Half half = static_cast<Half>(number);
+            const uint16_t half = half_of(number);
             std::memcpy(to, &half, 2);
         } else {
             uint32_t bits;
@@ -89,9 +103,9 @@ class Rows {
         if (dtype_ == Dtype::float32) {
             std::memcpy(&number, from, 4);
         } else if (dtype_ == Dtype::float16) {
-            Half half;
+            uint16_t half;
             std::memcpy(&half, from, 2);
-            number = static_cast<float>(half);
+            number = from_half(half);
         } else {
             uint16_t half;
             std::memcpy(&half, from, 2);
@@ -207,9 +221,9 @@ class Written {
         if (dtype_ == Dtype::float32) {
             std::memcpy(&number, data_.get() + 4 * i, 4);
         } else if (dtype_ == Dtype::float16) {
-            Half half;
+            uint16_t half;
             std::memcpy(&half, data_.get() + 2 * i, 2);
-            number = static_cast<float>(half);
+            number = from_half(half);
         } else {
             uint16_t half;
             std::memcpy(&half, data_.get() + 2 * i, 2);

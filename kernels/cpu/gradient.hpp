@@ -112,7 +112,7 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
                 t[u] = no_q ? vf{} : t[u];
                 // Of no mass there is nothing to weigh: not 0 · inf.
                 first = w[u] == 0.0f ? splat(of.kl * 0.0f) : first;
-                first = no_q | (logit_p == -inf) ? vf{} : first;
+                first = (no_q | (logit_p == -inf)) ? vf{} : first;
                 w[u] = no_q ? vf{} : w[u];
             } else {
                 sums.t.part[u] += t[u];

@@ -259,7 +259,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                     // What the move rounds off is known by d, but of tokens without mass, where both are
                     // rounded at their own size.
                     const vf a = logit - top;
-                    x = (a < kLowest) | (moved - c.of_q == q) ? x : a - d[u];
+                    x = ((a < kLowest) | (moved - c.of_q == q)) ? x : a - d[u];
                 }
                 vf e = exponential<true>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;

@@ -156,10 +156,17 @@ inline vf load(const BFloat16* from) {
 }
 
 inline vf load(const Float16* from) {
+#if defined(__F16C__)
 #if defined(__AVX512F__)
-    return (vf)_mm512_cvtph_ps((__m256i)load_bits(from));
-#elif defined(__F16C__)
-    return (vf)_mm256_cvtph_ps((__m128i)load_bits(from));
+    vf x = (vf)_mm512_cvtph_ps((__m256i)load_bits(from));
+#else
+    vf x = (vf)_mm256_cvtph_ps((__m128i)load_bits(from));
+#endif
+#if defined(__clang__)
+    // Seen through, x == -inf would become a comparison of float16, which is done one by one.
+    asm("" : "+v"(x));
+#endif
+    return x;
 #elif defined(__aarch64__)
     return (vf)vcvt_f32_f16((float16x4_t)load_bits(from));
 #else
