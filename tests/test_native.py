@@ -382,7 +382,9 @@ def test_each_file_compiles_by_itself(tmp_path, compiler):
     sources = [tmp_path / f"{header.name}.cpp" for header in folder.glob("*.hpp")]
     for source in sources:
         source.write_text(f'#include "{source.stem}"\n')
-    sources += set(folder.glob("*.cpp")) - {folder / "module.cpp"}
+    if compiler == "clang++":
+        # What installs this is GCC's, mostly.
+        sources += set(folder.glob("*.cpp")) - {folder / "module.cpp"}
     command = [compiler, "-std=c++17", "-fsyntax-only", "-I", folder, *sources]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert sources
