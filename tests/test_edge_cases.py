@@ -148,7 +148,8 @@ def test_finite_masks(backend, generator, mask, apart, which):
 @pytest.mark.parametrize("mask", [-1e6, -1e9, torch.finfo(torch.float32).min])
 def test_masked_blocks(backend, generator, mask, circuit_mask):
     """What a block says of the sides is of no use for the next one: 1e9 apart, and not apart."""
-    n_cols, n_masked = 16385, 8256
+    # A block of native's, or a slice of Triton's, and some.
+    n_cols, n_masked = (8193, 4128) if backend == "triton" else (16385, 8256)
     reference = torch.randn(1, n_cols, generator=generator)
     circuit = reference + 0.1 * torch.randn(1, n_cols, generator=generator)
     reference[:, :n_masked] = mask

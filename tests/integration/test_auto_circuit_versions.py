@@ -101,7 +101,7 @@ def test_a_missing_auto_circuit_is_an_import_error_that_says_what_to_do(
     no_auto_circuit, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "auto_circuit", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[auto-circuit\]'") as caught:
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[auto-circuit\]"') as caught:
         fastkl.auto_circuit.patch()
     assert caught.value.name == "auto_circuit"
     assert fastkl.auto_circuit.unpatch() == ()
