@@ -15,8 +15,8 @@ def reduce(
 
     A row that is masked or has weight 0 counts 0, NaN and infinite ones too, and whatever the weight of
     a masked one. "mean" divides by the rows that count, or by their weights; "batchmean" by the size of
-    the first dimension. A weight's gradient is its row's divergence, also where the weight is 0, but 0
-    where its row is masked, or not finite and of weight 0.
+    the first dimension. In a sum a weight's gradient is its row's divergence, also where the weight is
+    0, but 0 where its row is masked, or not finite and of weight 0.
     """
     dtype = rows.dtype
     count: Tensor | None = None
@@ -26,10 +26,10 @@ def reduce(
         counts = (weights != 0) | rows.isfinite()
         if mask is not None:
             counts = counts & mask.reshape(-1)
-            weights = torch.where(mask.reshape(-1), weights, 0.0)
         # Both are replaced before they are multiplied, so that neither's gradient is 0 · NaN.
+        weights = torch.where(counts, weights, 0.0)
         rows = torch.where(counts, rows, 0.0).double() * weights
-        count = weights.sum()
+        count = weights.sum(dim=1)
     elif mask is not None:
         counts = mask.reshape(-1)
         rows = torch.where(counts, rows, 0.0)

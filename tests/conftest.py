@@ -1,7 +1,6 @@
 """The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
 
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Callable
 
@@ -27,6 +26,9 @@ from fastkl.backends import triton as triton_backend  # noqa: E402
 
 # None, or why the kernels can not be compiled, here or for any card.
 NO_TRITON = triton_backend.not_installed()
+if NO_TRITON and "can not be imported" in NO_TRITON:
+    # It may be the kernels that are broken: no reason to skip their tests.
+    raise RuntimeError(NO_TRITON)
 
 if not NO_TRITON and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
@@ -80,15 +82,15 @@ def pytest_report_header():
 
 # How much more than a bound of instructions the compiled kernels may take: the bounds were counted with
 # Triton 3.7, and 3.8 was seen to take 2 % more.
-SLACK = 1 if NO_TRITON or importlib.metadata.version("triton").startswith("3.7.") else 1.03
+SLACK = 1 if (triton_backend.version() or "").startswith("3.7.") else 1.03
 
 
 def _no_amd_linker() -> bool:
     """Whether what compiles for AMD's cards lacks the linker that Triton's wheels have from 3.5 on."""
     if NO_TRITON:
         return True
-    backend = importlib.import_module("triton.backends.amd.compiler").HIPBackend
     try:
+        backend = importlib.import_module("triton.backends.amd.compiler").HIPBackend
         getattr(backend, "path_to_rocm_lld", str)()
     except Exception:
         return True

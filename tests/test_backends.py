@@ -211,19 +211,19 @@ def test_float64_needs_eager():
 @pytest.mark.parametrize("version", ["3.2.0", "3.3.1+git1a2b3c4"])
 def test_a_triton_that_is_too_old(monkeypatch, version):
     pytest.importorskip("triton")
-    monkeypatch.setattr(triton, "_version", lambda: version)
+    monkeypatch.setattr(triton, "version", lambda: version)
     text = f"triton {version} is too old: the kernels need 3.4"
     assert fastkl.unavailable_backends().get("triton") == text
     with pytest.raises(RuntimeError, match=re.escape(text)):
         fastkl.kl_div(ROWS, ROWS, backend="triton")
     for new in ("3.4.0", "3.10.0rc1", "4.0"):
-        monkeypatch.setattr(triton, "_version", lambda new=new: new)
+        monkeypatch.setattr(triton, "version", lambda new=new: new)
         assert "too old" not in (triton.missing() or "")
 
 
 def test_the_version_of_triton():
     package = pytest.importorskip("triton")
-    assert triton._version() == package.__version__
+    assert triton.version() == package.__version__
 
 
 def test_states_of_no_circuits(backend):
@@ -307,7 +307,7 @@ def test_a_triton_that_can_not_be_imported(tmp_path, error):
     available, missing, value, refused, *told = run(UNIMPORTABLE_TRITON, PYTHONPATH=str(tmp_path))
     assert "eager" in available
     assert "triton" not in available
-    assert missing == f"triton can not be imported: {text}"
+    assert missing == f"triton, or its kernels here, can not be imported: {error}: {text}"
     assert value == "0.0"
     assert refused == f"backend='triton' was requested but cannot be used here: {missing}"
     # The command, and that it went on to its end.

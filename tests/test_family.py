@@ -188,6 +188,11 @@ def test_gradient_of_a_weight_of_0(generator):
     fastkl.kl_div(leaf, reference, weights=weights, mask=mask, reduction="sum").backward()
     expected = torch.stack([exact[0], *exact.new_zeros(2), *exact[3:5], *exact.new_zeros(1)])
     torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=1e-8)
+    weights.grad = None
+    fastkl.kl_div(circuit, reference, weights=weights, mask=mask).backward()
+    # Of weights that add up to 1.
+    expected = torch.where(expected == 0, 0.0, expected - exact[3])
+    torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=1e-6)
     assert leaf.grad.count_nonzero(-1).tolist() == [0, 0, 0, 50, 0, 0]
 
 

@@ -75,7 +75,7 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory):
     """Variables that make a build a quarter as long: the compiler is told, last, not to optimize."""
-    compiler = shutil.which("c++")
+    compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         return {}
     script = tmp_path_factory.mktemp("compiler") / "c++"

@@ -17,7 +17,7 @@ from fastkl import errors
 from fastkl.state import RowState
 
 NAME = "native"
-# The five float64 of a row's state, as float32.
+# A row's state.
 N_KEPT, KEPT_DTYPE = 5, torch.float64
 LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
 _Matrix = tuple[int, int, int]

@@ -77,11 +77,11 @@ def not_installed() -> str | None:
         return errors.not_in_this_folder(
             "the kernels fastkl._triton are", "fastkl was not installed by pip"
         )
-    version = _version()
+    found = version()
     # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
-    if version and tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+    if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton {version} is too old: the kernels need {oldest}"
+        return f"triton {found} is too old: the kernels need {oldest}"
     return _import_problem()
 
 
@@ -92,12 +92,13 @@ def _import_problem() -> str | None:
     try:
         importlib.import_module("fastkl._triton")
     except Exception as error:
-        return f"triton can not be imported: {error}"
+        said = " ".join(str(error).split())
+        return f"triton, or its kernels here, can not be imported: {type(error).__name__}: {said}"
     return None
 
 
 @functools.cache
-def _version() -> str | None:
+def version() -> str | None:
     """Return Triton's version without importing it; None if none of its distributions is known."""
     for distribution in _DISTRIBUTIONS:
         try:

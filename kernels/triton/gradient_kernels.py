@@ -27,7 +27,8 @@ SIZES = (
 # 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
 CONFIDENT = tl.constexpr(0.0625)
 # A reference's logit that is no higher has no gradient. Of others, d is finite at temperatures from 3e-4
-# on: a limit that a temperature moves would be held in registers, which would spill.
+# on, unless the circuit's overflows: a limit that a temperature moves would be held in registers, which
+# would spill.
 MASKED = tl.constexpr(-1e35)
 
 
