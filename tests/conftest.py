@@ -80,9 +80,10 @@ def pytest_report_header():
     return []
 
 
-# How much more than a bound of instructions the compiled kernels may take: the bounds were counted with
-# Triton 3.7, and 3.8 was seen to take 2 % more.
-SLACK = 1 if (triton_backend.version() or "").startswith("3.7.") else 1.03
+# Whose compiled code was counted where tests say a number.
+TRITON_3_7 = (triton_backend.version() or "").startswith("3.7.")
+# How much more than a bound of instructions another one's may take: 3.8 was seen to take 2 % more.
+SLACK = 1 if TRITON_3_7 else 1.03
 
 
 def _no_amd_linker() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GFX942, SLACK, needs_amd
+from conftest import GFX942, SLACK, TRITON_3_7, needs_amd
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux only"),
@@ -469,8 +469,11 @@ def test_command_line_on_another_kernel(bad_file, tmp_path):
     document = json.loads((tmp_path / "roofline.json").read_text())
     assert document["device"] == "none: predicted from machine code"
     assert [p["target"] for p in document["programs"]] == ["sm_90", "gfx942"]
-    assert document["programs"][0]["loop"]["barriers"] > 0
-    assert document["programs"][1]["loop"]["bytes_a_pair"] == 4
+    loops = [program["loop"] for program in document["programs"]]
+    assert loops[0]["barriers"] > 0
+    assert loops[1]["bytes_a_pair"] == 4
+    # Of 3.8 it is a loop within that one, around a single load.
+    assert loops[1]["barriers"] > 0 or not TRITON_3_7
 
 
 def test_tables_document_and_picture(tmp_path):

@@ -19,7 +19,7 @@ from fastkl.backends import eager
 from fastkl.state import RowState
 
 NAME = "triton"
-# Of float32; fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
+# fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
 N_KEPT, KEPT_DTYPE = 10, torch.float32
 # Triton 3.3 can not compile the kernels. In pyproject.toml too.
 OLDEST_TRITON = (3, 4)
