@@ -33,17 +33,25 @@ DEEP, _HIGH, _HIGH_FROM = 40.0, 64.0, 2.0
 # Weights of logits this far below the largest are off by 5e-6 of themselves, and those from 87 on may be
 # too small for float32: tokens that rise by no more powers of two than these hold 1e-8 of Σ P e^x.
 _TOO_DEEP, _TOO_HIGH = 64.0, 64.0
-# Smaller powers of two have fewer digits, or are 0.
-LEAST_EXPONENT = -125.0
+# Smaller powers of two have fewer digits, or are 0. As bits: larger numbers have larger ones.
+LEAST_EXPONENT = -125
+LEAST_BITS = (LEAST_EXPONENT + 127) << 23
+# A number takes PyTorch longer than a tensor of one.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
-def sums(x: Block, w: Block, t: Block, *, first: Tensor, second: Tensor) -> None:
-    """Write Σ w x and -Σ w (e^x - 1 - x) of parts, given x log2 e, which is written over, as t is."""
+def sums(x: Block, w: Block, t: Block, *, least: Tensor, first: Tensor, second: Tensor) -> None:
+    """Write the bits of the least e^x, Σ w x and -Σ w (e^x - 1 - x) of parts.
+
+    Given is x log2 e, which is written over, as t is.
+    """
     # exp is another library's than exp2: some times slower on one maker's processors, and hardly faster
     # on another's.
     x.even.exp2_()
+    # As integers, since the least of floats asks about NaN besides.
+    torch.amin(x.parts.view(torch.int32), -1, out=least)
     torch.log(x.even, out=t.even)
-    x.even.sub_(1)
+    x.even.sub_(_ONE)
     t.even.mul_(w.even)
     t.sums(out=first)
     torch.addcmul(t.even, x.even, w.even, value=-1, out=x.even)

@@ -34,9 +34,9 @@ class _Known(NamedTuple):
 
     p: Tensor  # logits (R, V)
     likely: Tensor  # where p is largest in each stretch of the vocabulary (R, C)
-    p_likely: Tensor  # p there (R, C)
+    p_likely: NDArray[np.float32]  # p there (R, C)
     share: NDArray[np.float64]  # P there (R, C)
-    weights: Tensor  # share / Σ share, times log2 e (R, C, 1)
+    weights: NDArray[np.float32]  # share / Σ share, times log2 e (R, C)
     z_p: NDArray[np.float64]  # Σ e^(p - max p) (R,)
     depth: NDArray[np.float32]  # max p - min p (R,)
     deep: bool  # whether any row is
@@ -45,8 +45,8 @@ class _Known(NamedTuple):
 class _Sums(NamedTuple):
     """What is kept of the parts of rows (..., V)."""
 
-    lowest: Tensor  # the least x log2 e (..., M)
-    highest: Tensor  # the largest (..., M); 0 in a block that is not deep
+    least: Tensor  # the least e^x, as its bits (..., M)
+    highest: Tensor  # the largest x log2 e (..., M); 0 in a block that is not deep
     first: Tensor  # Σ w x (..., M)
     second: Tensor  # -Σ w (e^x - 1 - x) (..., M)
 
@@ -54,9 +54,10 @@ class _Sums(NamedTuple):
     def empty(cls, shape: tuple[int, ...], n_parts: int) -> "_Sums":
         """Return memory for them."""
         shape = (*shape, n_parts)
-        lowest, first, second = torch.empty((3, *shape), dtype=torch.float32, device="cpu")
+        least = torch.empty(shape, dtype=torch.int32, device="cpu")
         highest = torch.zeros(shape, dtype=torch.float32, device="cpu")
-        return cls(lowest, highest, first, second)
+        first, second = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
+        return cls(least, highest, first, second)
 
 
 class Workspace:
@@ -95,11 +96,11 @@ class Workspace:
         top = w.rows.gather(-1, likely).double()
         w.rows.scatter_(-1, likely, 0.0)
         z_p = top.sum(-1).numpy() + _total(w.sums())
-        weights = (top / top.sum(-1, keepdim=True) * _LOG2E).float()[..., None]
+        weights = (top / top.sum(-1, keepdim=True) * _LOG2E).float().numpy()
         # Of a row of nothing but -inf there are no shares.
         with np.errstate(all="ignore"):
             share, deep = top.numpy() / z_p[:, None], bool((depth > formulas.DEEP).any())
-        self._known = _Known(p, likely, p_likely, share, weights, z_p, depth, deep)
+        self._known = _Known(p, likely, p_likely.numpy(), share, weights, z_p, depth, deep)
 
     def _likely(self, p: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return where rows are largest in each stretch of the vocabulary (R, C)."""
@@ -127,27 +128,26 @@ class Workspace:
         shape = n_circuits, len(known.p)
         there = torch.empty((*shape, known.likely.shape[1]), dtype=torch.float32, device="cpu")
         c_log2e = torch.empty((*shape, 1), dtype=torch.float32, device="cpu")
-        apart = torch.empty_like(known.p_likely)
         sums = _Sums.empty(shape, self._layout.n_parts)
-        each = zip(there, c_log2e, zip(*sums, strict=True), strict=True)
-        for k, (there_k, c_k, kept) in enumerate(each):
-            q = circuit(k, None)
-            there_k.copy_(q.gather(-1, known.likely))
-            torch.sub(known.p_likely, there_k, out=apart)
-            torch.bmm(apart[:, None], known.weights, out=c_k[..., None])
-            if q.dtype == torch.float32:
-                torch.sub(q, known.p, out=x.rows)
-            else:
-                x.rows.copy_(q).sub_(known.p)
-            # A multiply-add for all elements, or for none: compilers contract a loop's tail too.
-            torch.add(c_k, x.rows, alpha=_LOG2E, out=x.rows)
-            self._sum(x, w, t, _Sums(*kept))
+        pivots, logits = c_log2e.numpy()[..., 0], there.numpy()
         # Infinite and NaN logits are for whoever measures such rows to speak of.
         with np.errstate(all="ignore"):
+            for k, (there_k, c_k, *kept) in enumerate(zip(there, c_log2e, *sums, strict=True)):
+                q = circuit(k, None)
+                if q.dtype == torch.float32:
+                    torch.sub(q, known.p, out=x.rows)
+                else:
+                    x.rows.copy_(q).sub_(known.p)
+                there_k.copy_(q.gather(-1, known.likely))
+                apart = known.p_likely - logits[k]
+                np.einsum("rc,rc->r", apart, known.weights, out=pivots[k])
+                # A multiply-add for all elements, or for none: compilers contract a loop's tail too.
+                torch.add(c_k, x.rows, alpha=_LOG2E, out=x.rows)
+                self._sum(x, w, t, _Sums(*kept))
             # log2 e is a float32 here, as it was for the other tokens.
-            moved = (there.double() - known.p_likely).numpy() * float(np.float32(_LOG2E))
-            likely = (moved + c_log2e.numpy()) * math.log(2)
-            c = c_log2e[..., 0].double().numpy() * math.log(2)
+            moved = (logits.astype(np.float64) - known.p_likely) * float(np.float32(_LOG2E))
+            likely = (moved + pivots[..., None]) * math.log(2)
+            c = pivots.astype(np.float64) * math.log(2)
             divergence, mean, good = self._divergences(sums, slice(None), likely)
             good &= formulas.close_enough(divergence, c, self._highest(sums, slice(None)))
             again = ~good & np.isfinite(mean) & (np.abs(c) < formulas.LARGEST_PIVOT)
@@ -165,10 +165,9 @@ class Workspace:
     def _sum(self, x: Block, w: Block, t: Block, sums: _Sums) -> None:
         """Set the sums, given x log2 e, which is written over."""
         # Of parts, which threads share evenly, as they do not share a few rows.
-        torch.amin(x.parts, -1, out=sums.lowest)
         if self._known.deep:
             torch.amax(x.parts, -1, out=sums.highest)
-        formulas.sums(x, w, t, first=sums.first, second=sums.second)
+        formulas.sums(x, w, t, least=sums.least, first=sums.first, second=sums.second)
 
     def _divergences(
         self, sums: _Sums, rows: slice | NDArray[np.int64], x: NDArray[np.float64]
@@ -177,7 +176,7 @@ class Workspace:
         known = self._known
         first, second = (_total(t) / known.z_p[rows] for t in (sums.first, sums.second))
         divergence, mean, good = formulas.divergences(first, -second, known.share[rows], x)
-        good &= sums.lowest.numpy().min(-1) >= formulas.LEAST_EXPONENT
+        good &= sums.least.numpy().min(-1) >= formulas.LEAST_BITS
         good &= formulas.weights_will_do(known.depth[rows], self._highest(sums, rows))
         return divergence, mean, good
 
