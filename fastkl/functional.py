@@ -161,7 +161,7 @@ def kl_div(
     """
     divergence = _kl_div(
         [circuit],
-        ["circuit"],
+        "circuit",
         reference,
         reduction,
         direction,
@@ -275,11 +275,9 @@ def kl_div_many(
     tensor([0.0000, 0.4621, 1.0068])
     """
     errors.check_circuits(circuits)
-    listed = list(circuits)
-    names = [f"circuits[{k}]" for k in range(len(listed))]
     return _kl_div(
-        listed,
-        names,
+        list(circuits),
+        "circuits[{}]",
         reference,
         reduction,
         direction,
@@ -354,7 +352,7 @@ def js_div(
     errors.check_beta(beta)
     errors.check_temperature(temperature)
     errors.check_backend(backend)
-    (circuit,), reference = _checked([circuit], ["circuit"], reference, vocab_size, mask, weights)
+    (circuit,), reference = _checked([circuit], "circuit", reference, vocab_size, mask, weights)
     cir, ref = flattened([circuit, reference])
     rows = operator.js_div(cir, ref, float(beta), float(temperature), backend)
     return reduce(rows[None], reference.shape[:-1], reduction, mask, weights)[0]
@@ -376,7 +374,7 @@ def kl_rows(
 
 def _kl_div(
     circuits: list[Tensor],
-    names: list[str],
+    name: str,
     reference: Tensor,
     reduction: Reduction,
     direction: Direction,
@@ -391,7 +389,7 @@ def _kl_div(
     errors.check_direction(direction)
     errors.check_temperature(temperature)
     errors.check_backend(backend)
-    circuits, reference = _checked(circuits, names, reference, vocab_size, mask, weights)
+    circuits, reference = _checked(circuits, name, reference, vocab_size, mask, weights)
     leading, temperature = reference.shape[:-1], float(temperature)
     ref, *cir = flattened([reference, *circuits])
     if direction == "forward" or not cir:
@@ -414,26 +412,32 @@ def _kl_div(
 
 def _checked(
     circuits: list[Tensor],
-    names: list[str],
+    name: str,
     reference: Tensor,
     vocab_size: int | None,
     mask: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the logits of the tokens that count, of inputs that belong to one another."""
+    """Return the logits of the tokens that count, of inputs that belong to one another.
+
+    A circuit is called by the name, whose braces stand for its number.
+    """
     errors.check_vocab_size(vocab_size)
     errors.check_logits(reference, "reference")
     errors.check_vocab_fits(vocab_size, reference, "reference")
-    for circuit, name in zip(circuits, names, strict=True):
-        errors.check_logits(circuit, name)
-        errors.check_vocab_fits(vocab_size, circuit, name)
+    alike = errors.are_alike(circuits, reference)
+    if not alike:
+        for k, circuit in enumerate(circuits):
+            errors.check_logits(circuit, name.format(k))
+            errors.check_vocab_fits(vocab_size, circuit, name.format(k))
     errors.check_transforms((*circuits, reference))
     if vocab_size is not None:
         vocab_size = int(vocab_size)
         reference = reference[..., :vocab_size]
         circuits = [circuit[..., :vocab_size] for circuit in circuits]
-    for circuit, name in zip(circuits, names, strict=True):
-        errors.check_pair(circuit, reference, name)
+    if not alike:
+        for k, circuit in enumerate(circuits):
+            errors.check_pair(circuit, reference, name.format(k))
     errors.check_row_values(mask, reference, "mask", boolean=True)
     errors.check_row_values(weights, reference, "weights", boolean=False)
     return circuits, reference

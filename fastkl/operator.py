@@ -33,8 +33,8 @@ def measure(
 
 def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> backends.Backend:
     dtype = reference.dtype
-    for circuit in circuits:
-        dtype = torch.promote_types(dtype, circuit.dtype)
+    for other in {circuit.dtype for circuit in circuits}:
+        dtype = torch.promote_types(dtype, other)
     return backends.choose(backend, reference.device, dtype)
 
 

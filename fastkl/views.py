@@ -41,7 +41,7 @@ def as_rows(logits: Tensor) -> Tensor:
     # Asked for K + 1 views, a call with many circuits would take a third longer.
     if logits.dim() != 2:
         logits = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
-    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+    return logits if logits.stride()[1] == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def with_gaps(logits: Sequence[Tensor]) -> tuple[list[Tensor], Window | None]:

@@ -107,7 +107,7 @@ def test_circuits_stacked_in_memory(generator):
     reference = torch.randn(3, 5001, generator=generator) * 3
     noise = torch.randn(3, 3, 5001, generator=generator)
     circuits = list(reference + 0.1 * noise)
-    assert len({launch.layout(circuit) for circuit in circuits}) == 3
+    assert len({launch.layout_of(circuit) for circuit in circuits}) == 3
     dqs, dp, _ = emulate_gradients(torch.ones(3, 3), circuits, reference, [True] * 3, True, arch=80)
     expected = [oracle_gradients(circuit, reference) for circuit in circuits]
     for dq, (exact, _) in zip(dqs, expected, strict=True):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import gradient_kernels as kernels
-from .launch import LOG2_E, layouts_of, pointer_table, warp_size
+from .launch import LOG2_E, layouts_of, places_of, pointer_table, warp_size
 
 # Threads of a program.
 LANES = 128
@@ -40,8 +40,9 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     """
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
-    written = [dq for dq in (*dqs, dp) if dq is not None]
-    own, *others = layouts_of((reference, *circuits, *written))
+    own, *places = places_of((reference, *circuits, *dqs, dp))
+    written = [place for place in places if place[0]]
+    layout, *others = layouts_of((own, *written), reference)
     numbers = {
         "p_ptr": reference,
         "rows_ptr": rows,
@@ -57,7 +58,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dp is not None]}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        numbers["table_ptr"] = pointer_table([*circuits, *dqs, dp], device)
+        numbers["table_ptr"] = pointer_table(places, device)
         top = rows
         if dp is not None:
             top = torch.empty((2, n_circuits, n_rows), dtype=torch.float32, device=device)
@@ -71,11 +72,11 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         kernels.gradient_kernel[(n_rows, n_cols // tile.tokens + 1)](
             **numbers,
             grad_ptr=grad,
-            lead=own.lead,
+            lead=layout[0],
             top_ptr=top,
             grad_circuit_stride=grad.stride(0),
             grad_row_stride=grad.stride(1),
-            aligned=int(others.count(own) == len(others)),
+            aligned=int(others.count(layout) == len(others)),
             LANES=LANES,
             TILE=tile.tokens,
             VEC=tile.vec,

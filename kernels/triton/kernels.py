@@ -43,7 +43,7 @@ SIZES = (
     "unit",
     "inverse",
 )
-# What `disguised` adds to a number.
+# What `pointer_table` adds to a number.
 DISGUISE = tl.constexpr(2**32)
 # Times that a row may be summed again, at the most: at its own pivot, the slices for which that matters;
 # all of them; at its maxima, where a sum overflowed; and again at the pivot that is found there.
@@ -546,7 +546,7 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=("first", "n"))
 def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
-    """Write up to n of a tuple of `disguised` numbers to the table, from `first` on: 8 bytes each.
+    """Write up to n of a tuple of `pointer_table`'s numbers to the table, from `first` on: 8 bytes each.
 
     Numbers travel as arguments: a copy from the host would make it wait, or outlive a captured graph.
     """

@@ -65,27 +65,27 @@ TILES = {
 GROUPS = (4, 2, 1)
 
 
-class Layout(NamedTuple):
-    """Where rows start modulo WIDEST bytes, in elements: the first one, and each next one."""
-
-    lead: int
-    step: int
-
-
 def launch(circuits, reference, temperature=1.0, *, keep=False):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
     float32, or, to keep the rows' states too, (N_KEPT, K, R), the divergences first.
     """
-    reference, alike = _reference_like_most(circuits, reference)
-    apart = [k for k in range(len(circuits)) if k not in alike]
+    own, *places = places_of((reference, *circuits))
+    layout, *layouts = layouts_of((own, *places), reference)
+    if layouts.count(layout) == len(layouts):
+        return _launch_part(places, reference, 1, temperature, keep)
+    reference, layout = _reference_like_most(layouts, reference, layout)
+    alike, apart = (
+        [k for k, other in enumerate(layouts) if (other == layout) is wanted]
+        for wanted in (True, False)
+    )
     parts = [
         (
             picked,
-            _launch_part([circuits[k] for k in picked], reference, aligned, temperature, keep),
+            _launch_part([places[k] for k in picked], reference, aligned, temperature, keep),
         )
-        for picked, aligned in ((sorted(alike), 1), (apart, 0))
+        for picked, aligned in ((alike, 1), (apart, 0))
         if picked
     ]
     if len(parts) == 1:
@@ -117,50 +117,54 @@ def groups(n_circuits):
         first += count * size
 
 
-def layouts_of(tensors):
-    """Return where the rows of tensors (R, V) of one dtype start."""
-    itemsize, several = tensors[0].itemsize, tensors[0].shape[0] > 1
+def places_of(tensors):
+    """Return the addresses and row strides of tensors (R, V): 0, 0 for None."""
+    return [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
+
+
+def layouts_of(places, like):
+    """Return where rows start modulo WIDEST bytes, in elements: each first one, and each next one.
+
+    The places are those of tensors of the shape and dtype of `like`.
+    """
+    itemsize, several = like.itemsize, like.shape[0] > 1
     vec = WIDEST // itemsize
     return [
-        Layout(rows.data_ptr() // itemsize % vec, rows.stride(0) % vec if several else 0)
-        for rows in tensors
+        (address // itemsize % vec, stride % vec if several else 0) for address, stride in places
     ]
 
 
-def layout(rows):
+def layout_of(rows):
     """Return where the rows of a tensor (R, V) start."""
-    return layouts_of([rows])[0]
+    return layouts_of(places_of([rows]), rows)[0]
 
 
-def _reference_like_most(circuits, reference):
-    """Return the reference, and the set of circuits whose rows lie as its do.
+def _reference_like_most(layouts, reference, layout):
+    """Return the reference and its layout.
 
     If more circuits lie otherwise, it is copied once to lie as most do. For a single circuit the copy
     costs more than loads of single elements.
     """
-    own, *layouts = layouts_of((reference, *circuits))
-    if layouts.count(own) == len(layouts):
-        return reference, set(range(len(layouts)))
     most, count = Counter(layouts).most_common(1)[0]
-    if most != own and count > max(1, layouts.count(own)):
-        reference, own = _copy(reference, most), most
-    return reference, {k for k, other in enumerate(layouts) if other == own}
+    if most != layout and count > max(1, layouts.count(layout)):
+        return _copy(reference, most), most
+    return reference, layout
 
 
 def _copy(rows, wanted):
     """Copy rows (R, V) to where they start as wanted."""
-    n_rows, n_cols = rows.shape
+    (n_rows, n_cols), (lead, step) = rows.shape, wanted
     vec = WIDEST // rows.itemsize
-    stride = n_cols + (wanted.step - n_cols) % vec
+    stride = n_cols + (step - n_cols) % vec
     buffer = torch.empty(n_rows * stride + vec, dtype=rows.dtype, device=rows.device)
-    start = (wanted.lead - layout(buffer[None]).lead) % vec
+    start = (lead - layout_of(buffer[None])[0]) % vec
     copy = buffer.as_strided((n_rows, n_cols), (stride, 1), start)
     return copy.copy_(rows)
 
 
-def _launch_part(circuits, reference, aligned, temperature, keep):
+def _launch_part(places, reference, aligned, temperature, keep):
     """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
-    n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
+    n_circuits, (n_rows, n_cols) = len(places), reference.shape
     device, itemsize = reference.device, reference.itemsize
     n_slices, slice_size = slices(n_cols, itemsize)
     states = torch.empty(
@@ -174,7 +178,7 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
         "n_circuits": n_circuits,
         "n_slices": n_slices,
         "slice_size": slice_size,
-        "lead": layout(reference).lead,
+        "lead": layout_of(reference)[0],
         "aligned": aligned,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
@@ -191,7 +195,7 @@ def _launch_part(circuits, reference, aligned, temperature, keep):
     )
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        rows["table_ptr"] = pointer_table(circuits, device)
+        rows["table_ptr"] = pointer_table(places, device)
         for first, size, count in groups(n_circuits):
             tile = TILES[itemsize, size]
             kernels.partial_kernel[(n_rows * n_slices * count,)](
@@ -221,23 +225,19 @@ def warp_size(device):
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def pointer_table(tensors, device):
-    """Return a table (K, 2) on the device of the tensors' addresses and row strides, 0 for None."""
-    pairs = [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
-    numbers = [disguised(number) for pair in pairs for number in pair]
+def pointer_table(places, device):
+    """Return a table (K, 2) on the device of addresses and row strides.
+
+    They travel as odd numbers of more than 32 bits: Triton compiles anew for integers in a tuple that
+    are 1, fit into 32 bits, or are multiples of 16.
+    """
+    nothing = 2 * DISGUISE.value + 1
+    numbers = [2 * number + nothing for place in places for number in place]
     table = torch.empty(len(numbers), dtype=torch.int64, device=device)
     for first in range(0, len(numbers), TABLE_CHUNK):
         chunk = numbers[first : first + TABLE_CHUNK]
-        padding = [disguised(0)] * (TABLE_CHUNK - len(chunk))
+        padding = (nothing,) * (TABLE_CHUNK - len(chunk))
         kernels.table_kernel[(1,)](
             table_ptr=table, numbers=(*chunk, *padding), first=first, n=len(chunk), num_warps=1
         )
     return table
-
-
-def disguised(number):
-    """Return an odd number of more than 32 bits in place of a number >= 0.
-
-    Triton compiles anew for integers in a tuple that are 1, fit into 32 bits, or are multiples of 16.
-    """
-    return 2 * (number + DISGUISE.value) + 1
