@@ -147,7 +147,7 @@ def _backends() -> int:
             # A backend for cards alone, asked for where there is one, is no mistake.
             code = 0
         except (RuntimeError, ValueError) as error:
-            chosen = str(error)
+            chosen = f"none: {error}"
         print(f"{device.upper()} tensors: {chosen}")
     return code
 

@@ -10,6 +10,7 @@ from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -54,15 +55,21 @@ def check_beta(beta: object) -> None:
         raise _no_number(beta, "beta")
     if not 0 < _as_float(beta) < 1:
         raise ValueError(
-            f"beta must lie between 0 and 1, got {beta}: at 0 and 1 the Jensen-Shannon divergence is "
-            f"0; divided by beta or 1 - beta it tends to kl_div's two directions"
+            f"beta must be more than 0 and less than 1, got {beta}: at 0 and 1 the Jensen-Shannon "
+            f"divergence is 0; divided by beta or 1 - beta it tends to kl_div's two directions"
         )
 
 
 def _no_number(value: object, name: str) -> TypeError:
     # Refused, since reading one would wait for its device, unseen, and lose its gradient.
-    item = f": pass {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
-    return TypeError(f"{name} must be a number, got {type(value).__name__}{item}")
+    instead = ""
+    if isinstance(value, Tensor) and value.requires_grad:
+        instead = f": there is no gradient with respect to {name}"
+        if name == "temperature":
+            instead += "; to learn it, divide the logits of both sides by it"
+    elif isinstance(value, Tensor) and value.numel() == 1:
+        instead = f": pass {name}.item()"
+    return TypeError(f"{name} must be a number, got {type(value).__name__}{instead}")
 
 
 def _as_float(number: Real) -> float:
@@ -98,7 +105,9 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
     if boolean and values.dtype != torch.bool:
-        cast = "" if values.is_floating_point() or values.is_complex() else f": pass {name}.bool()"
+        cast = f": pass {name}.bool()"
+        if values.is_floating_point():
+            cast += "; fractions go into weights"
         raise TypeError(
             f"{name} must be boolean, True for rows that count; got {values.dtype}{cast}"
         )
@@ -121,7 +130,9 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
 def check_logits(logits: object, name: str) -> None:
     """Refuse what is not a tensor of logits (..., V)."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of logits, got {type(logits).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor of logits, got {type(logits).__name__}{_with_logits(logits)}"
+        )
     if logits.dtype not in _DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise TypeError(f"{name} must hold logits of dtype {known}; got {logits.dtype}")
@@ -155,18 +166,20 @@ def are_alike(circuits: Sequence[object], reference: Tensor) -> bool:
     )
 
 
+def _with_logits(output: object) -> str:
+    """Say what to do with a model's output that has logits and is none."""
+    return "; it has .logits: pass those" if hasattr(output, "logits") else ""
+
+
 def check_circuits(circuits: object) -> None:
     """Refuse what does not list circuits."""
+    wanted = "circuits must be an iterable of Tensors, or one Tensor of them stacked (K, ..., V)"
     if isinstance(circuits, Tensor):
         if circuits.dim() == 0:
-            raise ValueError(
-                "circuits must be a sequence of Tensors, or stacked (K, ..., V); got ()"
-            )
+            raise ValueError(f"{wanted}; got ()")
     elif isinstance(circuits, (Mapping, str)) or not _is_iterable(circuits):
-        raise TypeError(
-            f"circuits must be a sequence of Tensors, or one Tensor of them stacked (K, ..., V); "
-            f"got {type(circuits).__name__}"
-        )
+        values = ": pass its values()" if isinstance(circuits, Mapping) else ""
+        raise TypeError(f"{wanted}; got {type(circuits).__name__}{values}{_with_logits(circuits)}")
 
 
 def _is_iterable(value: object) -> bool:
@@ -193,16 +206,26 @@ def check_pair(
             f"vocab_size={source}"
         )
     if circuit.shape != reference.shape:
-        # A circuit of the reference's shape, taken for a sequence of circuits, falls into such.
-        single = name == "circuits[0]" and circuit.shape == reference.shape[1:]
         raise ValueError(
             f"{name} and reference must have the same shape, got {tuple(circuit.shape)} and "
-            f"{tuple(reference.shape)}{source}{_SINGLE if single else ''}"
+            f"{tuple(reference.shape)}{source}{_likely_mistake(circuit, reference, name)}"
         )
     raise ValueError(
         f"{name} and reference must be on the same device, got {circuit.device} and "
         f"{reference.device}"
     )
+
+
+def _likely_mistake(circuit: Tensor, reference: Tensor, name: str) -> str:
+    """Say which call was meant, if shapes that differ by leading dimensions tell."""
+    if name == "circuit" and circuit.shape[1:] == reference.shape:
+        return "; circuits that are stacked go to kl_div_many"
+    # A circuit of the reference's shape, taken for a sequence of circuits, falls into such.
+    if name == "circuits[0]" and circuit.shape == reference.shape[1:]:
+        return _SINGLE
+    if name == "circuits[0]" and circuit.shape == reference.shape[2:]:
+        return "; the circuits come first, then the reference"
+    return ""
 
 
 def check_rows(
@@ -276,6 +299,15 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model must have an out_slice, the index that picks the logits from its output "
             f"(for example (slice(None), -1)); {type(model).__name__} has none"
+        )
+
+
+def check_compare_to_clean(compare_to_clean: object) -> None:
+    """Refuse what does not say yes or no, such as the name of the prompts."""
+    if not isinstance(compare_to_clean, (Integral, np.bool_)):
+        raise TypeError(
+            f"compare_to_clean must be True, for clean prompts, or False, for corrupt ones; "
+            f"got {compare_to_clean!r}"
         )
 
 
@@ -384,9 +416,12 @@ def _count(n: int, one: str, many: str | None = None) -> str:
 
 def not_in_this_folder(what: str, why: str) -> str:
     """Say that something that is built with the package is not where it is imported from."""
+    folder = Path(__file__).parent
+    if not (folder.parent / "setup.py").exists():
+        return f"{what} not in {folder}: {why}"
     return (
-        f"{what} not in {Path(__file__).parent}: either {why}, or Python, run in a clone, imports the "
-        "clone and not what pip installed elsewhere"
+        f"{what} not in {folder}: either {why}, or Python, run in a clone, imports the clone and not "
+        "what pip installed elsewhere"
     )
 
 

@@ -114,7 +114,7 @@ def kl_div(
     Returns
     -------
     Tensor, or (Tensor, KLStatistics) with `return_stats`
-        A scalar, or (...) for "none", in nats; float64 if an input is float64, else float32. It is never
+        A scalar, or (...) for "none", in nats; float64 if a side's logits are, else float32. It is never
         negative (unless weights are), and exactly 0 for identical rows. A row with a NaN or +inf, or
         with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
         +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
@@ -312,23 +312,24 @@ def js_div(
     circuit, reference : Tensor (..., V)
         Logits, as for :func:`kl_div`.
     beta : float
-        The reference's weight in the mixture, between 0 and 1. At 0.5 the divergence is symmetric and
-        at most log 2. PyTorch's formula is good to some 1e-8 / β of itself for small β, and alike for
-        1 - β; the native kernel loses no digits there, and counts a β below 1e-30 as 1e-30.
+        The reference's weight in the mixture, more than 0 and less than 1. At 0.5 the divergence is
+        symmetric and at most log 2. PyTorch's formula is good to some 1e-8 / β of itself for small β,
+        and alike for 1 - β; the native kernel loses no digits there, and counts a β below 1e-30 as
+        1e-30.
     reduction, temperature, mask, weights, vocab_size, backend
         As for :func:`kl_div`.
 
     Returns
     -------
     Tensor
-        A scalar, or (...) for "none"; float64 if an input is float64, else float32. Never negative, 0
+        A scalar, or (...) for "none"; float64 if a side's logits are, else float32. Never negative, 0
         for identical rows, and finite where a token is masked (-inf) on one side only; a row with a NaN
         or +inf, or with only -inf, is NaN.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`kl_div`, and where beta is not between 0 and 1.
+        As :func:`kl_div`, and where beta is not a number between 0 and 1.
 
     Notes
     -----

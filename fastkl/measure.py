@@ -135,6 +135,7 @@ def measure_kl_div(
         return []
     errors.check_model(model)
     errors.check_dataloader(dataloader)
+    errors.check_compare_to_clean(compare_to_clean)
     errors.check_vocab_size(vocab_size)
     errors.check_backend(backend)
     backends.requested(backend)

@@ -26,7 +26,9 @@ class KLDivLoss(torch.nn.Module):
 
     No drop-in for :class:`torch.nn.KLDivLoss`, though called alike: `target` is logits or
     log-probabilities (which are logits, too), never probabilities, which are torch's default; and "mean"
-    is a mean over rows, which torch calls "batchmean" of logits (R, V), not over all elements.
+    is a mean over rows, which torch calls "batchmean" of logits (R, V), not over all elements. Called as
+    ``loss(input, target, mask=None, weights=None)``; errors call the input circuit, and the target
+    reference.
 
     Parameters
     ----------
@@ -85,7 +87,7 @@ class KLDivLoss(torch.nn.Module):
         Parameters
         ----------
         input : Tensor (..., V)
-            Logits of the circuit, as errors call it.
+            Logits of the circuit.
         target : Tensor (..., V)
             Logits of the reference; the same shape and device.
         mask : Tensor (...), bool, optional
@@ -124,10 +126,13 @@ class JSDivLoss(torch.nn.Module):
     .. math:: JS = β KL(P ‖ M) + (1 - β) KL(Q ‖ M), \quad M = βP + (1 - β) Q,
         \quad P = softmax(target), \quad Q = softmax(input)
 
+    Called as ``loss(input, target, mask=None, weights=None)``; errors call the input circuit, and the
+    target reference.
+
     Parameters
     ----------
     beta : float
-        The target's weight in the mixture, between 0 and 1.
+        The target's weight in the mixture, more than 0 and less than 1.
     reduction : {"mean", "sum", "none", "batchmean"}
         What is done with the rows' divergences; "none" keeps them.
     temperature : float

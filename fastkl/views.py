@@ -47,18 +47,25 @@ def as_rows(logits: Tensor) -> Tensor:
 def with_gaps(logits: Sequence[Tensor]) -> tuple[list[Tensor], Window | None]:
     """Return rows (N, V) of all logits, (R, V) or (B, S, V) alike, and which ones were asked for.
 
-    Logits (B, S, V) that all lie alike are taken with the rows in their gaps, which are measured for
-    nothing, rather than copied.
+    Logits (B, S, V) whose gaps are as many rows long in all are taken with the rows in them, which are
+    measured for nothing, rather than copied. The rows themselves may be padded differently.
     """
-    first = logits[0]
-    if first.dim() == 3 and all(t.stride() == first.stride() for t in logits):
-        (n_prompts, n_positions, n_cols), (far, near, element) = first.shape, first.stride()
-        step = far // near if near else 0
-        whole = near * step == far and (element == 1 or n_cols == 1)
-        if whole and n_positions <= step <= _MOST * n_positions:
+    if logits[0].dim() == 3:
+        n_prompts, n_positions, n_cols = logits[0].shape
+        steps = {_step(t) for t in logits}
+        step = steps.pop()
+        if not steps and n_positions <= step <= _MOST * n_positions:
             shape = (n_prompts - 1) * step + n_positions, n_cols
-            return [t.as_strided(shape, (near, 1)) for t in logits], (n_positions, step)
+            return [t.as_strided(shape, (t.stride(1), 1)) for t in logits], (n_positions, step)
     return [as_rows(t) for t in logits], None
+
+
+def _step(logits: Tensor) -> int:
+    """Return how many rows (B, S, V) lie from one prompt's first to the next one's; 0 if no number."""
+    far, near, element = logits.stride()
+    if near == 0 or far % near or (element != 1 and logits.shape[2] != 1):
+        return 0
+    return far // near
 
 
 def asked_for(values: Tensor, window: Window | None) -> Tensor:

@@ -112,7 +112,7 @@ def test_backends_honors_the_environment(capsys, monkeypatch):
     assert chosen(capsys) == {"CPU tensors": "eager (FASTKL_BACKEND)"}
     monkeypatch.setattr(triton, "missing", lambda *_: "no card")
     monkeypatch.setenv("FASTKL_BACKEND", "triton")
-    refusal = "FASTKL_BACKEND='triton' was requested but cannot be used here: no card"
+    refusal = "none: FASTKL_BACKEND='triton' was requested but cannot be used here: no card"
     assert chosen(capsys, code=1) == {"CPU tensors": refusal}
     monkeypatch.setenv("FASTKL_BACKEND", "abacus")
     assert "FASTKL_BACKEND must be one of" in chosen(capsys, code=1)["CPU tensors"]
@@ -127,7 +127,7 @@ def test_a_backend_for_cards_alone_is_no_mistake_where_there_is_one(capsys, monk
     monkeypatch.setenv("FASTKL_BACKEND", "triton")
     assert chosen(capsys) == {
         "CPU tensors": (
-            "FASTKL_BACKEND='triton' was requested but cannot be used here: no card's tensors"
+            "none: FASTKL_BACKEND='triton' was requested but cannot be used here: no card's tensors"
         ),
         "CUDA tensors": "triton (FASTKL_BACKEND)",
     }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastkl
+from fastkl import errors
 from fastkl.backends import triton
 
 F32 = torch.zeros(2, 5)
@@ -35,7 +36,19 @@ KL_DIV = {
         r"same vocabulary, got 151936 tokens in shape \(1, 151936\) and 152064 in \(1, 152064\)",
     ),
     "rows": (F32, F32[:1], ValueError, r"same shape, got \(2, 5\) and \(1, 5\)"),
-    "dimensions": (F32, F32[None], ValueError, r"same shape, got \(2, 5\) and \(1, 2, 5\)"),
+    "dimensions": (F32, F32[None], ValueError, r"same shape, got \(2, 5\) and \(1, 2, 5\)$"),
+    "stacked": (
+        F32[None],
+        F32,
+        ValueError,
+        r"\(2, 5\); circuits that are stacked go to kl_div_many$",
+    ),
+    "an output": (
+        SimpleNamespace(logits=F32),
+        F32,
+        TypeError,
+        "Namespace; it has .logits: pass those$",
+    ),
     "devices": (F32.to("meta"), F32, ValueError, "same device, got meta and cpu"),
 }
 
@@ -48,9 +61,14 @@ def test_kl_div(case):
 
 
 CIRCUITS = {
-    "nothing": (None, TypeError, "circuits must be a sequence of Tensors, .* got NoneType"),
-    "a mapping": ({"a": F32}, TypeError, "circuits must be a sequence of Tensors, .* got dict"),
-    "a name": ("ab", TypeError, "circuits must be a sequence of Tensors, .* got str"),
+    "nothing": (None, TypeError, "circuits must be an iterable of Tensors, .* got NoneType$"),
+    "a mapping": (
+        {"a": F32},
+        TypeError,
+        r"an iterable of Tensors, .* got dict: pass its values\(\)$",
+    ),
+    "a name": ("ab", TypeError, "circuits must be an iterable of Tensors, .* got str$"),
+    "an output": (SimpleNamespace(logits=F32), TypeError, "SimpleNamespace; it has .logits: pass"),
     "a scalar": (F32[0, 0], ValueError, r"circuits must be .* stacked \(K, \.\.\., V\); got \(\)"),
 }
 
@@ -60,6 +78,13 @@ def test_circuits_that_are_no_sequence(case):
     circuits, error, text = CIRCUITS[case]
     with pytest.raises(error, match=text):
         fastkl.kl_div_many(circuits, F32)
+
+
+def test_a_reference_that_comes_first():
+    with pytest.raises(
+        ValueError, match=r"same shape, .*; the circuits come first, then the reference$"
+    ):
+        fastkl.kl_div_many(F32, F32.expand(3, 2, 5))
 
 
 @pytest.mark.parametrize("circuit", [F32, F32[0], F32[:, None]])
@@ -85,7 +110,7 @@ def test_sparse_values_of_rows(name, values):
 
 MASKS = {
     "integers": (F32[:, 0].long(), r"got torch.int64: pass mask.bool\(\)$"),
-    "floating": (F32[:, 0], "True for rows that count; got torch.float32$"),
+    "floating": (F32[:, 0], r"torch.float32: pass mask.bool\(\); fractions go into weights$"),
 }
 
 
@@ -100,7 +125,7 @@ def test_masks_that_are_not_boolean(case):
 def test_numbers_out_of_range(number):
     with pytest.raises(ValueError, match=r"temperature must be positive and finite, got -?[1n]"):
         fastkl.kl_div(F32, F32, temperature=number)
-    with pytest.raises(ValueError, match=r"beta must lie between 0 and 1, got -?[1n]"):
+    with pytest.raises(ValueError, match=r"beta must be more than 0 and less than 1, got -?[1n]"):
         fastkl.js_div(F32, F32, beta=number)
 
 
@@ -121,7 +146,12 @@ NUMBERS = {
     "a parameter": (
         fastkl.js_div,
         {"beta": torch.nn.Parameter(F32[:1, 0])},
-        r"beta must be a number, got Parameter: pass beta.item\(\)$",
+        "beta must be a number, got Parameter: there is no gradient with respect to beta$",
+    ),
+    "a learned temperature": (
+        fastkl.kl_div,
+        {"temperature": torch.nn.Parameter(F32[0, 0])},
+        "got Parameter: there is no gradient .* to learn it, divide the logits of both sides by it$",
     ),
     "a tensor of many": (fastkl.kl_div, {"temperature": F32}, "must be a number, got Tensor$"),
     "a boolean beta": (fastkl.js_div, {"beta": True}, "beta must be a number, got bool"),
@@ -135,6 +165,17 @@ def test_what_is_no_number(case):
     function, keywords, text = NUMBERS[case]
     with pytest.raises(TypeError, match=text):
         function(F32, F32, **keywords)
+
+
+@pytest.mark.parametrize("clone", [True, False])
+def test_what_was_not_built_may_lie_elsewhere_in_a_clone_alone(monkeypatch, tmp_path, clone):
+    if clone:
+        (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "fastkl" / "errors.py"))
+    said = errors.not_in_this_folder("the kernel is", "it was not built")
+    assert said.startswith(f"the kernel is not in {tmp_path / 'fastkl'}: ")
+    assert "it was not built" in said
+    assert ("imports the clone" in said) is clone
 
 
 LOSSES = {

@@ -5,6 +5,7 @@ import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import tqdm.auto
@@ -145,6 +146,24 @@ def test_positional_like_auto_circuit():
     assert fastkl.measure_kl_div(model, loader, outs) == fastkl.measure_kl_div(
         model=model, dataloader=loader, circuit_outs=outs, compare_to_clean=True
     )
+
+
+@pytest.mark.parametrize("no", [False, 0, np.bool_(False)], ids=["bool", "int", "NumPy's"])
+def test_no_is_no(no):
+    model, loader = Model(LAST), Loader()
+    outs = circuits_for(model, loader)
+    found = fastkl.measure_kl_div(model, loader, outs, no)
+    assert found == fastkl.measure_kl_div(model, loader, outs, compare_to_clean=False)
+    assert found != fastkl.measure_kl_div(model, loader, outs, compare_to_clean=True)
+
+
+def test_the_name_of_the_prompts_is_neither():
+    model, loader = Model(LAST), Loader()
+    with pytest.raises(
+        TypeError, match=r"must be True, for clean .* for corrupt ones; got 'corrupt'"
+    ):
+        fastkl.measure_kl_div(model, loader, circuits_for(model, loader), "corrupt")
+    assert (model.calls, loader.iterations) == ([], 0)
 
 
 def test_edge_counts_pass_through():

@@ -21,6 +21,7 @@ import fastkl
 from bench import memory
 from fastkl import operator
 from fastkl.backends import triton
+from fastkl.views import with_gaps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TORCH_2_13 = torch.__version__.startswith("2.13.")
@@ -459,6 +460,23 @@ def test_views_with_gaps(pair, function, view):
     found = function(*(t[:, :, 1:] for t in stacked), reduction="none")
     expected = function(*(t[:, :, 1:].contiguous() for t in stacked), reduction="none")
     assert torch.equal(found, expected)
+
+
+def test_views_with_gaps_that_are_padded_differently(pair):
+    """Shifted logits of vocabularies of which each is padded to a size of its own: none is copied."""
+    (n_prompts, n_positions, n_cols), wide = pair[0].shape, []
+    for t, padding in zip(pair, (3, 8), strict=True):
+        padded = torch.full((n_prompts, n_positions, n_cols + padding), torch.nan)
+        padded[..., :n_cols] = t
+        wide.append(padded[:, :-1])
+    found = fastkl.kl_div(*wide, vocab_size=n_cols, reduction="none")
+    expected = fastkl.kl_div(*(t[:, :-1].contiguous() for t in pair), reduction="none")
+    assert torch.equal(found, expected)
+    taken, window = with_gaps([t[..., :n_cols] for t in wide])
+    assert window == (n_positions - 1, n_positions)
+    assert [t.data_ptr() for t in taken] == [t.data_ptr() for t in wide]
+    # Gaps of other lengths have no rows in common.
+    assert with_gaps([pair[0][:, :-1], pair[1][:, :-1].contiguous()])[1] is None
 
 
 def test_rows_in_the_gaps_do_not_count(pair):

@@ -271,7 +271,7 @@ def _matrix(rows: Tensor) -> _Matrix:
 
 def _level(extension: ModuleType) -> str:
     best: str = extension.levels()[0]
-    return os.environ.get(LEVEL_VARIABLE) or best
+    return os.environ.get(LEVEL_VARIABLE, "").lower() or best
 
 
 def _level_problem(extension: ModuleType) -> str | None:
