@@ -11,12 +11,14 @@ second order like the divergence itself::
     near    β P r(u w) + u Q r(β z)       r(x) = x - log(1 + x)
     far     where a token is likelier in P: -P ((β + u e) log(β + u e) + u e |d|)    e = Q/P = e^(-|d|)
             where in Q: the same with P and Q, and β and u, the other way round
+    light   the far form of a likelier side of little weight, whose terms of order 1 would cancel:
+            P (β |d| - e (1 + s) log(1 + s))     s = β (e^|d| - 1) < 1
 
 The gradients are softmaxes' of what a token's mass is worth::
 
     dJS/dq = u Q (log Q/M - Σ Q log Q/M)        dJS/dp = β P (log P/M - Σ P log P/M)
 
-so that what all d = log P/Q are off by alike cancels.
+so that what all d = log P/Q are off by alike cancels, and each log may be counted from any number.
 
 References
 ----------
@@ -25,6 +27,8 @@ References
 .. [2] R. Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649 (2023).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +36,8 @@ from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, read, row_sums
 
 # |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
 _NEAR = 0.25
+# From here on log(1 + e^x) is x, to the last digit of a float64; float32 holds e^x.
+_EXACT_BEYOND = 40
 
 
 @torch.no_grad()
@@ -56,7 +62,12 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         rest = torch.where(mixture < 0.5, torch.log(mixture), rest)
         # Of no mass there is nothing to weigh: not 0 · inf.
         shift = torch.where(e == 0, 0.0, other * e * size)
-        far = -most * (mixture * rest + shift)
+        rise = own * torch.expm1(size.clamp(max=_largest_exponent(dtype)))
+        far = torch.where(
+            (own < 0.5) & (rise < 1),
+            own * size - mixture * torch.log1p(rise),
+            -(mixture * rest + shift),
+        ).mul_(most)
         inner = d.clamp(-_NEAR, _NEAR)
         near = beta * p * _excess((1 - beta) * torch.expm1(-inner))
         near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
@@ -92,16 +103,17 @@ def js_gradients(
         d = _log_ratio(cir, ref, temperature)
         scale = torch.where(ref.defined & cir.defined, grad[rows, None].double(), torch.nan)
         scale = scale / temperature
-        for out, side, sign, weight in (
-            (sides[0], cir, -1, 1 - beta),
-            (sides[1], ref, 1, beta),
+        for out, side, sign, weight, other in (
+            (sides[0], cir, -1, 1 - beta, beta),
+            (sides[1], ref, 1, beta, 1 - beta),
         ):
             if out is None:
                 continue
             mass = _masses(side)
-            worth = torch.where(mass == 0, 0.0, _log_of_mixture(sign * d, weight))
+            top = mass.argmax(-1, keepdim=True)
+            worth = torch.where(mass == 0, 0.0, _worths(sign * d, weight, other, top))
             # Where one token has nearly all mass the mean is its worth, to the last few digits.
-            worth -= worth.gather(-1, mass.argmax(-1, keepdim=True))
+            worth -= worth.gather(-1, top)
             worth -= row_sums(mass * worth).to(dtype)
             t = worth.mul_(mass).mul_((scale * weight).to(dtype))
             t = torch.where(mass == 0, torch.where(scale.isnan(), torch.nan, 0.0).to(dtype), t)
@@ -132,10 +144,31 @@ def _excess(x: Tensor) -> Tensor:
     return y * (x - 2 * square * series)
 
 
-def _log_of_mixture(d: Tensor, weight: float) -> Tensor:
-    """Return log A/M for d = log A/B and M = weight · A + (1 - weight) · B."""
-    other = 1 - weight
-    # Near 0 by its distance from 1. Where B has more mass by far, that would overflow.
-    near = -torch.log1p(other * torch.expm1(-d.clamp(min=-1.0)))
-    far = d - torch.log(other + weight * torch.exp(d.clamp(max=0.0)))
-    return torch.where(d < -1, far, near)
+def _worths(d: Tensor, weight: float, other: float, top: Tensor) -> Tensor:
+    """Return log A/M for d = log A/B and M = weight · A + other · B, less a number of each row's.
+
+    Tokens of which A has nearly all are worth about -log(weight) each, and in rows whose likeliest
+    (R, 1) is one of them what they differ by is what counts: those are counted from there.
+    """
+    limit = math.log(other) - math.log(weight)
+    from_zero = d.gather(-1, top) <= max(limit, 1.0)
+    worths = _log_of_mixture(d, weight, other)
+    # Asking another device than the CPU would wait for it.
+    if d.device.type == "cpu" and from_zero.all():
+        return worths
+    counted = torch.nn.functional.softplus(limit - d, threshold=_EXACT_BEYOND).neg_()
+    return torch.where(from_zero, worths, counted)
+
+
+def _log_of_mixture(d: Tensor, weight: float, other: float) -> Tensor:
+    """Return log A/M for d = log A/B and M = weight · A + other · B."""
+    # By the distance of M/A from 1, unless one side is nearly all of M.
+    rise = other * torch.expm1(-d.clamp(min=-_largest_exponent(d.dtype)))
+    e = torch.exp(-d.abs())
+    far = d.clamp(max=0.0) - torch.log(torch.where(d > 0, weight + other * e, other + weight * e))
+    return torch.where((rise - 0.25).abs() < 0.75, -torch.log1p(rise), far)
+
+
+def _largest_exponent(dtype: torch.dtype) -> float:
+    """Return an x whose e^x a dtype can hold, and not much more."""
+    return math.log(torch.finfo(dtype).max) - 1

@@ -83,6 +83,22 @@ def test_against_float64(js_rows, noise, beta):
     assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
 
 
+@pytest.mark.parametrize("beta", [1e-8, 1e-5, 1e-3, 0.1, 1 - 1e-3, 1 - 1e-5])
+def test_a_side_of_little_weight(js_rows, gradients, generator, beta):
+    """What is left of the other side's terms, which nearly cancel, is of the size of the weight."""
+    for noise in (0.1, 0.3, 1, 3, 10):
+        circuit, reference = make(generator, 24, 500, noise)
+        sides = circuit.double(), reference.double()
+        wide = jensen_shannon.js_rows(*sides, beta, 1.0)
+        exact = definition(*sides, beta)
+        assert ((wide - exact).abs() <= 1e-12 * exact + 1e-14).all()
+        found = js_rows(circuit, reference, beta)
+        assert ((found - wide).abs() <= RELATIVE * wide + ABSOLUTE * min(beta, 1 - beta)).all()
+        expected = jensen_shannon.js_gradients(torch.ones(24), *sides, beta, 1.0, True, True)
+        for ours, theirs in zip(gradients(circuit, reference, beta), expected, strict=True):
+            assert ((ours.double() - theirs).norm(dim=-1) <= 1e-5 * theirs.norm(dim=-1)).all()
+
+
 @pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 8193])
 def test_vocabularies(js_rows, generator, n_cols):
     """Groups of 16 tokens and blocks of 8192, and what is left of them."""
