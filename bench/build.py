@@ -56,13 +56,21 @@ def gpu_target(name: str) -> GPUTarget:
 
 
 def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options):
-    """Compile a @triton.jit function with no GPU; `divisible` names arguments that 16 divides."""
+    """Compile a @triton.jit function with no GPU; `divisible` names arguments that 16 divides.
+
+    Tensors are taken to be of less than 2 GB, of which Triton tells AMD's compiler.
+    """
     names = list(fn.arg_names)
+    attrs = {n: [["tt.divisibility", 16]] for n in divisible}
+    if target.backend == "hip":
+        for n in names:
+            if n not in constexprs and str(signature[n]).startswith("*"):
+                attrs[n] = [*attrs.get(n, []), ["tt.pointer_range", 32]]
     source = ASTSource(
         fn=fn,
         signature={n: "constexpr" if n in constexprs else signature[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constexprs.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+        attrs={(names.index(n),): attr for n, attr in attrs.items()},
     )
     return triton_compile(source, target=target, options=options)
 
@@ -70,14 +78,18 @@ def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options
 def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, list[str]]:
     """Return (signature, constexprs, divisible) as Triton derives them from a launch's arguments.
 
-    Allocations are multiples of 16 bytes; a number that 16 divides is compiled as such, and the
-    number 1 as a constant, unless the kernel forbids it.
+    Allocations are multiples of 16 bytes; an address or a number that 16 divides is compiled as such,
+    and the number 1 as a constant, unless the kernel forbids it.
     """
     # In Triton's interpreter a kernel is another object, and only knows its Python function.
     function = fn if isinstance(fn, JITFunction) else JITFunction(fn.fn, **fn.rewriter.kwargs)
     parameters = {parameter.name: parameter for parameter in function.params}
     signature, constexprs, divisible = {"p_ptr": f"*{dtype}", **POINTERS}, {}, []
-    divisible += [name for name in signature if name in parameters]
+    divisible += [
+        name
+        for name in signature
+        if name in parameters and not parameters[name].do_not_specialize_on_alignment
+    ]
     for name, value in numbers.items():
         if name not in parameters:
             continue

@@ -83,7 +83,7 @@ class EmulatedKernel:
             else:
                 fits = -(2**31) <= value < 2**31
                 signature[name] = parameter.annotation_type or ("i32" if fits else "i64")
-            if free and value % 16 == 0:
+            if free and not parameter.do_not_specialize_on_alignment and value % 16 == 0:
                 divisible.append(name)
         module = compiled(
             self.name,

@@ -402,19 +402,21 @@ def test_offsets_beyond_31_bits(generator):
 
 
 def test_sizes_do_not_recompile(generator):
-    """One row or many, 4 circuits or 8, odd or round vocabularies: the same machine code."""
+    """One row or many, 4 circuits or 8, odd or round vocabularies, from any address: one code."""
     compiled.cache_clear()
     misses = set()
-    for n_rows, n_cols, n_circuits in (
-        (2, 700, 4),
-        (1, 16, 4),
-        (3, 1, 8),
-        (16, 64, 4),
-        (1, 3000, 4),
+    for n_rows, n_cols, n_circuits, start in (
+        (2, 700, 4, 0),
+        (1, 16, 4, 0),
+        (3, 1, 8, 0),
+        (16, 64, 4, 0),
+        (1, 3000, 4, 0),
+        (2, 700, 4, 1),
     ):
-        reference = torch.randn(n_rows, n_cols, generator=generator)
+        reference = torch.randn(start + n_rows * n_cols, generator=generator)[start:]
+        reference = reference.view(n_rows, n_cols)
         circuits = [reference.clone() for _ in range(n_circuits)]
-        grad = torch.ones(n_circuits, n_rows)
+        grad = torch.ones(start + n_circuits * n_rows)[start:].view(n_circuits, n_rows)
         emulate_gradients(grad, circuits, reference, [True] * n_circuits, True, arch=80)
         misses.add(compiled.cache_info().misses)
     # The forward's two kernels, the gradients', and the one that fills the table, the first time.

@@ -11,7 +11,7 @@ import triton.language as tl
 from .algebra import N_KEPT, NEAR, moved_differences, phi_over_square, weights
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
-# As in kernels.py: plain numbers at run time, whatever they are.
+# As in kernels.py: plain numbers at run time, whatever they are, and tensors that start anywhere.
 SIZES = (
     "p_row_stride",
     "grad_circuit_stride",
@@ -24,6 +24,7 @@ SIZES = (
     "unit",
     "inverse",
 )
+ANYWHERE = ("p_ptr", "grad_ptr")
 # 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
 CONFIDENT = tl.constexpr(0.0625)
 # A reference's logit that is no higher has no gradient. Of others, d is finite at temperatures from 3e-4
@@ -139,7 +140,7 @@ def differentiate(
         tl.store(dp_row + at + offsets, total.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def gradient_kernel(
     p_ptr,
     table_ptr,
@@ -229,7 +230,7 @@ def gradient_kernel(
             )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def top_kernel(
     p_ptr,
     table_ptr,

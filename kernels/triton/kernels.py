@@ -43,6 +43,9 @@ SIZES = (
     "unit",
     "inverse",
 )
+# Arguments whose tensors may start anywhere: what kernels know of a row's alignment they are told by
+# `lead` and `aligned`.
+ANYWHERE = ("p_ptr",)
 # What `pointer_table` adds to a number.
 DISGUISE = tl.constexpr(2**32)
 # Times that a row may be summed again, at the most: at its own pivot, the slices for which that matters;
@@ -244,7 +247,7 @@ def slice_of(part, slice_size, shift, first, n_cols):
     return begin, tl.minimum(first + (part + 1) * slice_size, shift + n_cols)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def partial_kernel(
     p_ptr,
     table_ptr,
@@ -443,7 +446,7 @@ def first_look(state, some, stretch, n_slices, KEEP: tl.constexpr):
     return state, look_at(state, unseen_p | unseen_q, stretch, n_slices, KEEP)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ANYWHERE)
 def finish_kernel(
     p_ptr,
     table_ptr,
@@ -509,7 +512,8 @@ def finish_kernel(
         at_maxima = finite == 0
         if at_maxima:
             base_p, base_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            again = index < n_slices
+            # A row without a divergence is done with.
+            again = (index < n_slices) & defined
         state = sum_again(
             state,
             again,
