@@ -185,9 +185,13 @@ def kl_rows(
     circuits: list[torch.Tensor], reference: torch.Tensor, backend: str, temperature: float = 1.0
 ) -> torch.Tensor:
     """Return the divergences (K, R) by a backend, on the device it runs on, back on the CPU."""
-    if backend == "triton" and ON_GPU:
-        circuits, reference = [to_device(c) for c in circuits], to_device(reference)
+    *circuits, reference = where_it_runs(backend, *circuits, reference)
     return functional.kl_rows(circuits, reference, temperature=temperature, backend=backend).cpu()
+
+
+def where_it_runs(backend: str, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return rows, or copies on the GPU, where a backend measures them."""
+    return [to_device(t) for t in rows] if backend == "triton" and ON_GPU else list(rows)
 
 
 def to_device(rows: torch.Tensor) -> torch.Tensor:

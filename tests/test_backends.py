@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import where_it_runs
 
 import fastkl
 from fastkl import backends
@@ -203,8 +204,9 @@ def test_float64_needs_eager():
     rows = ROWS.double()
     for name in ("triton", "native"):
         if fastkl.unavailable_backends().get(name) is None:
+            (placed,) = where_it_runs(name, rows)
             with pytest.raises(RuntimeError, match="float64"):
-                fastkl.kl_div(rows, rows, backend=name)
+                fastkl.kl_div(placed, placed, backend=name)
     assert fastkl.kl_div(rows, rows).dtype == torch.float64
 
 
@@ -227,7 +229,8 @@ def test_the_version_of_triton():
 
 
 def test_states_of_no_circuits(backend):
-    states = backends.choose(backend, CPU, torch.float32).row_states([], ROWS)
+    (rows,) = where_it_runs(backend, ROWS)
+    states = backends.choose(backend, rows.device, torch.float32).row_states([], rows)
     assert all(field.shape == (0, 2) for field in states)
 
 

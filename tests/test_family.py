@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from conftest import assert_matches, oracle, oracle_gradients
+from conftest import assert_matches, oracle, oracle_gradients, where_it_runs
 
 import fastkl
 from fastkl.statistics import statistics
@@ -25,7 +25,7 @@ def make(generator, n_rows, n_cols, noise, dtype=torch.float32):
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_reverse(generator, backend, largest_vocabulary, noise):
-    circuit, reference = make(generator, 3, largest_vocabulary, noise)
+    circuit, reference = where_it_runs(backend, *make(generator, 3, largest_vocabulary, noise))
     found = fastkl.kl_div(
         circuit, reference, direction="reverse", reduction="none", backend=backend
     )
@@ -64,7 +64,9 @@ def test_the_shared_gradient_of_reverse_is_rounded_once(generator, dtype):
 @pytest.mark.parametrize("noise", NOISES)
 def test_temperature(generator, backend, largest_vocabulary, noise, temperature):
     """Of the quotients as they are, not as float32 rounds them."""
-    circuit, reference = make(generator, 1 + (backend != "triton"), largest_vocabulary, noise)
+    n_rows = 1 + (backend != "triton")
+    rows = make(generator, n_rows, largest_vocabulary, noise)
+    circuit, reference = where_it_runs(backend, *rows)
     found = fastkl.kl_div(
         circuit, reference, temperature=temperature, reduction="none", backend=backend
     )
@@ -77,7 +79,8 @@ def test_temperature(generator, backend, largest_vocabulary, noise, temperature)
 @pytest.mark.parametrize("offset", [-100.0, 400.0])
 def test_temperature_of_logits_far_from_zero(generator, backend, offset, temperature):
     """As those of GPT-2 are: a quotient of the logits as they come would be rounded at their size."""
-    circuit, reference = make(generator, 2 if backend == "triton" else 6, 1500, 0.03)
+    rows = make(generator, 2 if backend == "triton" else 6, 1500, 0.03)
+    circuit, reference = where_it_runs(backend, *rows)
     circuit, reference = (t * min(1, 3 * temperature) + offset for t in (circuit, reference))
     found = fastkl.kl_div(
         circuit, reference, temperature=temperature, reduction="none", backend=backend

@@ -92,6 +92,8 @@ def test_another_backend_differentiates(pair, monkeypatch, then, now):
     for name in (then, now):
         if reason := fastkl.unavailable_backends().get(name):
             pytest.skip(reason)
+    if ON_GPU and now == "triton":
+        pytest.skip("no tensors are measured by both")
     exact = oracle_gradients(*(t.flatten(0, 1) for t in pair), torch.full((24,), 1 / 24))
     leaves = [t.clone().requires_grad_() for t in pair]
     monkeypatch.setenv("FASTKL_BACKEND", then)
