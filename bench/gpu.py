@@ -3,17 +3,21 @@
 Every result is checked against float64 before it is timed, and not timed if it is off. The inputs
 lie in so many copies that the level-two cache holds none of what comes next; all copies are taken
 in turn within one CUDA graph, and the time is the median of its replays over the number of copies.
-What does not fit in memory is skipped, and listed as such.
+Beside it stands the time of a call that is not captured, of many in a row: where that is longer, a
+card waits for its host. What does not fit in memory is skipped, and listed as such. What is measured
+is written after each case.
 
 GB/s counts every logit once: (K + 1)·R·V of them, whatever a peer really moves.
 """
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import platform
 import re
 import shlex
@@ -29,9 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastkl
+from bench import facts
 from bench.report import table
 
-FORMAT = 1
+FORMAT = 2
 # auto_circuit's last position of a prompt or a few; of common batches; every position of these.
 ROWS = (1, 16, 128, 256, 2560, 20480)
 # GPT-2, Llama 3, Qwen 2.5, Gemma 2.
@@ -39,11 +44,20 @@ VOCABULARIES = (50257, 128256, 151936, 256000)
 DTYPES = ("float32", "bfloat16")
 # One divergence, one group of the kernel, a sweep over circuits.
 CIRCUITS = (1, 4, 40)
+# A few minutes of these: what auto_circuit's users have, by fastkl and eager torch.
+QUICK_ROWS, QUICK_PEERS = (16, 256, 2560), ("fastkl", "eager")
 # What is touched between two uses of an input, in sizes of the level-two cache.
 CACHE_TURNOVER = 4
+# AMD's drivers do not tell of the last-level cache in front of the memory of an MI300.
+AMD_CACHE_BYTES = 256 * 2**20
 # Of the memory that is free, what the inputs and a peer's temporaries may take.
 MEMORY_SHARE = 0.9
 REPLAYS = 20
+# Seconds of replays that wake the clocks, and of one that is timed, at the least: a card's clock
+# counts half a microsecond, and the gap between two replays is one or two.
+WARM_UP, LEAST = 0.05, 0.002
+# Calls in a row that are not captured: so many, or fewer that take some hundredths of a second.
+CALLS, CALLS_SECONDS = 50, 0.02
 SEED = 20261123
 RESULTS = Path(__file__).parent / "results"
 # Datasheet bandwidths in bytes a second, by how the drivers call the cards.
@@ -52,8 +66,8 @@ DATASHEET = (
     (r"A100-SXM.-40GB", 1.555e12),
     (r"H100 80GB HBM3", 3.35e12),
     (r"H100 PCIe", 2.0e12),
-    (r"H200", 4.8e12),
-    (r"B200", 8.0e12),
+    (r"\bH200", 4.8e12),
+    (r"\bB200", 8.0e12),
     (r"RTX 3090$", 0.936e12),
     (r"RTX 4090$", 1.008e12),
     (r"RTX 5090$", 1.792e12),
@@ -119,6 +133,8 @@ class Timing:
     seconds: float
     fastest: float
     slowest: float
+    # Of a call that is not captured.
+    call_seconds: float
     peak_bytes: int
 
 
@@ -274,6 +290,8 @@ class Cuda:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.properties = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = getattr(self.properties, "L2_cache_size", 0) or 64 * 2**20
+        if torch.version.hip:
+            self.cache_bytes = max(self.cache_bytes, AMD_CACHE_BYTES)
 
     def describe(self) -> dict:
         """Return what the card is, and its driver."""
@@ -312,7 +330,22 @@ class Cuda:
         peak = torch.cuda.max_memory_allocated() - before
         runs = [lambda c=c, r=r: measure(c, r) for c, r in inputs]
         seconds = self._replay(runs)
-        return Timing(statistics.median(seconds), min(seconds), max(seconds), peak)
+        median = statistics.median(seconds)
+        call = self._call(runs, min(CALLS, math.ceil(CALLS_SECONDS / median)))
+        return Timing(median, min(seconds), max(seconds), call, peak)
+
+    def _call(self, runs: Sequence[Callable[[], object]], calls: int) -> float:
+        """Return the seconds a call of so many in a row."""
+        seconds = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for run in itertools.islice(itertools.cycle(runs), calls):
+                run()
+            end.record()
+            end.synchronize()
+            seconds.append(start.elapsed_time(end) / 1e3 / calls)
+        return statistics.median(seconds)
 
     def _replay(self, runs: Sequence[Callable[[], object]]) -> list[float]:
         """Return the seconds a run of each replay of a graph of all runs."""
@@ -325,16 +358,24 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [run() for run in runs]
-        seconds = []
-        for _ in range(REPLAYS + 3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3 / len(kept))
-        # The first replays upload the graph and wake the clocks.
-        return seconds[3:]
+        # The first replay uploads the graph; those after it wake the clocks.
+        _replays(graph, 1)
+        times = max(1, math.ceil(WARM_UP / _replays(graph, 1)))
+        times = max(1, math.ceil(LEAST * times / _replays(graph, times)))
+        return [_replays(graph, times) / times / len(kept) for _ in range(REPLAYS)]
+
+
+def _replays(graph: torch.cuda.CUDAGraph, times: int) -> float:
+    """Return the seconds of some replays in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # One more before them: what the host takes to launch the first that counts is not the card's.
+    graph.replay()
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _driver() -> str | None:
@@ -361,31 +402,38 @@ def measure_cases(
     cases: Sequence[Case], peers: Sequence[Peer], card: Cuda
 ) -> Iterator[tuple[Case, Peer, dict | str]]:
     """Yield what each peer measures of each case, or why it does not."""
+    inputs: list[tuple[list[Tensor], Tensor]] = []
     for case in cases:
+        # Those of the last case would count as taken.
+        inputs = []
         free = card.free_bytes()
-        inputs: list[tuple[list[Tensor], Tensor]] = []
         expected = None
         for peer in peers:
             if reason := peer.missing() or too_large(case, peer, free, card.cache_bytes):
                 yield case, peer, reason
                 continue
-            if not inputs:
-                inputs = [
-                    make_inputs(case, card.device) for _ in range(case.copies(card.cache_bytes))
-                ]
-                expected = exact(*inputs[0])
-            measure = peer.prepare()
             try:
+                if not inputs:
+                    copies = range(case.copies(card.cache_bytes))
+                    inputs = [make_inputs(case, card.device) for _ in copies]
+                    expected = exact(*inputs[0])
+                measure = peer.prepare()
                 absolute, relative = check(peer, case, measure(*inputs[0]), expected)
                 timing = card.time(measure, inputs)
             except WrongResultError as error:
                 yield case, peer, f"wrong, so not timed: {error}"
-                continue
             except torch.OutOfMemoryError as error:
                 # What a peer holds is an estimate; one that is off must not end the run.
-                yield case, peer, f"out of memory: {str(error).splitlines()[0]}"
-                continue
-            yield case, peer, result(case, peer, timing, absolute, relative)
+                yield case, peer, f"out of memory: {_first_line(error)}"
+            except Exception as error:
+                # A card's time is dear: what one peer trips over must not end the others' either.
+                yield case, peer, f"failed: {type(error).__name__}: {_first_line(error)}"
+            else:
+                yield case, peer, result(case, peer, timing, absolute, relative)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def result(case: Case, peer: Peer, timing: Timing, absolute: float, relative: float) -> dict:
@@ -396,6 +444,7 @@ def result(case: Case, peer: Peer, timing: Timing, absolute: float, relative: fl
         "microseconds": timing.seconds * 1e6,
         "fastest_microseconds": timing.fastest * 1e6,
         "slowest_microseconds": timing.slowest * 1e6,
+        "call_microseconds": timing.call_seconds * 1e6,
         "needed_bytes": case.needed_bytes,
         "gb_per_s": case.needed_bytes / timing.seconds / 1e9,
         "peak_bytes": timing.peak_bytes,
@@ -417,9 +466,10 @@ def report(
         "device": device,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": facts.commit(),
         "versions": _versions(),
-        "method": f"median of {REPLAYS} replays of a CUDA graph over copies of the inputs that "
-        f"cover {CACHE_TURNOVER} times the level-two cache",
+        "method": f"median of {REPLAYS} timings of a CUDA graph's replays over copies of the inputs "
+        f"that cover {CACHE_TURNOVER} times the level-two cache",
         "copy_gb_per_s": copy_bandwidth / 1e9,
         "datasheet_gb_per_s": datasheet and datasheet / 1e9,
         "results": results,
@@ -477,8 +527,8 @@ def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
 
 def markdown(document: dict) -> str:
     """Return the README's table: every peer at GPT-2's vocabulary, and what was measured on what."""
-    heading = ["peer", "dtype", "K", "rows", "µs", "GB/s", "of copy", "of datasheet", "MB", "error"]
-    rows = [heading]
+    measured = ["µs", "µs, not captured", "GB/s", "of copy", "of datasheet", "MB", "error"]
+    rows = [["peer", "dtype", "K", "rows", *measured]]
     for entry in document["results"]:
         if entry["n_cols"] != VOCABULARIES[0]:
             continue
@@ -486,50 +536,59 @@ def markdown(document: dict) -> str:
         rows.append(
             [
                 *(entry["peer"], entry["dtype"], str(entry["n_circuits"]), str(entry["n_rows"])),
-                *(f"{entry['microseconds']:.1f}", f"{entry['gb_per_s']:.0f}"),
+                *(f"{entry['microseconds']:.1f}", f"{entry['call_microseconds']:.1f}"),
+                f"{entry['gb_per_s']:.0f}",
                 *(f"{entry['share_of_copy']:.0%}", "–" if share is None else f"{share:.0%}"),
                 *(f"{entry['peak_bytes'] / 1e6:.1f}", f"{entry['max_absolute_error']:.0e}"),
             ]
         )
     device, versions = document["device"], document["versions"]
+    made_of = f"torch {versions['torch']}, triton {versions['triton']}"
+    commit = (document["commit"] or "unknown")[:12]
     caption = (
-        f"{device['name']}, driver {device['driver']}, torch {versions['torch']}, triton "
-        f"{versions['triton']}, {document['date'][:10]}, V = {VOCABULARIES[0]}; {document['method']}. "
+        f"{device['name']}, driver {device['driver']}, {made_of}, {document['date'][:10]}, commit "
+        f"{commit}, V = {VOCABULARIES[0]}; {document['method']}. "
         f"GB/s counts every logit once; a copy reaches {document['copy_gb_per_s']:.0f} GB/s. "
         f"{len(document['skipped'])} skipped; all in bench/results/gpu.json."
     )
     return f"{table(rows)}\n\n{caption}"
 
 
-def write(document: dict, folder: Path) -> list[Path]:
-    """Write gpu.json and gpu.png; returns their paths."""
+def write(document: dict, folder: Path) -> Path:
+    """Write gpu.json; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "gpu.json", folder / "gpu.png"]
-    paths[0].write_text(json.dumps(document, indent=1) + "\n")
-    plot(document, paths[1])
-    return paths
+    path = folder / "gpu.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument(
+        "--quick", action="store_true", help="a few minutes: GPT-2's vocabulary, fastkl and eager"
+    )
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--vocabularies", type=int, nargs="+")
     parser.add_argument(
         "--dtypes", nargs="+", default=DTYPES, choices=("float32", "bfloat16", "float16")
     )
     parser.add_argument("--circuits", type=int, nargs="+", default=CIRCUITS)
     names = [peer.name for peer in PEERS]
-    parser.add_argument("--peers", nargs="+", default=names, choices=names)
+    parser.add_argument("--peers", nargs="+", choices=names)
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of gpu.json and gpu.png"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
+    args.vocabularies = args.vocabularies or VOCABULARIES[: 1 if args.quick else None]
+    args.peers = args.peers or (QUICK_PEERS if args.quick else names)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print, write; returns the exit code: 2 without a card, 1 if fastkl is wrong."""
+    """Time, print, write; returns the exit code: 2 without a card, 1 if fastkl is wrong or fails."""
     args = _arguments(argv)
     if reason := missing_card():
         print(f"bench.gpu: nothing timed, nothing written: {reason}", file=sys.stderr)
@@ -537,28 +596,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if argv is None else argv)])
     card = Cuda()
     device, copy = card.describe(), card.copy_bandwidth()
-    print(f"{device['name']}, driver {device['driver']}: a copy reaches {copy / 1e9:.0f} GB/s")
+    say = functools.partial(print, flush=True)
+    say(f"{device['name']}, driver {device['driver']}: a copy reaches {copy / 1e9:.0f} GB/s")
     cases = grid(args.rows, args.vocabularies, args.dtypes, args.circuits)
     peers = [peer for peer in PEERS if peer.name in args.peers]
-    results, skipped = [], []
+    results, skipped, code = [], [], 0
+    document: dict = {}
     for case, peer, outcome in measure_cases(cases, peers, card):
         if isinstance(outcome, str):
             skipped.append({**asdict(case), "peer": peer.name, "reason": outcome})
-            print(f"{case!s:40} {peer.name:8} skipped: {outcome}")
-            if peer.name == "fastkl" and outcome.startswith("wrong"):
-                print("bench.gpu: nothing written, since fastkl is wrong", file=sys.stderr)
-                return 1
+            say(f"{case!s:40} {peer.name:8} skipped: {outcome}")
+            if peer.name == "fastkl" and outcome.startswith(("wrong", "failed")):
+                code = 1
         else:
             results.append(outcome)
             share = outcome["gb_per_s"] * 1e9 / copy
-            print(
-                f"{case!s:40} {peer.name:8} {outcome['microseconds']:12.1f} us "
+            say(
+                f"{case!s:40} {peer.name:8} {outcome['microseconds']:12.1f} us, "
+                f"{outcome['call_microseconds']:8.1f} not captured, "
                 f"{outcome['gb_per_s']:8.0f} GB/s {share:6.1%} of copy, "
                 f"{outcome['peak_bytes'] / 1e6:10.1f} MB, error {outcome['max_absolute_error']:.1e}"
             )
-    for path in write(report(device, command, copy, results, skipped), args.output):
-        print(f"written: {path}")
-    return 0
+        document = report(device, command, copy, results, skipped)
+        write(document, args.output)
+    say(f"written: {args.output / 'gpu.json'}")
+    if importlib.util.find_spec("matplotlib"):
+        plot(document, args.output / "gpu.png")
+    if code:
+        print("bench.gpu: fastkl is wrong, or fails: see above", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

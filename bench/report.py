@@ -1,8 +1,8 @@
 """Bring the README's tables up to date with bench/results: `python -m bench.report`.
 
 What stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` is replaced by what
-`bench.NAME.markdown` makes of bench/results/NAME.json. With --check nothing is written; the exit
-status is 1 if the README is stale.
+`bench.NAME.markdown` makes of bench/results/NAME.json; NAME_gpu is NAME measured on a card. With
+--check nothing is written; the exit status is 1 if the README is stale.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def render(name: str, results: Path = RESULTS) -> str:
     if not path.exists():
         return "Not measured yet."
     document = json.loads(path.read_text())
-    text: str = importlib.import_module(f"bench.{name}").markdown(document)
+    text: str = importlib.import_module(f"bench.{name.removesuffix('_gpu')}").markdown(document)
     return text
 
 

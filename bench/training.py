@@ -3,8 +3,8 @@
 The student's logits have a gradient, the teacher's have none; a second case differentiates both. Each
 peer's gradients are checked against float64 before it is timed, in turns with the others. Memory is
 measured in a process of its own and counts what is taken beyond the logits and their gradients. Writes
-training.json into bench/results unless --quick; then `python -m bench.report` brings the README up to
-date. On a CUDA device (--device cuda) times include waiting for it.
+training.json into bench/results unless --quick, or training_gpu.json of a CUDA device (--device cuda),
+whose times include waiting for it; then `python -m bench.report` brings the README up to date.
 """
 
 import argparse
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small inputs; writes only to --out")
-    parser.add_argument("--out", type=Path, help="folder for training.json")
+    parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -331,7 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out if options.quick else options.out or RESULTS
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "training.json").write_text(json.dumps(document, indent=1) + "\n")
+        name = "training.json" if options.device == "cpu" else "training_gpu.json"
+        (out / name).write_text(json.dumps(document, indent=1) + "\n")
     wrong = [e["wrong"] for c in document["cases"] for e in c["peers"].values() if "wrong" in e]
     print("".join(f"WRONG: {text}\n" for text in wrong), file=sys.stderr, end="")
     return 1 if any(text.startswith("fastkl ") for text in wrong) else 0

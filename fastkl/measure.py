@@ -79,7 +79,8 @@ def measure_kl_div(
         run, in any order.
     circuit_outs : mapping {edge_count: {batch key: Tensor}}
         Logits of each circuit for each batch, of the reference's shape and device: float32, float16,
-        bfloat16 or float64. Outputs that belong to no batch are left alone.
+        bfloat16 or float64. Outputs that belong to no batch are left alone, and each of the others is
+        fetched once, when its batch comes: the mappings may load them then.
     compare_to_clean : bool
         Whether the full model runs on the clean (True) or the corrupt (False) prompts.
     vocab_size : int, optional
@@ -203,10 +204,11 @@ def _outputs_for(
         # Asked first: a defaultdict would make up an entry.
         if key not in outputs:
             raise errors.missing_batch_key(edge_count, key, circuit_outs)
-        name = f"circuit_outs[{edge_count!r}][{key!r}]"
-        errors.check_logits(outputs[key], name)
-        errors.check_vocab_fits(vocab_size, outputs[key], name)
-        circuits.append(_without_padding(outputs[key], vocab_size))
+        # And fetched once: a mapping may run a circuit, or load what it gave, when it is asked.
+        logits, name = outputs[key], f"circuit_outs[{edge_count!r}][{key!r}]"
+        errors.check_logits(logits, name)
+        errors.check_vocab_fits(vocab_size, logits, name)
+        circuits.append(_without_padding(logits, vocab_size))
     return circuits
 
 

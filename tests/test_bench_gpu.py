@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkl
-from bench import gpu
+from bench import facts, gpu
 
 CASE = gpu.Case(n_rows=3, n_cols=500, dtype="float32", n_circuits=4)
 MIB = 2**20
@@ -35,7 +35,7 @@ class MadeUpCard:
         self.timed.append(len(inputs))
         for circuits, reference in inputs:
             measure(circuits, reference)
-        return gpu.Timing(seconds=1e-6, fastest=0.9e-6, slowest=2e-6, peak_bytes=10)
+        return gpu.Timing(1e-6, fastest=0.9e-6, slowest=2e-6, call_seconds=3e-6, peak_bytes=10)
 
 
 def peer(name="textbook", prepare=lambda: gpu.textbook, reason=None, tolerance=(1e-3, 1e-5)):
@@ -93,6 +93,8 @@ def test_datasheet():
     assert gpu.datasheet_bandwidth("NVIDIA A100-SXM4-80GB") == 2.039e12
     assert gpu.datasheet_bandwidth("NVIDIA GeForce RTX 3090") == 0.936e12
     assert gpu.datasheet_bandwidth("NVIDIA GeForce RTX 3090 Ti") is None
+    assert gpu.datasheet_bandwidth("NVIDIA H200") == 4.8e12
+    assert gpu.datasheet_bandwidth("NVIDIA GH200 480GB") is None
 
 
 def test_inputs_are_seeded_and_differ():
@@ -138,14 +140,33 @@ def test_what_is_skipped_says_why():
     assert card.timed == []
 
 
-def test_running_out_of_memory_ends_one_peer_alone():
-    def greedy(circuits, reference):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nAnd much more to say.")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out.\nAnd much more."), "out of memory: CUDA out."),
+        (RuntimeError("no such kernel\nat all"), "failed: RuntimeError: no such kernel"),
+        (AssertionError(), "failed: AssertionError: "),
+    ],
+)
+@pytest.mark.parametrize("when", ["prepared", "called"])
+def test_an_error_ends_one_peer_alone(error, said, when):
+    def fails(*_):
+        raise error
 
-    peers = [peer("greedy", lambda: greedy), peer("modest")]
+    peers = [peer("bad", fails if when == "prepared" else lambda: fails), peer("good")]
     first, second = [o for _, _, o in gpu.measure_cases([CASE], peers, MadeUpCard())]
-    assert first == "out of memory: CUDA out of memory."
-    assert second["peer"] == "modest"
+    assert first == said
+    assert second["peer"] == "good"
+
+
+def test_a_quick_run_is_a_few_cases():
+    args = gpu._arguments(["--quick"])
+    assert (args.rows, args.vocabularies) == (gpu.QUICK_ROWS, (50257,))
+    assert args.peers == ("fastkl", "eager")
+    assert gpu._arguments(["--quick", "--rows", "7"]).rows == [7]
+    args = gpu._arguments([])
+    assert (args.rows, args.vocabularies) == (gpu.ROWS, gpu.VOCABULARIES)
+    assert args.peers == [peer.name for peer in gpu.PEERS]
 
 
 @pytest.fixture
@@ -188,6 +209,8 @@ def test_a_whole_run(made_up_card, monkeypatch, tmp_path, capsys):
     assert first["share_of_datasheet"] is None
     assert first["max_absolute_error"] <= 1e-5
     assert first["peak_bytes"] == 10
+    assert first["call_microseconds"] == pytest.approx(3)
+    assert document["commit"] == facts.commit()
     assert (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
     assert "skipped: liger_kernel is not installed" in capsys.readouterr().out
     table = gpu.markdown(document)
@@ -196,11 +219,35 @@ def test_a_whole_run(made_up_card, monkeypatch, tmp_path, capsys):
     assert "8 skipped" in table
 
 
-def test_nothing_is_written_if_fastkl_is_wrong(made_up_card, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu, "PEERS", (peer("fastkl", lambda: wrong),))
+def fails(circuits, reference):
+    raise RuntimeError("no such kernel")
+
+
+@pytest.mark.parametrize("bad", [wrong, fails])
+def test_a_run_fails_if_fastkl_does(made_up_card, monkeypatch, tmp_path, capsys, bad):
+    """What the others measured is kept, and what was wrong is said there too."""
+    monkeypatch.setattr(gpu, "PEERS", (peer("fastkl", lambda: bad), peer("eager")))
     assert run(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == []
-    assert "nothing written, since fastkl is wrong" in capsys.readouterr().err
+    assert "fastkl is wrong, or fails" in capsys.readouterr().err
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert {r["peer"] for r in document["results"]} == {"eager"}
+    assert {s["peer"] for s in document["skipped"]} == {"fastkl"}
+
+
+def test_what_is_measured_is_written_at_once(made_up_card, monkeypatch, tmp_path):
+    calls = []
+
+    def interrupted(circuits, reference):
+        calls.append(len(reference))
+        if len(reference) == 3:
+            raise KeyboardInterrupt
+        return gpu.textbook(circuits, reference)
+
+    monkeypatch.setattr(gpu, "PEERS", (peer("eager", lambda: interrupted),))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert [r["n_rows"] for r in document["results"]] == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

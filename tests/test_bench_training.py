@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastkl
-from bench import training
+from bench import report, training
 
 CASE = training.Training(4, 60)
 
@@ -25,6 +25,18 @@ def quick(monkeypatch):
     monkeypatch.setattr(training, "losses", losses)
     monkeypatch.setattr(training, "_peak", lambda *_: 2**20)
     return [f"fastkl {name}" for name in own]
+
+
+def test_a_card_has_results_of_its_own(quick, monkeypatch, tmp_path):
+    """Those of the CPU are not written over."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "FAKE, for a test")
+    monkeypatch.setattr(training, "run_case", lambda case, *_: {"peers": {}})
+    monkeypatch.setattr(training, "markdown", lambda document: document["device"])
+    assert training.main(["--device", "cuda", "--quick", "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["training_gpu.json"]
+    (tmp_path / "training.json").write_text('{"device": "a CPU"}')
+    for name, device in (("training", "a CPU"), ("training_gpu", "FAKE, for a test")):
+        assert report.render(name, tmp_path) == device
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

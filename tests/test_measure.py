@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,6 +164,29 @@ def test_the_name_of_the_prompts_is_neither():
     ):
         fastkl.measure_kl_div(model, loader, circuits_for(model, loader), "corrupt")
     assert (model.calls, loader.iterations) == ([], 0)
+
+
+class Fetched(dict):
+    """A circuit's outputs, and how often each was fetched."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.times = Counter()
+
+    def __getitem__(self, key):
+        self.times[key] += 1
+        return super().__getitem__(key)
+
+
+def test_each_output_is_fetched_once():
+    """What a mapping gives may be loaded, or computed, when it is asked: it is checked and measured."""
+    model, loader = Model(LAST), Loader()
+    outs = circuits_for(model, loader)
+    lazy = {edges: Fetched(outputs) for edges, outputs in outs.items()}
+    assert fastkl.measure_kl_div(model, loader, lazy) == fastkl.measure_kl_div(model, loader, outs)
+    for outputs in lazy.values():
+        assert set(outputs.times) == {batch.key for batch in loader}
+        assert set(outputs.times.values()) == {1}
 
 
 def test_edge_counts_pass_through():
