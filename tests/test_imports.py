@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastkl
 
@@ -143,14 +144,34 @@ def test_examples_in_docstrings(name):
         assert result.attempted > 0
 
 
-def test_the_readmes_first_example_runs():
+def test_the_readmes_examples_run():
+    """One after the other, by models that are embeddings; auto_circuit has tests of its own."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    assert {"kl_div", "kl_div_many", "js_div", "measure_kl_div"} <= set(
-        re.findall(r"fastkl\.(\w+)\(", example)
-    )
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 5
+    full, student = torch.nn.Embedding(50, 70), torch.nn.Embedding(50, 70)
+    inputs, mask = torch.randint(50, (3, 4)), torch.rand(3, 4) < 0.8
+    names = {
+        "full": full,
+        "quantized": student,
+        "batches": [(inputs, mask), (inputs[:1], mask[:1])],
+    }
+    names |= {
+        "student": student,
+        "teacher": full,
+        "inputs": inputs,
+        "attention_mask": mask,
+        "T": 2.0,
+    }
+    for example in examples:
+        if "fastkl.auto_circuit" not in example:
+            exec(compile(example, "README.md", "exec"), names)
+    assert full.weight.grad is None
+    assert student.weight.grad.isfinite().all()
+    whole = fastkl.kl_div(student(inputs), full(inputs), mask=mask, reduction="sum")
+    first = fastkl.kl_div(student(inputs[:1]), full(inputs[:1]), mask=mask[:1], reduction="sum")
+    torch.testing.assert_close(names["total"], (whole + first).double(), rtol=1e-6, atol=0)
+    assert names["count"] == mask.sum() + mask[:1].sum()
 
 
 def test_public_names():
