@@ -151,19 +151,11 @@ def test_the_readmes_examples_run():
     assert len(examples) == 5
     full, student = torch.nn.Embedding(50, 70), torch.nn.Embedding(50, 70)
     inputs, mask = torch.randint(50, (3, 4)), torch.rand(3, 4) < 0.8
-    names = {
-        "full": full,
-        "quantized": student,
-        "batches": [(inputs, mask), (inputs[:1], mask[:1])],
-    }
-    names |= {
-        "student": student,
-        "teacher": full,
-        "inputs": inputs,
-        "attention_mask": mask,
-        "T": 2.0,
-    }
+    models = {"full": full, "quantized": student, "teacher": full, "student": student}
+    batches = [(inputs, mask), (inputs[:1], mask[:1])]
+    names = {}
     for example in examples:
+        names |= models | {"batches": batches, "inputs": inputs, "attention_mask": mask, "T": 2.0}
         if "fastkl.auto_circuit" not in example:
             exec(compile(example, "README.md", "exec"), names)
     assert full.weight.grad is None

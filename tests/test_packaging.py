@@ -117,7 +117,7 @@ def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {"pyproject.toml", "setup.py", "kernels/triton/kernels.py", "LICENSE"} <= names
-    assert {"CHANGELOG.md", "README.md", "bench/results/cpu.json"} <= names
+    assert {"CHANGELOG.md", "README.md", "bench/results/cpu.json", "bench/results/cpu.png"} <= names
     for folder in ("kernels/cpu", "tests", "bench"):
         sources = {
             str(path.relative_to(ROOT))
