@@ -72,6 +72,7 @@ NATIVE = Extension(
             "run",
             "gradient",
             "jensen_shannon",
+            "summary",
             "state",
             "level_baseline",
             "level_avx2",

@@ -31,13 +31,6 @@ def measure(
     return divergence
 
 
-def _choose(circuits: Sequence[Tensor], reference: Tensor, backend: str | None) -> backends.Backend:
-    dtype = reference.dtype
-    for other in {circuit.dtype for circuit in circuits}:
-        dtype = torch.promote_types(dtype, other)
-    return backends.choose(backend, reference.device, dtype)
-
-
 @register(
     "kl_div(Tensor[] circuits, Tensor reference, float temperature, str? backend, bool keep) "
     "-> (Tensor, Tensor)"
@@ -51,7 +44,7 @@ def kl_div(
 ) -> tuple[Tensor, Tensor]:
     """Return the divergences (K, R) of rows, with a gradient, and what is kept for it."""
     errors.check_rows(circuits, reference)
-    chosen = _choose(circuits, reference, backend)
+    chosen = backends.choose_for(backend, (reference, *circuits))
     if not circuits or not math.prod(reference.shape[:-1]):
         divergence = _empty(circuits, reference)
     else:
@@ -79,7 +72,7 @@ def kl_div_backward(
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuits' first, each like its logits."""
     errors.check_rows(circuits, reference, grad=grad, kept=kept)
-    chosen = _choose(circuits, reference, backend)
+    chosen = backends.choose_for(backend, (reference, *circuits))
     # The environment may name another backend than it did at the forward.
     its_own = kept.shape[0] == chosen.N_KEPT and kept.dtype == chosen.KEPT_DTYPE
     dqs, dp = chosen.gradients(
@@ -117,7 +110,7 @@ def _(
     divergence = _empty(circuits, reference)
     # No backend runs on the meta device, and one that is forced would say so.
     on_meta = reference.device.type == "meta"
-    chosen = backends.eager if on_meta else _choose(circuits, reference, backend)
+    chosen = backends.eager if on_meta else backends.choose_for(backend, (reference, *circuits))
     return divergence, _unwritten(divergence, chosen, keep)
 
 
@@ -254,7 +247,7 @@ def js_div(
 ) -> Tensor:
     """Return the Jensen-Shannon divergences (R,) of rows, with a gradient."""
     errors.check_rows([circuit], reference)
-    chosen = _choose([circuit], reference, backend)
+    chosen = backends.choose_for(backend, (reference, circuit))
     if not math.prod(reference.shape[:-1]):
         return _empty([circuit], reference)[0]
     (cir, ref), window = with_gaps([circuit, reference])
@@ -277,7 +270,7 @@ def js_div_backward(
 ) -> list[Tensor]:
     """Return the gradients that are wanted, the circuit's first, each like its logits."""
     errors.check_rows([circuit], reference, grad=grad[None])
-    found = _choose([circuit], reference, backend).js_gradients(
+    found = backends.choose_for(backend, (reference, circuit)).js_gradients(
         grad, as_rows(circuit), as_rows(reference), beta, temperature, wanted, reference_wanted
     )
     return [t.reshape(reference.shape) for t in found]

@@ -479,6 +479,60 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
     return result;
 }
 
+// Each side's rows by themselves.
+void try_summaries(uint64_t seed, Random& random, const std::vector<const Rows*>& sides,
+                   int64_t n_rows, int64_t n_cols) {
+    std::vector<Matrix> matrices;
+    for (const Rows* side : sides) matrices.push_back(side->matrix());
+    const double temperature = random.among({1.0, 1.0, 0.5, 4.0});
+    const SummaryProblem problem{matrices.data(), int64_t(sides.size()), n_rows, n_cols,
+                                 float(1 / temperature)};
+    for (const Level* const* level = levels(); *level; ++level) {
+        const std::string name = std::string((*level)->name) + ", summaries";
+        std::vector<Summary> found(sides.size() * n_rows), again(found.size());
+        int left = int(random.below(4));
+        run(**level, problem, again.data(), 3, {countdown, &left});
+        if (!run(**level, problem, found.data(), 1, {always, nullptr}) ||
+            !run(**level, problem, again.data(), 2 + int(random.below(4)), {always, nullptr}))
+            fail(seed, name + " says that it was stopped");
+        if (std::memcmp(found.data(), again.data(), found.size() * sizeof(Summary)) != 0)
+            fail(seed, name + ": bits depend on the number of threads");
+        for (size_t i = 0; i < found.size(); ++i) {
+            const std::vector<double> logits = sides[i / n_rows]->row(i % n_rows);
+            const auto largest = std::max_element(logits.begin(), logits.end());
+            const Summary& row = found[i];
+            const std::string where = name + ": side " + std::to_string(i / n_rows) + ", row " +
+                                      std::to_string(i % n_rows) + " of " + std::to_string(n_cols);
+            const auto odd = [](double logit) { return std::isnan(logit) || logit == kInf; };
+            if (std::any_of(logits.begin(), logits.end(), odd)) {
+                if (!std::isnan(row.sum)) fail(seed, where + " is defined");
+                continue;
+            }
+            if (*largest == -kInf) {
+                if (row.sum != 0 || row.max != -kInf) fail(seed, where + " has mass");
+                continue;
+            }
+            Wide sum = 0, below = 0, size = 0;
+            for (double logit : logits) {
+                const Wide x = (Wide(logit) - *largest) / temperature, weight = std::exp(x);
+                sum += weight;
+                if (weight > 0) below += weight * x, size -= weight * x;
+            }
+            // Numbers too small for a normal float count as 0, and as the same.
+            const bool exact = std::fabs(*largest) > 1e-37;
+            if (exact ? row.max != *largest || row.likeliest != largest - logits.begin()
+                      : std::fabs(logits.at(row.likeliest)) > 1e-37)
+                fail(seed, where + " has " + number(row.max) + " at " +
+                               std::to_string(row.likeliest) + ", not " + number(*largest));
+            if (!(std::fabs(row.sum - sum) <= 1e-6 * sum))
+                fail(seed, where + " sums up to " + number(row.sum) + ", not " + number(double(sum)));
+            if (i < size_t(n_rows) && !(std::fabs(row.below - below) <= 1e-6 * (size + sum)))
+                fail(seed, where + " is " + number(row.below) + " below, not " +
+                               number(double(below)));
+        }
+    }
+}
+
 void try_js(uint64_t seed, Random& random, const Rows& reference, const Rows& circuit,
             int64_t n_rows, int64_t n_cols) {
     const double light = random.among({0.5, 0.5, 0.3, 1e-2, 1e-5});
@@ -624,6 +678,9 @@ void try_seed(uint64_t seed) {
     }
     try_gradients(seed, random, reference, circuits, n_rows, n_cols, temperature);
     try_js(seed, random, reference, circuits[0], n_rows, n_cols);
+    std::vector<const Rows*> sides{&reference};
+    for (const Rows& circuit : circuits) sides.push_back(&circuit);
+    try_summaries(seed, random, sides, n_rows, n_cols);
 }
 
 }  // namespace

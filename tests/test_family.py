@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from conftest import assert_matches, oracle, oracle_gradients, where_it_runs
+from conftest import LEVELS, assert_matches, oracle, oracle_gradients, where_it_runs
 
 import fastkl
-from fastkl.statistics import statistics
+from fastkl import backends
+from fastkl.summaries import row_statistics
 
 NAN, INF = math.nan, math.inf
 NOISES = (1e-5, 1e-3, 0.1, 1, 5)
@@ -225,17 +226,16 @@ def test_padded_vocabularies(generator, function):
         assert (leaf.grad[..., :50] != 0).any()
 
 
-def test_statistics(generator):
+def test_statistics(generator, implementation):
     circuit, reference = make(generator, 6, 5000, 0.5)
     reference[0, 7] = -INF
     circuit[1] = reference[1]
     circuit[2, 3] = NAN
     circuits = [t.reshape(2, 3, -1) for t in (circuit, 3 * circuit)]
     reference = reference.reshape(2, 3, -1).requires_grad_()
-    divergence, stats = fastkl.kl_div_many(
-        circuits, reference, temperature=2, reduction="none", return_stats=True
-    )
-    plain = fastkl.kl_div_many(circuits, reference, temperature=2, reduction="none")
+    options = {"temperature": 2, "reduction": "none", "backend": implementation}
+    divergence, stats = fastkl.kl_div_many(circuits, reference, return_stats=True, **options)
+    plain = fastkl.kl_div_many(circuits, reference, **options)
     torch.testing.assert_close(divergence, plain, rtol=0, atol=0, equal_nan=True)
     log_p = (reference.detach().double() / 2).log_softmax(-1)
     entropy = -torch.where(log_p > -INF, log_p.exp() * log_p, 0.0).sum(-1)
@@ -301,8 +301,10 @@ def assert_statistics_match(found, expected):
 
 @pytest.mark.parametrize("temperature", [1, 0.25, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_statistics_at_the_edges(generator, dtype, temperature):
+def test_statistics_at_the_edges(generator, implementation, dtype, temperature):
     """Tokens and rows without mass, NaN, infinities, and equals, of which the first counts."""
+    if implementation == "native" and dtype == torch.float64:
+        pytest.skip("the native kernel takes no float64")
     # Wider apart than equals by chance.
     reference = torch.randn(16, 300, generator=generator) * 3
     circuit = reference + 0.3 * torch.randn(16, 300, generator=generator)
@@ -324,9 +326,8 @@ def test_statistics_at_the_edges(generator, dtype, temperature):
     circuit[15, :-1] = reference[15, :-1] = -INF
     circuit, reference = circuit.to(dtype), reference.to(dtype)
     before = circuit.clone(), reference.clone()
-    _, found = fastkl.kl_div(
-        circuit, reference, temperature=temperature, reduction="none", return_stats=True
-    )
+    options = {"temperature": temperature, "reduction": "none", "backend": implementation}
+    _, found = fastkl.kl_div(circuit, reference, return_stats=True, **options)
     assert found.circuit_logsumexp.dtype == (
         torch.float64 if dtype == torch.float64 else torch.float32
     )
@@ -348,25 +349,55 @@ def test_statistics_of_several_blocks(generator, dtype):
     torch.set_num_threads(1)
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            found = statistics(circuits, reference, torch.zeros(2, 7), 1.0)
+            found = row_statistics(circuits, reference, 1.0)
     finally:
         torch.set_num_threads(n_threads)
     assert [e.count for e in profile.key_averages() if e.key == "aten::exp"] == [3 * 2]
-    divergence = fastkl.kl_div_many(circuits, reference, reduction="none")
-    found = found._replace(cross_entropy=found.reference_entropy + divergence)
+    assert_rows_match(found, circuits, reference)
+    assert found[2][1].tolist() == [False, False, True, False, False, False, False]
+
+
+def assert_rows_match(found, circuits, reference):
+    """Assert what `row_statistics` found."""
+    lse, entropy, agreement = found
     for k, circuit in enumerate(circuits):
         expected = exact_statistics(circuit, reference, 1)
-        assert_statistics_match(fastkl.KLStatistics(*(field[k] for field in found)), expected)
-    assert found.top1_agreement[1].tolist() == [False, False, True, False, False, False, False]
+        cross = expected.cross_entropy.to(lse.dtype)
+        fields = lse[0], lse[1 + k], entropy, cross, agreement[k]
+        assert_statistics_match(fastkl.KLStatistics(*fields), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n_cols", [1, 15, 16, 17, 8193, 50257])
+@pytest.mark.parametrize("implementation", LEVELS, indirect=True)
+def test_native_statistics(generator, implementation, dtype, n_cols):
+    """Groups of 16 tokens and blocks of 8192, and what is left of them; bits of rows and of threads."""
+    wide = torch.randn(4, 5, n_cols + 3, generator=generator).to(dtype) * 3
+    reference, *circuits = wide[..., :n_cols]
+    circuits[2] = circuits[2].float()
+    # The largest logits in the first block, the last, and in both: the first counts.
+    reference[0, 0] = reference[1, -1] = reference[2, 0] = reference[2, -1] = 40
+    circuits[0][2, -1] = circuits[1][2, 0] = 40
+    measure = backends.named(implementation).row_statistics
+    found = measure(circuits, reference, 1.0)
+    assert_rows_match(found, circuits, reference)
+    alone = measure([c[3:4] for c in circuits], reference[3:4], 1.0)
+    assert all(map(torch.equal, alone, (field[..., 3:4] for field in found)))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        again = measure(circuits, reference, 1.0)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(map(torch.equal, again, found))
 
 
 def test_statistics_look_at_each_logit_a_few_times(generator):
     """A maximum, which PyTorch is slow to find the place of, and one exponential of each."""
     circuit, reference = make(generator, 4, 1000, 0.5)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        statistics([circuit] * 5, reference, torch.zeros(5, 4), 1.0)
+        row_statistics([circuit] * 5, reference, 1.0)
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["fastkl::statistics"] == 1
     assert calls["aten::exp"] == 6
     # The reference's for its entropy too.
     assert calls["aten::sum"] == 7

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 import fastkl
 from bench import memory
-from fastkl import operator
+from fastkl import backends, operator
 from fastkl.backends import triton
 from fastkl.views import with_gaps
 
@@ -329,7 +329,7 @@ REVERSE_MODE = {
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_other_derivatives_are_refused(pair, name, transform, side, monkeypatch):
     """Before any work: forward mode would be silently 0, for want of a rule."""
-    monkeypatch.setattr(operator, "_choose", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(backends, "choose_for", lambda *_: pytest.fail("something was measured"))
 
     def divergence(t):
         inputs = [*pair]
@@ -522,15 +522,15 @@ def test_statistics_of_what_is_traced_or_has_no_memory(pair):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck_of_statistics(pair, dtype):
     circuit, reference = (t.to(dtype)[0] for t in pair)
-    arguments = ([circuit, 2 * circuit], reference, 2.0)
+    arguments = ([circuit, 2 * circuit], reference, 2.0, None)
     # PyTorch 2.6 takes no tolerances.
     known = inspect.signature(torch.library.opcheck).parameters
     exactly = {name: 0 for name in ("atol", "rtol") if name in known}
     torch.library.opcheck(torch.ops.fastkl.statistics, arguments, **exactly)
-    lse, entropy, agreement = torch.ops.fastkl.statistics([], reference, 2.0)
+    lse, entropy, agreement = torch.ops.fastkl.statistics([], reference, 2.0, None)
     assert (lse.shape, entropy.shape, agreement.shape) == ((1, 6), (6,), (0, 6))
     with pytest.raises(ValueError, match=r"circuits\[0\].*\(6, 49\)"):
-        torch.ops.fastkl.statistics([circuit[:, 1:]], reference, 2.0)
+        torch.ops.fastkl.statistics([circuit[:, 1:]], reference, 2.0, None)
 
 
 @pytest.mark.parametrize("dims", [(0, 0), (None, 0), (0, None), (1, 0), (2, 1)])

@@ -69,6 +69,11 @@ class Backend(Protocol):
     ) -> list[Tensor]:
         """Return what `fastkl.jensen_shannon.js_gradients` does."""
 
+    def row_statistics(
+        self, circuits: Sequence[Tensor], reference: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `fastkl.summaries.row_statistics` does."""
+
     def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         """Return the same rows' states, each field (K, R), to be merged with other slices'."""
 
@@ -169,6 +174,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     if usual is not None and found is eager and dtype != torch.float64:
         _tell_once(usual.NAME, usual.missing(device, dtype))
     return found
+
+
+def choose_for(name: str | None, logits: Sequence[Tensor]) -> Backend:
+    """Return the backend for logits that are measured together, on one device."""
+    first, *others = {t.dtype for t in logits}
+    dtype = functools.reduce(torch.promote_types, others, first)
+    return choose(name, logits[0].device, dtype)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastkl import gradient, jensen_shannon
+from fastkl import gradient, jensen_shannon, summaries
 from fastkl.backends import eager_states as states
 from fastkl.backends.eager_blocks import Layout
 from fastkl.backends.eager_workspace import Workspace
@@ -26,6 +26,7 @@ _BLOCK_ELEMENTS = 1 << 19
 gradients = gradient.gradients
 js_rows = jensen_shannon.js_rows
 js_gradients = jensen_shannon.js_gradients
+row_statistics = summaries.row_statistics
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastkl import errors
+from fastkl import errors, summaries
 from fastkl.state import RowState
 
 NAME = "native"
@@ -101,6 +101,28 @@ def kl_rows_kept(
     _, z_p, _, z_q, divergence = states.unbind(-1)
     divergence = torch.where((z_p > 0) & (z_q > 0), divergence, torch.nan)
     return divergence.float(), states.movedim(-1, 0).contiguous()
+
+
+@torch.no_grad()
+def row_statistics(
+    circuits: Sequence[Tensor], reference: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `fastkl.summaries.row_statistics` does, in float32; each logit is read once."""
+    extension = _loaded()
+    sides = [reference, *circuits]
+    # The largest logit, Σ e^x, the reference's Σ x e^x, and where the largest logit is.
+    found = torch.empty((len(sides), len(reference), 4), dtype=torch.float64, device="cpu")
+    extension.summarize(
+        _level(extension),
+        [_matrix(side) for side in sides],
+        *reference.shape,
+        temperature,
+        found.data_ptr(),
+        torch.get_num_threads(),
+    )
+    m, z, below, _ = found.unbind(-1)
+    top = found.view(torch.int64)[..., 3]
+    return summaries.finish(m, z, below[0], top, temperature, torch.float32)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkl import errors, jensen_shannon, state
+from fastkl import errors, jensen_shannon, state, summaries
 from fastkl.backends import eager
 from fastkl.state import RowState
 
@@ -33,6 +33,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # No kernels of these yet.
 js_rows = jensen_shannon.js_rows
 js_gradients = jensen_shannon.js_gradients
+row_statistics = summaries.row_statistics
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:

@@ -17,8 +17,7 @@ bool run(const Level& level, const GradientProblem& problem, int n_threads,
          const Poll& keep_going) {
     if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
     const int64_t pairs = problem.n_rows * problem.n_cols * std::max<int64_t>(1, problem.n_circuits);
-    const int64_t useful = std::min(problem.n_rows, 1 + pairs / kPairsPerThread);
-    const int64_t n = std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
+    const int64_t n = useful_threads(problem.n_rows, pairs, kPairsPerThread, n_threads);
     // All that is allocated is allocated here, where running out of memory can be reported.
     const bool both = problem.dp.data != nullptr;
     std::vector<RowBuffers> buffers;

@@ -1,7 +1,6 @@
 // The Jensen-Shannon divergence: the polynomials of a mixture, and how rows spread over threads.
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "kl.hpp"
@@ -35,16 +34,9 @@ template <class Function> void interpolate(float (&coefficients)[Mixture::kTerms
     std::copy_n(sum, n, coefficients);
 }
 
-int64_t useful_threads(const JsProblem& problem, int n_threads) {
-    const int64_t pairs = problem.n_rows * problem.n_cols;
-    const int64_t useful = std::min(problem.n_rows, 1 + pairs / kPairsPerThread);
-    return std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
-}
-
-std::vector<std::unique_ptr<Scratch>> scratch_for(int64_t n_threads) {
-    std::vector<std::unique_ptr<Scratch>> scratch;
-    for (int64_t i = 0; i < n_threads; ++i) scratch.emplace_back(new Scratch);
-    return scratch;
+int64_t threads_for(const JsProblem& problem, int n_threads) {
+    return useful_threads(problem.n_rows, problem.n_rows * problem.n_cols, kPairsPerThread,
+                          n_threads);
 }
 
 }  // namespace
@@ -69,7 +61,7 @@ Mixture::Mixture(double lighter) {
 bool run(const Level& level, const JsProblem& problem, float* js, int n_threads,
          const Poll& keep_going) {
     if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
-    const int64_t n = useful_threads(problem, n_threads);
+    const int64_t n = threads_for(problem, n_threads);
     const auto scratch = scratch_for(n);
     return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
         if (!poll.keep_going(poll.context)) return false;
@@ -81,7 +73,7 @@ bool run(const Level& level, const JsProblem& problem, float* js, int n_threads,
 bool run(const Level& level, const JsProblem& problem, const JsGradients& gradients, int n_threads,
          const Poll& keep_going) {
     if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
-    const int64_t n = useful_threads(problem, n_threads);
+    const int64_t n = threads_for(problem, n_threads);
     const auto scratch = scratch_for(n);
     const bool wanted[2] = {gradients.sides[0].data != nullptr, gradients.sides[1].data != nullptr};
     std::vector<RowBuffers> buffers;

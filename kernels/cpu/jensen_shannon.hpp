@@ -25,6 +25,7 @@
 #include "matrix.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
+#include "summary.hpp"
 
 namespace fastkl {
 namespace {
@@ -44,41 +45,11 @@ struct Side {
     bool defined;        // some mass, and no NaN or +inf
 };
 
-inline float read_block(const Matrix& matrix, int64_t row, int64_t start, int64_t n, float* to,
-                        bool& undefined) {
-    return with_dtype(matrix.dtype, address(matrix, row, start),
-                      [&](auto logits) { return read_row(logits, n, to, undefined); });
-}
-
-// Calls visit(start, n) for the row's blocks.
-template <class Visit> inline void for_blocks(int64_t n_cols, Visit visit) {
-    const int64_t length = piece_length(n_cols, kBlock);
-    for (int64_t start = 0; start < n_cols; start += length)
-        visit(start, n_cols - start < length ? n_cols - start : length);
-}
-
-inline int64_t padded_to_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
-
 inline Side sum_up(const JsProblem& problem, int i, int64_t row, Scratch& scratch) {
-    constexpr float inf = __builtin_inff();
-    Side side{{-double(inf), 0.0}, -inf, 0, true};
-    for_blocks(problem.n_cols, [&](int64_t start, int64_t n) {
-        bool undefined;
-        const float max = read_block(problem.sides[i], row, start, n, scratch.p, undefined);
-        side.defined &= !undefined;
-        if (max > side.max) {
-            side.max = max;
-            side.likeliest = start + position(scratch.p, padded_to_groups(n), max);
-        }
-        const float base = finite_base(max);
-        const double sum = weigh_row(scratch.p, padded_to_groups(n), base,
-                                     problem.inverse_temperature, scratch.w);
-        const Mass block{double(base) * problem.inverse_temperature, sum};
-        side.mass = shares(side.mass, block).total;
-    });
-    side.max = finite_base(side.max);
-    side.defined &= side.mass.sum > 0;
-    return side;
+    const float scale = problem.inverse_temperature;
+    const Summary side = summary_of(problem.sides[i], row, problem.n_cols, scale, false, scratch);
+    const float max = finite_base(float(side.max));
+    return {{double(max) * scale, side.sum}, max, side.likeliest, side.sum > 0};
 }
 
 // Two rows, and what vectors of their logits are computed with.

@@ -108,6 +108,24 @@ struct JsRoom {
     float *mass, *worth;
 };
 
+// One side's row by itself, x being (logit - max) / temperature. Where there is a NaN or +inf, `sum` is NaN,
+// and of nothing but -inf it is 0.
+struct Summary {
+    double max;         // the largest logit
+    double sum;         // Σ e^x
+    double below;       // Σ x e^x, where it was asked for
+    int64_t likeliest;  // where the largest logit stands first
+};
+
+// What is asked for the summaries of all rows of all sides; `below` of the first side alone.
+struct SummaryProblem {
+    const Matrix* sides;
+    int64_t n_sides;
+    int64_t n_rows;
+    int64_t n_cols;
+    float inverse_temperature;
+};
+
 // Circuits whose blocks are looked at together, at the most.
 constexpr int kMostTogether = 4;
 
@@ -140,6 +158,8 @@ struct Level {
     // Writes one row of its gradients.
     void (*js_gradient)(const JsProblem&, const JsGradients&, int64_t row, Scratch&,
                         const JsRoom (&)[2]);
+    // Returns the summary of one row of one side.
+    Summary (*summarize)(const SummaryProblem&, int64_t side, int64_t row, Scratch&);
     // y = e^x and y = log x, for the tests of their error bounds.
     void (*exponential)(const float* x, float* y, int64_t n);
     void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
@@ -197,6 +217,9 @@ bool run(const Level&, const Problem&, const Output&, int n_threads, const Poll&
 bool run(const Level&, const GradientProblem&, int n_threads, const Poll& keep_going);
 bool run(const Level&, const JsProblem&, float* js, int n_threads, const Poll& keep_going);
 bool run(const Level&, const JsProblem&, const JsGradients&, int n_threads,
+         const Poll& keep_going);
+// `summaries` is (sides, R).
+bool run(const Level&, const SummaryProblem&, Summary* summaries, int n_threads,
          const Poll& keep_going);
 
 }  // namespace fastkl

@@ -7,6 +7,7 @@
 #include "slice.hpp"
 #include "gradient.hpp"
 #include "jensen_shannon.hpp"
+#include "summary.hpp"
 
 #include "functions.hpp"
 #include "kl.hpp"
@@ -25,7 +26,7 @@ void logarithm_of(const float* x, const float* rest, float* y, int64_t n) {
 
 // A constant, since code that fills it in at run time could have instructions that the processor lacks.
 constexpr Level level_table(const char* name, bool (*supported)()) {
-    return {name, supported, slice, gradient, js, js_gradient, exponential_of, logarithm_of};
+    return {name, supported, slice, gradient, js, js_gradient, summarize, exponential_of, logarithm_of};
 }
 
 }  // namespace

@@ -208,6 +208,28 @@ PyObject* js(PyObject*, PyObject* args) {
     });
 }
 
+PyObject* summarize(PyObject*, PyObject* args) {
+    const char* level_name;
+    PyObject* sides;
+    Py_ssize_t n_rows, n_cols, summaries;
+    double temperature;
+    int n_threads;
+    if (!PyArg_ParseTuple(args, "sO!nndni", &level_name, &PyList_Type, &sides, &n_rows, &n_cols,
+                          &temperature, &summaries, &n_threads)) {
+        return nullptr;
+    }
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    std::vector<Matrix> matrices;
+    if (!read_matrices(sides, matrices)) return nullptr;
+    const fastkl::SummaryProblem problem{matrices.data(), static_cast<int64_t>(matrices.size()),
+                                         n_rows, n_cols, fastkl::inverse_of(temperature)};
+    return compute([&](const fastkl::Poll& poll) {
+        return fastkl::run(*level, problem, reinterpret_cast<fastkl::Summary*>(summaries), n_threads,
+                           poll);
+    });
+}
+
 PyObject* exponential(PyObject*, PyObject* args) {
     const char* level_name;
     Py_ssize_t x, y, n;
@@ -251,6 +273,12 @@ PyMethodDef methods[] = {
      "Write the Jensen-Shannon divergence of every row to `js`, the address of float32 (R,), or, where\n"
      "`grad` is not 0, the gradients of the sum of grad * JS to `dq` and `dp`.\n\n"
      "Matrices are as for gradients(), and `grad` is the address of float64 (R,)."},
+    {"summarize", summarize, METH_VARARGS,
+     "summarize(level, sides, n_rows, n_cols, temperature, summaries, n_threads)\n--\n\n"
+     "Sum every row up by itself, with x = (logit - the row's largest) / temperature.\n\n"
+     "`sides` is a list of matrices as for measure(), and `summaries` the address of 4 numbers a row and\n"
+     "side: the largest logit, the sum of e^x, of the first side the sum of x e^x, float64 each, and where\n"
+     "the largest logit is, an int64."},
     {"exponential", exponential, METH_VARARGS,
      "exponential(level, x, y, n)\n--\n\n"
      "Set y = e^x, for tests: addresses of n float32 each, n a multiple of 16."},

@@ -46,8 +46,7 @@ class Job {
         length_ = piece_length(problem.n_cols, kSlice);
         n_slices_ = (problem.n_cols + length_ - 1) / length_;
         const int64_t pairs = problem.n_rows * problem.n_cols * problem.n_circuits;
-        const int64_t useful = std::min(problem.n_rows * n_slices_, 1 + pairs / kPairsPerThread);
-        n_threads_ = std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
+        n_threads_ = useful_threads(problem.n_rows * n_slices_, pairs, kPairsPerThread, n_threads);
         by_rows_ = n_slices_ == 1 || problem.n_rows >= kRowsPerThread * n_threads_;
         n_tasks_ = by_rows_ ? problem.n_rows : problem.n_rows * n_slices_;
         if (!by_rows_) states_.resize(n_tasks_ * problem.n_circuits);

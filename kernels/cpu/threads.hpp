@@ -1,6 +1,7 @@
 // How tasks spread over threads, and the memory that a thread has to itself.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -12,6 +13,19 @@
 #include "kl.hpp"
 
 namespace fastkl {
+
+// How many threads tasks are worth, of `n_threads`: one costs about as long to start as `worth` logits.
+inline int64_t useful_threads(int64_t n_tasks, int64_t n_logits, int64_t worth, int n_threads) {
+    const int64_t useful = std::min(n_tasks, 1 + n_logits / worth);
+    return std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
+}
+
+// What so many threads need.
+inline std::vector<std::unique_ptr<Scratch>> scratch_for(int64_t n_threads) {
+    std::vector<std::unique_ptr<Scratch>> scratch;
+    for (int64_t i = 0; i < n_threads; ++i) scratch.emplace_back(new Scratch);
+    return scratch;
+}
 
 // So many rows of float32 of a thread's own, on cache lines' boundaries.
 class RowBuffers {
