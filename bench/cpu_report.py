@@ -20,7 +20,9 @@ def _main_table(document: dict[str, Any]) -> str:
     main, baseline = document["cases"][0], document["baseline"]
     # A second column where there is a second time.
     kept = main.get("freed_memory_kept")
-    heading = [_sizes(main), "ms", *([f"ms, {_KEPT}"] if kept else []), "GB/s", "× one read"]
+    sizes = f"K={main['n_circuits']}, R={main['n_rows']}, V={main['n_vocabulary']}"
+    of = f"{sizes}, {main['dtype']}, {main['divergences']}"
+    heading = [of, "ms", *([f"ms, {_KEPT}"] if kept else []), "GB/s", "× one read"]
     heading += [f"× faster than {baseline}", *([f"× faster, {_KEPT}"] if kept else [])]
     heading += ["memory, MiB", "error, nats", "error, relative"]
     read = main["read"]

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 import fastkl
 from bench import facts
+from bench.cards import CARDS
 from bench.report import table
 
 FORMAT = 2
@@ -60,18 +61,19 @@ WARM_UP, LEAST = 0.05, 0.002
 CALLS, CALLS_SECONDS = 50, 0.02
 SEED = 20261123
 RESULTS = Path(__file__).parent / "results"
+_BANDWIDTH = {card.name: card.bandwidth for card in CARDS}
 # Datasheet bandwidths in bytes a second, by how the drivers call the cards.
 DATASHEET = (
-    (r"A100-SXM.-80GB", 2.039e12),
+    (r"A100-SXM.-80GB", _BANDWIDTH["A100 SXM 80GB"]),
     (r"A100-SXM.-40GB", 1.555e12),
-    (r"H100 80GB HBM3", 3.35e12),
+    (r"H100 80GB HBM3", _BANDWIDTH["H100 SXM"]),
     (r"H100 PCIe", 2.0e12),
-    (r"\bH200", 4.8e12),
-    (r"\bB200", 8.0e12),
-    (r"RTX 3090$", 0.936e12),
+    (r"\bH200", _BANDWIDTH["H200"]),
+    (r"\bB200", _BANDWIDTH["B200"]),
+    (r"RTX 3090$", _BANDWIDTH["RTX 3090"]),
     (r"RTX 4090$", 1.008e12),
-    (r"RTX 5090$", 1.792e12),
-    (r"MI300X", 5.3e12),
+    (r"RTX 5090$", _BANDWIDTH["RTX 5090"]),
+    (r"MI300X", _BANDWIDTH["MI300X"]),
 )
 
 # Circuits (R, V) and a reference (R, V) to one mean divergence a circuit (K,), on the device.

@@ -5,7 +5,7 @@ is missing it says itself, and operators what they have no rule for.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,6 +127,11 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
         )
 
 
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    """Return dtypes as a text lists them."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def check_logits(logits: object, name: str) -> None:
     """Refuse what is not a tensor of logits (..., V)."""
     if not isinstance(logits, Tensor):
@@ -134,8 +139,7 @@ def check_logits(logits: object, name: str) -> None:
             f"{name} must be a torch.Tensor of logits, got {type(logits).__name__}{_with_logits(logits)}"
         )
     if logits.dtype not in _DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(f"{name} must hold logits of dtype {known}; got {logits.dtype}")
+        raise TypeError(f"{name} must hold logits of dtype {names_of(_DTYPES)}; got {logits.dtype}")
     if logits.layout != torch.strided or logits.is_nested:
         what = "a nested one" if logits.is_nested else f"layout {logits.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {what}")

@@ -61,8 +61,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     if device.type != "cpu":
         return f"the compiled kernel runs on CPU tensors, got {device}"
     if dtype is not None and dtype not in _DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        return f"the kernel takes {known} (eager takes float64 too), got {dtype}"
+        return f"the kernel takes {errors.names_of(_DTYPES)} (eager takes float64 too), got {dtype}"
     # Not a reason to fall back: a level that is forced must not be replaced by another backend unseen.
     if problem := _level_problem(extension):
         raise RuntimeError(problem)

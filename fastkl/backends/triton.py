@@ -43,8 +43,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     if problem := _device_problem(device):
         return problem
     if dtype is not None and dtype not in _DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-        return f"the kernels take {known} (eager takes float64 too), got {dtype}"
+        return f"the kernels take {errors.names_of(_DTYPES)} (eager takes float64 too), got {dtype}"
     return None
 
 

@@ -41,8 +41,9 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
     own, *places = places_of((reference, *circuits, *dqs, dp))
-    written = [place for place in places if place[0]]
-    layout, *others = layouts_of((own, *written), reference)
+    present = [place for place in places if place[0]]
+    layout, *others = layouts_of((own, *present), reference)
+    lead, _ = layout
     numbers = {
         "p_ptr": reference,
         "rows_ptr": rows,
@@ -72,7 +73,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         kernels.gradient_kernel[(n_rows, n_cols // tile.tokens + 1)](
             **numbers,
             grad_ptr=grad,
-            lead=layout[0],
+            lead=lead,
             top_ptr=top,
             grad_circuit_stride=grad.stride(0),
             grad_row_stride=grad.stride(1),

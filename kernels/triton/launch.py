@@ -157,7 +157,8 @@ def _copy(rows, wanted):
     vec = WIDEST // rows.itemsize
     stride = n_cols + (step - n_cols) % vec
     buffer = torch.empty(n_rows * stride + vec, dtype=rows.dtype, device=rows.device)
-    start = (lead - layout_of(buffer[None])[0]) % vec
+    own_lead, _ = layout_of(buffer[None])
+    start = (lead - own_lead) % vec
     copy = buffer.as_strided((n_rows, n_cols), (stride, 1), start)
     return copy.copy_(rows)
 
@@ -167,6 +168,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
     n_circuits, (n_rows, n_cols) = len(places), reference.shape
     device, itemsize = reference.device, reference.itemsize
     n_slices, slice_size = slices(n_cols, itemsize)
+    lead, _ = layout_of(reference)
     states = torch.empty(
         (N_FIELDS, n_circuits, n_rows, n_slices), dtype=torch.float32, device=device
     )
@@ -178,7 +180,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "n_circuits": n_circuits,
         "n_slices": n_slices,
         "slice_size": slice_size,
-        "lead": layout_of(reference)[0],
+        "lead": lead,
         "aligned": aligned,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
