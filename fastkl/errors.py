@@ -222,13 +222,11 @@ def check_pair(
 
 def _likely_mistake(circuit: Tensor, reference: Tensor, name: str) -> str:
     """Say which call was meant, if shapes that differ by leading dimensions tell."""
-    if name == "circuit" and circuit.shape[1:] == reference.shape:
-        return "; circuits that are stacked go to kl_div_many"
     # A circuit of the reference's shape, taken for a sequence of circuits, falls into such.
     if name == "circuits[0]" and circuit.shape == reference.shape[1:]:
         return _SINGLE
     if name == "circuits[0]" and circuit.shape == reference.shape[2:]:
-        return "; the circuits come first, then the reference"
+        return "; the circuits come first, then the reference: are they swapped?"
     return ""
 
 

@@ -313,7 +313,7 @@ def js_div(
         Logits, as for :func:`kl_div`.
     beta : float
         The reference's weight in the mixture, more than 0 and less than 1. At 0.5 the divergence is
-        symmetric and at most log 2. The native kernel counts a β below 1e-30 as 1e-30.
+        symmetric and at most log 2. A β below 1e-30 counts as 1e-30.
     reduction, temperature, mask, weights, vocab_size, backend
         As for :func:`kl_div`.
 

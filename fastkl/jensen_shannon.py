@@ -36,6 +36,8 @@ from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, read, row_sums
 
 # |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
 _NEAR = 0.25
+# A weight of less counts as so much: float32 holds its inverse, and its share of what it is next to.
+_LEAST = 1e-30
 # From here on log(1 + e^x) is x, to the last digit of a float64; float32 holds e^x.
 _EXACT_BEYOND = 40
 
@@ -43,7 +45,7 @@ _EXACT_BEYOND = 40
 @torch.no_grad()
 def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
     """Return the divergence (R,) of rows (R, V), in nats: float64 if any logits are, else float32."""
-    dtype = compute_dtype(circuit, reference)
+    beta, dtype = max(beta, _LEAST), compute_dtype(circuit, reference)
     result = torch.empty(circuit.shape[:1], dtype=dtype, device=circuit.device)
     for rows in blocks(reference):
         ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
@@ -53,8 +55,9 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         # The far form, of the side where the token is likelier.
         likelier = d > 0
         most = torch.where(likelier, p, q)
-        own = torch.where(likelier, *_weights(beta, d))
-        other = torch.where(likelier, *_weights(1 - beta, d))
+        of_p, of_q = d.new_full((), beta), d.new_full((), 1 - beta)
+        own = torch.where(likelier, of_p, of_q)
+        other = torch.where(likelier, of_q, of_p)
         e = torch.exp(-size)
         mixture = own + other * e
         # Close to 1 by its distance from it.
@@ -62,7 +65,7 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         rest = torch.where(mixture < 0.5, torch.log(mixture), rest)
         # Of no mass there is nothing to weigh: not 0 · inf.
         shift = torch.where(e == 0, 0.0, other * e * size)
-        rise = own * torch.expm1(size.clamp(max=_largest_exponent(dtype)))
+        rise = own * torch.expm1(size)
         far = torch.where(
             (own < 0.5) & (rise < 1),
             own * size - mixture * torch.log1p(rise),
@@ -73,7 +76,7 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
         total = row_sums(torch.where(size < _NEAR, near, far))[:, 0]
         defined = (ref.defined & cir.defined)[:, 0]
-        # Where one weight is small, the other side's terms round to less than nothing.
+        # Terms that are next to nothing may be rounded to less.
         result[rows] = torch.where(defined, total.clamp(min=0.0), torch.nan)
     return result
 
@@ -92,7 +95,7 @@ def js_gradients(
 
     A logit of -inf has gradient 0; a row without a divergence is NaN; a row whose grad (R,) is 0 is 0.
     """
-    dtype = compute_dtype(circuit, reference)
+    beta, dtype = max(beta, _LEAST), compute_dtype(circuit, reference)
     wants = (wanted, reference_wanted)
     sides = [
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if want else None
@@ -131,11 +134,6 @@ def _masses(side: Rows) -> Tensor:
     return side.weights / side.z.to(side.weights.dtype)
 
 
-def _weights(beta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return beta and 1 - beta in a tensor's dtype, on its device."""
-    return like.new_full((), beta), like.new_full((), 1 - beta)
-
-
 def _excess(x: Tensor) -> Tensor:
     """X - log(1 + x) for -0.25 < x < 0.3, without cancellation: by the series of atanh(x / (2 + x))."""
     y = x / (2 + x)
@@ -163,12 +161,7 @@ def _worths(d: Tensor, weight: float, other: float, top: Tensor) -> Tensor:
 def _log_of_mixture(d: Tensor, weight: float, other: float) -> Tensor:
     """Return log A/M for d = log A/B and M = weight · A + other · B."""
     # By the distance of M/A from 1, unless one side is nearly all of M.
-    rise = other * torch.expm1(-d.clamp(min=-_largest_exponent(d.dtype)))
+    rise = other * torch.expm1(-d)
     e = torch.exp(-d.abs())
     far = d.clamp(max=0.0) - torch.log(torch.where(d > 0, weight + other * e, other + weight * e))
     return torch.where((rise - 0.25).abs() < 0.75, -torch.log1p(rise), far)
-
-
-def _largest_exponent(dtype: torch.dtype) -> float:
-    """Return an x whose e^x a dtype can hold, and not much more."""
-    return math.log(torch.finfo(dtype).max) - 1

@@ -29,7 +29,7 @@ class KLStatistics(NamedTuple):
     Attributes
     ----------
     reference_logsumexp : Tensor
-        log Σ e^p: float64 if an input is float64, else float32, as the next three are.
+        log Σ e^p: float64 if a side's logits are, else float32, as the next three are.
     circuit_logsumexp : Tensor
         log Σ e^q.
     reference_entropy : Tensor

@@ -228,6 +228,29 @@ def test_the_version_of_triton():
     assert triton.version() == package.__version__
 
 
+def test_all_logits_choose():
+    """A circuit of a dtype that a backend does not take, beside a reference of one that it does."""
+    if "native" not in fastkl.available_backends():
+        pytest.skip("the native kernel was not built")
+    for return_stats in (False, True):
+        with pytest.raises(RuntimeError, match=r"got torch\.float64"):
+            fastkl.kl_div(ROWS.double(), ROWS, backend="native", return_stats=return_stats)
+
+
+@pytest.mark.parametrize("asked", ["eager", "native"])
+def test_statistics_are_the_backends(monkeypatch, asked):
+    if reason := fastkl.unavailable_backends().get(asked):
+        pytest.skip(reason)
+    calls = []
+    for module in (eager, native):
+        own = module.row_statistics
+        monkeypatch.setattr(
+            module, "row_statistics", lambda *a, f=own, m=module: calls.append(m.NAME) or f(*a)
+        )
+    fastkl.kl_div(ROWS, ROWS, backend=asked, return_stats=True)
+    assert calls == [asked]
+
+
 def test_states_of_no_circuits(backend):
     (rows,) = where_it_runs(backend, ROWS)
     states = backends.choose(backend, rows.device, torch.float32).row_states([], rows)

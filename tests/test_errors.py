@@ -37,12 +37,6 @@ KL_DIV = {
     ),
     "rows": (F32, F32[:1], ValueError, r"same shape, got \(2, 5\) and \(1, 5\)"),
     "dimensions": (F32, F32[None], ValueError, r"same shape, got \(2, 5\) and \(1, 2, 5\)$"),
-    "stacked": (
-        F32[None],
-        F32,
-        ValueError,
-        r"\(2, 5\); circuits that are stacked go to kl_div_many$",
-    ),
     "an output": (
         SimpleNamespace(logits=F32),
         F32,
@@ -82,9 +76,21 @@ def test_circuits_that_are_no_sequence(case):
 
 def test_a_reference_that_comes_first():
     with pytest.raises(
-        ValueError, match=r"same shape, .*; the circuits come first, then the reference$"
+        ValueError, match=r"same shape, .*; the circuits come first, .*: are they swapped\?$"
     ):
         fastkl.kl_div_many(F32, F32.expand(3, 2, 5))
+
+
+def test_rows_of_two_devices():
+    with pytest.raises(ValueError, match=r"circuits\[1\] and .* same device, got meta and cpu"):
+        errors.check_rows([F32, F32.to("meta")], F32)
+
+
+def test_a_vocabulary_size_that_one_side_has_not():
+    with pytest.raises(
+        ValueError, match=r"between 1 and the 5 tokens of circuit with shape \(2, 5\)"
+    ):
+        fastkl.kl_div(F32, torch.zeros(2, 8), vocab_size=7)
 
 
 @pytest.mark.parametrize("circuit", [F32, F32[0], F32[:, None]])

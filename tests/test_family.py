@@ -357,11 +357,11 @@ def test_statistics_of_several_blocks(generator, dtype):
     assert found[2][1].tolist() == [False, False, True, False, False, False, False]
 
 
-def assert_rows_match(found, circuits, reference):
+def assert_rows_match(found, circuits, reference, temperature=1):
     """Assert what `row_statistics` found."""
     lse, entropy, agreement = found
     for k, circuit in enumerate(circuits):
-        expected = exact_statistics(circuit, reference, 1)
+        expected = exact_statistics(circuit, reference, temperature)
         cross = expected.cross_entropy.to(lse.dtype)
         fields = lse[0], lse[1 + k], entropy, cross, agreement[k]
         assert_statistics_match(fastkl.KLStatistics(*fields), expected)
@@ -376,20 +376,26 @@ def test_native_statistics(generator, implementation, dtype, n_cols):
     reference, *circuits = wide[..., :n_cols]
     circuits[2] = circuits[2].float()
     # The largest logits in the first block, the last, and in both: the first counts.
-    reference[0, 0] = reference[1, -1] = reference[2, 0] = reference[2, -1] = 40
-    circuits[0][2, -1] = circuits[1][2, 0] = 40
+    first = min(5, n_cols - 1)
+    reference[0, first] = reference[1, -1] = reference[2, first] = reference[2, -1] = 40
+    circuits[0][2, -1] = circuits[1][2, first] = 40
+    # An odd logit in a block before the last one, and one place alike in two blocks.
+    circuits[0][3, first], circuits[1][3, first] = NAN, INF
+    reference[4, first], circuits[0][4, (first + 8192) % n_cols] = 40, 40
     measure = backends.named(implementation).row_statistics
-    found = measure(circuits, reference, 1.0)
-    assert_rows_match(found, circuits, reference)
-    alone = measure([c[3:4] for c in circuits], reference[3:4], 1.0)
-    assert all(map(torch.equal, alone, (field[..., 3:4] for field in found)))
+    for temperature in (2.0, 1.0):
+        found = measure(circuits, reference, temperature)
+        assert_rows_match(found, circuits, reference, temperature)
+    alone = measure([c[1:2] for c in circuits], reference[1:2], 1.0)
+    assert all(map(torch.equal, alone, (field[..., 1:2] for field in found)))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         again = measure(circuits, reference, 1.0)
     finally:
         torch.set_num_threads(n_threads)
-    assert all(map(torch.equal, again, found))
+    for field, other in zip(again, found, strict=True):
+        assert torch.equal(field.nan_to_num(nan=123.0), other.nan_to_num(nan=123.0))
 
 
 def test_statistics_look_at_each_logit_a_few_times(generator):

@@ -83,20 +83,55 @@ def test_against_float64(js_rows, noise, beta):
     assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
 
 
-@pytest.mark.parametrize("beta", [1e-8, 1e-5, 1e-3, 0.1, 1 - 1e-3, 1 - 1e-5])
+def of_little_weight(circuit, reference, beta):
+    """The divergence of rows for a small beta, in float64: β KL(P ‖ Q) - KL(M ‖ Q), term by term."""
+    log_p, log_q = (t.double().log_softmax(-1) for t in (reference, circuit))
+    d = log_p - log_q
+    rise = beta * torch.expm1(d)
+    mixed = log_q.exp() * ((1 + rise) * torch.log1p(rise) - rise)
+    return (beta * log_p.exp() * d - mixed).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [1e-20, 1e-12, 1e-8, 1e-5, 1e-3, 0.1, 1 - 1e-3, 1 - 1e-5])
 def test_a_side_of_little_weight(js_rows, gradients, generator, beta):
     """What is left of the other side's terms, which nearly cancel, is of the size of the weight."""
     for noise in (0.1, 0.3, 1, 3, 10):
         circuit, reference = make(generator, 24, 500, noise)
         sides = circuit.double(), reference.double()
         wide = jensen_shannon.js_rows(*sides, beta, 1.0)
-        exact = definition(*sides, beta)
-        assert ((wide - exact).abs() <= 1e-12 * exact + 1e-14).all()
+        swapped = reversed(sides) if beta > 0.5 else sides
+        exact = of_little_weight(*swapped, min(beta, 1 - beta))
+        assert ((wide - exact).abs() <= 1e-10 * exact).all()
         found = js_rows(circuit, reference, beta)
         assert ((found - wide).abs() <= RELATIVE * wide + ABSOLUTE * min(beta, 1 - beta)).all()
         expected = jensen_shannon.js_gradients(torch.ones(24), *sides, beta, 1.0, True, True)
         for ours, theirs in zip(gradients(circuit, reference, beta), expected, strict=True):
             assert ((ours.double() - theirs).norm(dim=-1) <= 1e-5 * theirs.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 0.9])
+def test_gradients_in_float64(generator, beta):
+    """Those of the definition, however far apart the sides are."""
+    for noise in (0.3, 3, 10):
+        leaves = [t.double().requires_grad_() for t in make(generator, 24, 500, noise)]
+        expected = torch.autograd.grad(definition(*leaves, beta).sum(), leaves)
+        rows = [leaf.detach() for leaf in leaves]
+        found = jensen_shannon.js_gradients(torch.ones(24), *rows, beta, 1.0, True, True)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ((ours - theirs).norm(dim=-1) <= 1e-9 * theirs.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("beta", [1e-30, 1e-39, 1e-300])
+def test_next_to_no_weight(js_rows, gradients, generator, beta):
+    """A weight that float32 can not hold counts as 1e-30: finite, masked tokens or not."""
+    circuit, reference = make(generator, 4, 300, 3)
+    circuit[0, 5] = reference[1, 6] = -INF
+    circuit[2, 7], reference[2, 7] = -300, 20
+    found = js_rows(circuit, reference, beta)
+    wide = jensen_shannon.js_rows(circuit.double(), reference.double(), 1e-30, 1.0)
+    torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=0)
+    assert (found > 0).all()
+    assert all(gradient.isfinite().all() for gradient in gradients(circuit, reference, beta))
 
 
 @pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 8193])

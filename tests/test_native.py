@@ -66,6 +66,14 @@ def test_differences_beyond_float32(monkeypatch, level):
 
 
 @needs_native
+def test_levels_are_named_in_any_case(monkeypatch):
+    monkeypatch.setenv(native.LEVEL_VARIABLE, "BASELINE")
+    assert "native" in fastkl.available_backends()
+    rows = torch.zeros(1, 3)
+    assert fastkl.kl_div(rows, rows, backend="native") == 0
+
+
+@needs_native
 def test_an_unknown_level_is_an_error_and_no_fallback(monkeypatch):
     monkeypatch.setenv(native.LEVEL_VARIABLE, "mmx")
     message = f"{native.LEVEL_VARIABLE} asks for the instruction-set level 'mmx'"

@@ -481,6 +481,25 @@ def test_views_with_gaps_that_are_padded_differently(pair):
     assert with_gaps([pair[0][:, :-1], pair[1][:, :-1].contiguous()])[1] is None
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[..., ::2],
+        # The prompts are no whole number of rows apart.
+        lambda t: t.flatten(1)[:, :290].unfold(1, 50, 55),
+        lambda t: t[:, :1].expand(-1, 5, -1),
+        lambda t: t[:1, :-1].expand(4, -1, -1),
+    ],
+    ids=["every other token", "between rows", "one row", "one prompt"],
+)
+def test_views_that_have_no_gaps(pair, view):
+    """They are copied: no rows in between are where gaps would be."""
+    views = [view(t) for t in pair]
+    assert with_gaps(views)[1] is None
+    found = fastkl.kl_div(*views, reduction="none")
+    assert torch.equal(found, fastkl.kl_div(*(t.contiguous() for t in views), reduction="none"))
+
+
 def test_rows_in_the_gaps_do_not_count(pair):
     circuit, reference = (t.clone() for t in pair)
     circuit[:, 0] = torch.nan

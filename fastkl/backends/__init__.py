@@ -178,9 +178,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
 
 def choose_for(name: str | None, logits: Sequence[Tensor]) -> Backend:
     """Return the backend for logits that are measured together, on one device."""
-    first, *others = {t.dtype for t in logits}
-    dtype = functools.reduce(torch.promote_types, others, first)
-    return choose(name, logits[0].device, dtype)
+    dtypes = dict.fromkeys(t.dtype for t in logits)
+    return choose(name, logits[0].device, functools.reduce(torch.promote_types, dtypes))
 
 
 @functools.cache
