@@ -51,30 +51,10 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         ref, cir = (read(t[rows], dtype, temperature) for t in (reference, circuit))
         d = _log_ratio(cir, ref, temperature)
         p, q = _masses(ref), _masses(cir)
-        size = d.abs()
-        # The far form, of the side where the token is likelier.
-        likelier = d > 0
-        most = torch.where(likelier, p, q)
-        of_p, of_q = d.new_full((), beta), d.new_full((), 1 - beta)
-        own = torch.where(likelier, of_p, of_q)
-        other = torch.where(likelier, of_q, of_p)
-        e = torch.exp(-size)
-        mixture = own + other * e
-        # Close to 1 by its distance from it.
-        rest = torch.log1p(other * torch.expm1(-size))
-        rest = torch.where(mixture < 0.5, torch.log(mixture), rest)
-        # Of no mass there is nothing to weigh: not 0 · inf.
-        shift = torch.where(e == 0, 0.0, other * e * size)
-        rise = own * torch.expm1(size)
-        far = torch.where(
-            (own < 0.5) & (rise < 1),
-            own * size - mixture * torch.log1p(rise),
-            -(mixture * rest + shift),
-        ).mul_(most)
         inner = d.clamp(-_NEAR, _NEAR)
         near = beta * p * _excess((1 - beta) * torch.expm1(-inner))
         near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
-        total = row_sums(torch.where(size < _NEAR, near, far))[:, 0]
+        total = row_sums(torch.where(d.abs() < _NEAR, near, _far(d, p, q, beta)))[:, 0]
         defined = (ref.defined & cir.defined)[:, 0]
         # Terms that are next to nothing may be rounded to less.
         result[rows] = torch.where(defined, total.clamp(min=0.0), torch.nan)
@@ -132,6 +112,25 @@ def _log_ratio(cir: Rows, ref: Rows, temperature: float) -> Tensor:
 
 def _masses(side: Rows) -> Tensor:
     return side.weights / side.z.to(side.weights.dtype)
+
+
+def _far(d: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """Return the far form's terms, and the light form's, of tokens of masses p and q, and d = log p/q."""
+    size, likelier = d.abs(), d > 0
+    # Of the side where the token is likelier.
+    of_p, of_q = d.new_full((), beta), d.new_full((), 1 - beta)
+    own, other = torch.where(likelier, of_p, of_q), torch.where(likelier, of_q, of_p)
+    e = torch.exp(-size)
+    mixture = own + other * e
+    # Close to 1 by its distance from it.
+    log_mixture = torch.log1p(other * torch.expm1(-size))
+    log_mixture = torch.where(mixture < 0.5, torch.log(mixture), log_mixture)
+    # Of no mass there is nothing to weigh: not 0 · inf.
+    shift = torch.where(e == 0, 0.0, other * e * size)
+    rise = own * torch.expm1(size)
+    light = own * size - mixture * torch.log1p(rise)
+    far = torch.where((own < 0.5) & (rise < 1), light, -(mixture * log_mixture + shift))
+    return far.mul_(torch.where(likelier, p, q))
 
 
 def _excess(x: Tensor) -> Tensor:
