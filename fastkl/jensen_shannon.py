@@ -115,7 +115,7 @@ def _masses(side: Rows) -> Tensor:
 
 
 def _far(d: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Return the far form's terms, and the light form's, of tokens of masses p and q, and d = log p/q."""
+    """Return the far and the light form of terms of tokens, of masses p and q, and d = log p/q."""
     size, likelier = d.abs(), d > 0
     # Of the side where the token is likelier.
     of_p, of_q = d.new_full((), beta), d.new_full((), 1 - beta)
