@@ -379,9 +379,10 @@ def test_native_statistics(generator, implementation, dtype, n_cols):
     first = min(5, n_cols - 1)
     reference[0, first] = reference[1, -1] = reference[2, first] = reference[2, -1] = 40
     circuits[0][2, -1] = circuits[1][2, first] = 40
-    # An odd logit in a block before the last one, and one place alike in two blocks.
+    # An odd logit in a block before the last one, and the same place in two blocks.
     circuits[0][3, first], circuits[1][3, first] = NAN, INF
-    reference[4, first], circuits[0][4, (first + 8192) % n_cols] = 40, 40
+    block = 64 * math.ceil(n_cols / math.ceil(n_cols / 8192) / 64)
+    reference[4, first], circuits[0][4, (first + block) % n_cols] = 40, 40
     measure = backends.named(implementation).row_statistics
     for temperature in (2.0, 1.0):
         found = measure(circuits, reference, temperature)
