@@ -8,7 +8,6 @@ failed.
 """
 
 import argparse
-import datetime
 import json
 import platform
 import sys
@@ -179,13 +178,7 @@ def run(
         Whose memory is measured too, on the main case, by name.
     """
     load = [facts.load()]
-    document: dict[str, Any] = {
-        "command": "python -m bench.cpu",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": facts.commit(),
-        "seed": seed,
-        "machine": facts.machine(),
-        "versions": facts.versions(),
+    document = facts.heading("python -m bench.cpu", seed) | {
         "memory_missing": memory.missing(),
         "n_processes": n_processes,
         "baseline": peers[0].name,

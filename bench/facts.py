@@ -1,5 +1,6 @@
 """What a measurement has to be read beside: the machine, the versions, the commit."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,18 @@ import torch
 import fastkl
 
 _PACKAGES = ("numpy", "auto-circuit", "jax", "scipy")
+
+
+def heading(command: str, seed: int) -> dict[str, Any]:
+    """Return what a document of results begins with."""
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "seed": seed,
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def machine() -> dict[str, Any]:

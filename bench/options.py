@@ -7,7 +7,6 @@ Each result is checked against float64 before it is timed. Writes options.json i
 """
 
 import argparse
-import datetime
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -192,15 +191,7 @@ def _cell(entry: dict[str, Any]) -> str:
 
 def run(sizes: Sequence[Size], seconds: float, seed: int) -> dict[str, Any]:
     """Run all sizes; return the JSON document."""
-    document: dict[str, Any] = {
-        "command": "python -m bench.options",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": facts.commit(),
-        "seed": seed,
-        "machine": facts.machine(),
-        "versions": facts.versions(),
-        "cases": [],
-    }
+    document = facts.heading("python -m bench.options", seed) | {"cases": []}
     for size in sizes:
         case = run_size(size, seconds, seed)
         document["cases"].append(case)

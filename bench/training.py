@@ -8,7 +8,6 @@ whose times include waiting for it; then `python -m bench.report` brings the REA
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import math
@@ -288,17 +287,12 @@ def _cell(entry: dict[str, Any] | None) -> str:
 
 def run(cases: Sequence[Training], device: str, seconds: float, seed: int) -> dict[str, Any]:
     """Run all cases; return the JSON document."""
-    processor = facts.machine()
-    document: dict[str, Any] = {
-        "command": "python -m bench.training",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": facts.commit(),
-        "seed": seed,
-        "device": processor["processor"] if device == "cpu" else torch.cuda.get_device_name(),
-        "machine": processor,
-        "versions": facts.versions(),
-        "cases": [],
-    }
+    document = facts.heading("python -m bench.training", seed)
+    on_cpu = device == "cpu"
+    document["device"] = (
+        document["machine"]["processor"] if on_cpu else torch.cuda.get_device_name()
+    )
+    document["cases"] = []
     for case in cases:
         result = run_case(case, device, seconds, seed)
         document["cases"].append(result)

@@ -245,6 +245,7 @@ def check_rows(
         )
     whole, device = reference.shape, reference.device
     for k, circuit in enumerate(circuits):
+        # Asked here too, since a name for each takes as long as the question.
         if circuit.shape != whole or circuit.device != device:
             check_pair(circuit, reference, f"circuits[{k}]")
     shape = (len(circuits), math.prod(reference.shape[:-1]))

@@ -49,6 +49,27 @@ def compiled(name, arch, signature, constexprs, divisible, options):
     )
 
 
+def compilations(generator, step, longest):
+    """Return how many kernels had been compiled after each of some steps(reference, K), from none.
+
+    One row or many, 4 circuits or 8, odd or round vocabularies, from any address.
+    """
+    compiled.cache_clear()
+    found = []
+    for n_rows, n_cols, n_circuits, start in (
+        (2, 700, 4, 0),
+        (1, 16, 4, 0),
+        (3, 1, 8, 0),
+        (16, 64, 4, 0),
+        (1, longest, 4, 0),
+        (2, 700, 4, 1),
+    ):
+        reference = torch.randn(start + n_rows * n_cols, generator=generator)[start:]
+        step(reference.view(n_rows, n_cols), n_circuits)
+        found.append(compiled.cache_info().misses)
+    return found
+
+
 class EmulatedKernel:
     """A kernel that runs in the emulator when it is launched."""
 

@@ -214,6 +214,16 @@ def test_a_confident_row_needs_a_second_look(generator):
     assert (divergence >= 0).all()
 
 
+def test_an_undefined_row_is_not_summed_again(generator):
+    """It is read once more, to find that it has no divergence."""
+    circuits, reference = make(generator, 1, 20000, (0.5,))
+    reference[0, 9000] = torch.nan
+    divergence, session = emulate(circuits, reference, arch=80)
+    assert divergence.isnan().all()
+    read = 2 * reference.nbytes
+    assert 1 <= session.total("finish_kernel").bytes_loaded / read < 1.2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_second_look_where_none_is_needed(generator, dtype):
     for noise in (1e-4, 0.01, 0.3, 3.0):

@@ -22,7 +22,6 @@
 #include "functions.hpp"
 #include "kl.hpp"
 #include "looks.hpp"
-#include "matrix.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
 #include "summary.hpp"
