@@ -1,5 +1,6 @@
 """The compiled kernel: its levels, its threads, its exponential, interruption and memory."""
 
+import ctypes
 import math
 import os
 import platform
@@ -37,6 +38,7 @@ def python(*arguments, folder=ROOT, **environment):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
         cwd=folder,
         env={**os.environ, **environment},
     )
@@ -349,6 +351,67 @@ def test_ctrl_c_stops_it_and_other_threads_run(n_rows, call):
             assert int(ticks) > 5
         finally:
             process.kill()
+
+
+THREADS = """
+import os, threading, torch, fastkl
+torch.set_num_threads(3)
+rows = torch.randn(64, 50257)
+def measure():
+    rows.exp()
+    return fastkl.kl_div(rows.flip(0), rows, reduction="none", backend="native")
+measure()
+running = lambda: set(os.listdir("/proc/self/task"))
+seen, done = set(), threading.Event()
+def watch():
+    while not done.is_set():
+        seen.update(running())
+watcher = threading.Thread(target=watch)
+watcher.start()
+before = running()
+for _ in range(50):
+    measure()
+done.set()
+watcher.join()
+print(len(before), len(seen - before))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="no OpenMP is shared")
+def test_it_works_on_pytorchs_threads():
+    """Not on some of its own, beside which PyTorch's would wait busily: none is started."""
+    result = python("-c", THREADS)
+    assert result.returncode == 0, result.stderr
+    n_before, n_new = map(int, result.stdout.split())
+    # The main thread, the watching one, and PyTorch's.
+    assert n_before >= 4
+    assert n_new == 0
+
+
+FORKED = """
+import os, torch, fastkl
+torch.set_num_threads(2)
+rows = torch.randn(64, 50257)
+circuit = rows.flip(0)
+measure = lambda: fastkl.kl_div(circuit, rows, reduction="none", backend="native")
+# PyTorch's threads exist, and have worked.
+rows.exp()
+expected = measure()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(measure(), expected) else 2)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_not_wait_for_threads_it_has_not():
+    result = python("-c", FORKED)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0"]
 
 
 PEAK = """

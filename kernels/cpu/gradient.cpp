@@ -22,12 +22,13 @@ bool run(const Level& level, const GradientProblem& problem, int n_threads,
     const bool both = problem.dp.data != nullptr;
     std::vector<RowBuffers> buffers;
     for (int64_t i = 0; i < n; ++i) buffers.emplace_back(problem.n_cols, both ? 4 : 2);
-    return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
+    const auto work = [&](int64_t row, int64_t i, const Poll& poll) {
         const RowBuffers& room = buffers[i];
         float* const none = nullptr;
         return level.gradient(
             problem, row, {room[0], room[1], both ? room[2] : none, both ? room[3] : none}, poll);
-    });
+    };
+    return run_tasks(problem.n_rows, n, n_threads, keep_going, work);
 }
 
 }  // namespace fastkl

@@ -63,11 +63,12 @@ bool run(const Level& level, const JsProblem& problem, float* js, int n_threads,
     if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
     const int64_t n = threads_for(problem, n_threads);
     const auto scratch = scratch_for(n);
-    return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
+    const auto work = [&](int64_t row, int64_t i, const Poll& poll) {
         if (!poll.keep_going(poll.context)) return false;
         js[row] = level.js(problem, row, *scratch[i]);
         return true;
-    });
+    };
+    return run_tasks(problem.n_rows, n, n_threads, keep_going, work);
 }
 
 bool run(const Level& level, const JsProblem& problem, const JsGradients& gradients, int n_threads,
@@ -79,7 +80,7 @@ bool run(const Level& level, const JsProblem& problem, const JsGradients& gradie
     std::vector<RowBuffers> buffers;
     for (int64_t i = 0; i < n; ++i)
         buffers.emplace_back(problem.n_cols, 2 * (int(wanted[0]) + int(wanted[1])));
-    return run_tasks(problem.n_rows, n, keep_going, [&](int64_t row, int64_t i, const Poll& poll) {
+    const auto work = [&](int64_t row, int64_t i, const Poll& poll) {
         if (!poll.keep_going(poll.context)) return false;
         const RowBuffers& buffer = buffers[i];
         const int second = wanted[0] ? 2 : 0;
@@ -88,7 +89,8 @@ bool run(const Level& level, const JsProblem& problem, const JsGradients& gradie
             wanted[1] ? JsRoom{buffer[second], buffer[second + 1]} : JsRoom{nullptr, nullptr}};
         level.js_gradient(problem, gradients, row, *scratch[i], room);
         return true;
-    });
+    };
+    return run_tasks(problem.n_rows, n, n_threads, keep_going, work);
 }
 
 }  // namespace fastkl

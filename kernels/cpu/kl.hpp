@@ -165,7 +165,9 @@ struct Level {
     void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
 };
 
-// A temperature's inverse as a float32 that is not rounded to 0 or inf, by which -inf stays what it is.
+// A temperature's inverse, or the nearest number that float32 takes for neither 0 nor inf, so that -inf times
+// it stays what it is. `inverse_of` is that as a float32.
+double limited_inverse(double temperature);
 float inverse_of(double temperature);
 
 // The levels of this build that this processor can run, best first, ended by a null pointer.

@@ -65,10 +65,11 @@ struct Divergence {
     int64_t n_far;
 };
 
-// A circuit's logits, and where in memory the ones lie that are looked at after them.
-template <class T> struct Circuit {
+// A circuit's logits, and where in memory, in a dtype of their own, the ones lie that are looked at after
+// them.
+template <class T, class Ahead = T> struct Circuit {
     const T* q;
-    const char* ahead;
+    const Ahead* ahead;
 };
 
 template <int I> struct Index {
@@ -119,12 +120,19 @@ INLINE void for_groups(const T* q, int64_t n, Body body, Fold fold) {
 }
 
 template <class T> float maximum(const T* q, int64_t n) {
-    vf high = splat(-__builtin_inff());
+    // Of one running maximum each comparison would wait for the one before.
+    constexpr int kChains = 4, kStep = kChains * W;
+    vf highs[kChains];
+    for (vf& high : highs) high = splat(-__builtin_inff());
+    const int64_t whole = n - n % kStep;
+    // In this order a NaN is dropped.
+    for (int64_t i = 0; i < whole; i += kStep)
+        for (int j = 0; j < kChains; ++j) highs[j] = max(load(q + i + j * W), highs[j]);
+    vf high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));
     const auto group = [&](int64_t, const T* from) {
-        // In this order a NaN is dropped.
         for (int u = 0; u < U; ++u) high = max(load(from + u * W), high);
     };
-    for_groups(q, n, group, [] {});
+    for_groups(q + whole, n - whole, group, [] {});
     return largest(high);
 }
 
@@ -297,8 +305,8 @@ template <class T, class Sums> void add_rest(Sums& sums, int64_t begin, const T*
 
 // Adds to the sums of G circuits of a block, which share what is read of the reference. A circuit's
 // sums do not depend on the others.
-template <bool MASKED, int G, class T, class Sums>
-void look(const Block& block, const Circuit<T>* circuits, Sums* results) {
+template <bool MASKED, int G, class T, class Ahead, class Sums>
+void look(const Block& block, const Circuit<T, Ahead>* circuits, Sums* results) {
     // Nobody else knows where these are: they stay in registers.
     Sums sums[G];
     unrolled<G>([&](auto g) INLINE_LAMBDA { sums[g] = results[g]; });
@@ -307,7 +315,7 @@ void look(const Block& block, const Circuit<T>* circuits, Sums* results) {
         [&](int64_t i) INLINE_LAMBDA {
             unrolled<G>([&](auto g) INLINE_LAMBDA {
                 // Elsewhere in memory: no prefetcher guesses that.
-                __builtin_prefetch(circuits[g].ahead + i * int64_t(sizeof(T)), 0, 3);
+                __builtin_prefetch(circuits[g].ahead + i, 0, 3);
                 sums[g].template add<MASKED>(i, circuits[g].q + i);
             });
         },

@@ -40,13 +40,13 @@ constexpr int64_t kRowsPerThread = 4;
 // One call of run().
 class Job {
   public:
-    Job(const Level& level, const Problem& problem, const Output& output, int n_threads,
+    Job(const Level& level, const Problem& problem, const Output& output, int team,
         const Poll& caller)
-        : level_(level), problem_(problem), output_(output), caller_(caller) {
+        : level_(level), problem_(problem), output_(output), caller_(caller), team_(team) {
         length_ = piece_length(problem.n_cols, kSlice);
         n_slices_ = (problem.n_cols + length_ - 1) / length_;
         const int64_t pairs = problem.n_rows * problem.n_cols * problem.n_circuits;
-        n_threads_ = useful_threads(problem.n_rows * n_slices_, pairs, kPairsPerThread, n_threads);
+        n_threads_ = useful_threads(problem.n_rows * n_slices_, pairs, kPairsPerThread, team);
         by_rows_ = n_slices_ == 1 || problem.n_rows >= kRowsPerThread * n_threads_;
         n_tasks_ = by_rows_ ? problem.n_rows : problem.n_rows * n_slices_;
         if (!by_rows_) states_.resize(n_tasks_ * problem.n_circuits);
@@ -60,7 +60,7 @@ class Job {
                             : measure(task / n_slices_, task % n_slices_,
                                       &states_[task * problem_.n_circuits], rooms_[thread], poll);
         };
-        if (!run_tasks(n_tasks_, n_threads_, caller_, work)) return false;
+        if (!run_tasks(n_tasks_, n_threads_, team_, caller_, work)) return false;
         if (!by_rows_) {
             for (int64_t row = 0; row < problem_.n_rows; ++row) {
                 State* states = &states_[row * n_slices_ * problem_.n_circuits];
@@ -117,6 +117,7 @@ class Job {
     const Problem& problem_;
     const Output& output_;
     const Poll& caller_;
+    int team_;
     int64_t length_, n_slices_, n_threads_, n_tasks_;
     bool by_rows_;
     std::vector<State> states_;

@@ -45,10 +45,10 @@ constexpr int64_t kFarTokens = 128;
 
 // A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; with the note of the last
 // block it decides which look is likely to be enough.
-template <class T> class CircuitBlock {
+template <class T, class Ahead> class CircuitBlock {
   public:
     CircuitBlock() = default;
-    CircuitBlock(const Block& block, const Circuit<T>& circuit, double guess, uint8_t& note)
+    CircuitBlock(const Block& block, const Circuit<T, Ahead>& circuit, double guess, uint8_t& note)
         : block_(&block), circuit_(circuit), guess_(guess), note_(&note), masked_(block.masked) {}
 
     // Which look is asked first.
@@ -98,7 +98,7 @@ template <class T> class CircuitBlock {
   private:
     template <int G, class Begin>
     static void look_together(CircuitBlock* blocks, State* states, Begin begin) {
-        Circuit<T> circuits[G];
+        Circuit<T, Ahead> circuits[G];
         decltype(begin(*blocks)) sums[G];
         for (int g = 0; g < G; ++g) {
             circuits[g] = blocks[g].circuit_;
@@ -228,18 +228,18 @@ template <class T> class CircuitBlock {
     }
 
     const Block* block_;
-    Circuit<T> circuit_;
+    Circuit<T, Ahead> circuit_;
     double guess_;
     uint8_t* note_;
     bool masked_;
 };
 
 // Looks at as many of n circuits as G or a half of it, or a half of that, allow; returns how many.
-template <int G, class T>
-int64_t look_together(Look first, int64_t n, CircuitBlock<T>* blocks, State* states) {
+template <int G, class Block>
+int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
     if constexpr (G > 1)
         if (n < G) return look_together<G / 2>(first, n, blocks, states);
-    CircuitBlock<T>::template look_together<G>(first, blocks, states);
+    Block::template look_together<G>(first, blocks, states);
     return G;
 }
 
@@ -251,7 +251,8 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
                   double taken_p, int64_t k, const State* so_far, uint8_t* notes, Scratch& scratch,
                   State* states) {
     using L = std::conditional_t<COOL, float, T>;
-    CircuitBlock<L> blocks[kTogether];
+    using CircuitBlock = CircuitBlock<L, T>;
+    CircuitBlock blocks[kTogether];
     double taken[kTogether] = {};
     Look first = Look::alone;
     int64_t n = 0;
@@ -261,22 +262,23 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         const T* logits = reinterpret_cast<const T*>(address(circuit, row, start));
         // Where the circuit that is looked at as long after this one lies, perhaps in the next block.
         const int64_t after = k + n + kTogether;
-        const char* ahead = address(problem.circuits[after % problem.n_circuits], row,
-                                    after < problem.n_circuits ? start : start + block.n);
+        const T* ahead = reinterpret_cast<const T*>(
+            address(problem.circuits[after % problem.n_circuits], row,
+                    after < problem.n_circuits ? start : start + block.n));
         double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
-        Circuit<L> q;
+        Circuit<L, T> q;
         if constexpr (COOL) {
             // One that another look waits for is not divided yet.
-            if (n > 0 && __builtin_isfinite(guess) && CircuitBlock<L>::look_by(notes[k + n]) != first)
+            if (n > 0 && __builtin_isfinite(guess) && CircuitBlock::look_by(notes[k + n]) != first)
                 break;
             float* cooled = scratch.cooled[n];
-            taken[n] = cool(logits, block.n, divisor_of(problem.temperature), ahead, cooled);
+            taken[n] = cool(logits, block.n, problem.temperature, cooled);
             guess -= taken_p - taken[n];
-            q = {cooled, reinterpret_cast<const char*>(cooled)};
+            q = {cooled, ahead};
         } else {
             q = {logits, ahead};
         }
-        blocks[n] = CircuitBlock<L>(block, q, guess, notes[k + n]);
+        blocks[n] = CircuitBlock(block, q, guess, notes[k + n]);
         const Look look = blocks[n].first_look();
         if (n == 0) first = look;
         if (first == Look::alone || look != first) break;
@@ -303,7 +305,7 @@ Block read_block(const T* p, int64_t n, double temperature, const Mass& so_far, 
                  double& taken) {
     if constexpr (COOL) {
         float* cooled = scratch.cooled[0];
-        taken = cool(p, n, divisor_of(temperature), reinterpret_cast<const char*>(p + n), cooled);
+        taken = cool(p, n, temperature, cooled);
         // The largest is 0, or there is none.
         return read_reference(cooled, n, 0.0f, scratch);
     } else {

@@ -17,12 +17,13 @@ bool run(const Level& level, const SummaryProblem& problem, Summary* summaries, 
     const int64_t n =
         useful_threads(n_tasks, n_tasks * problem.n_cols, kLogitsPerThread, n_threads);
     const auto scratch = scratch_for(n);
-    return run_tasks(n_tasks, n, keep_going, [&](int64_t task, int64_t i, const Poll& poll) {
+    const auto work = [&](int64_t task, int64_t i, const Poll& poll) {
         if (!poll.keep_going(poll.context)) return false;
         const int64_t side = task / problem.n_rows, row = task % problem.n_rows;
         summaries[task] = level.summarize(problem, side, row, *scratch[i]);
         return true;
-    });
+    };
+    return run_tasks(n_tasks, n, n_threads, keep_going, work);
 }
 
 }  // namespace fastkl

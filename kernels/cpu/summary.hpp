@@ -71,7 +71,10 @@ inline Summary summary_of(const Matrix& matrix, int64_t row, int64_t n_cols, flo
         const float max = read_block(matrix, row, start, n, scratch.p, undefined);
         defined &= !undefined;
         if (undefined || max == -inf) return;
-        Summary block{max, weigh_row(scratch.p, padded, max, scale, scratch.w), 0.0, 0};
+        const double sum = with_dtype(matrix.dtype, address(matrix, row, start + n), [&](auto next) {
+            return weigh_row(scratch.p, padded, max, scale, scratch.w, next);
+        });
+        Summary block{max, sum, 0.0, 0};
         if (below) block.below = weighted_exponents(scratch.p, scratch.w, padded, max, scale);
         // Of a block below the others nobody asks where.
         if (max > whole.max) block.likeliest = start + position(scratch.p, padded, max);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kl.hpp"
+#include "team.hpp"
 
 namespace fastkl {
 
@@ -49,27 +50,42 @@ class RowBuffers {
 // to be taken before.
 template <class Work> class Tasks {
   public:
-    Tasks(int64_t n_tasks, const Poll& caller, const Work& work)
-        : n_tasks_(n_tasks), caller_(caller), work_(work) {}
+    Tasks(int64_t n_tasks, int64_t n_threads, const Poll& caller, const Work& work)
+        : n_tasks_(n_tasks), n_threads_(n_threads), caller_(caller), work_(work) {}
 
-    // False if it was stopped.
-    bool run(int64_t n_threads) {
+    // False if it was stopped. A team of as many threads as PyTorch has does it, or threads of our own.
+    bool run(int team) {
+        if (n_threads_ == 1) {
+            take(0);
+        } else if (!run_on_team(join, this, team)) {
+            run_on_own_threads();
+        }
+        return !stop_;
+    }
+
+  private:
+    void run_on_own_threads() {
         std::vector<std::thread> threads;
-        threads.reserve(n_threads);
+        threads.reserve(n_threads_);
         try {
-            for (int64_t i = 1; i < n_threads; ++i)
-                threads.emplace_back([this, i] { take(i, {keep_going, this}); });
+            for (int64_t i = 1; i < n_threads_; ++i) threads.emplace_back(join, this);
         } catch (const std::system_error&) {
             // As many threads as the system gives; the calling one does what is left.
         } catch (const std::bad_alloc&) {
             // As many as there is memory for.
         }
-        take(0, {ask_caller, this});
+        take(0);
         for (std::thread& thread : threads) thread.join();
-        return !stop_;
     }
 
-  private:
+    // What each thread is given. A team may have more threads than there is work for.
+    static void join(void* context) {
+        Tasks& tasks = *static_cast<Tasks*>(context);
+        const bool calls = std::this_thread::get_id() == tasks.calling_;
+        const int64_t thread = calls ? 0 : tasks.joined_.fetch_add(1) + 1;
+        if (thread < tasks.n_threads_) tasks.take(thread);
+    }
+
     static bool keep_going(void* tasks) { return !static_cast<Tasks*>(tasks)->stop_; }
 
     static bool ask_caller(void* context) {
@@ -78,21 +94,25 @@ template <class Work> class Tasks {
         return !tasks.stop_;
     }
 
-    void take(int64_t thread, const Poll& poll) {
+    void take(int64_t thread) {
+        const Poll poll{thread == 0 ? ask_caller : keep_going, this};
         for (int64_t task; (task = next_.fetch_add(1)) < n_tasks_;)
             if (!work_(task, thread, poll)) return;
     }
 
-    const int64_t n_tasks_;
+    const int64_t n_tasks_, n_threads_;
     const Poll& caller_;
     const Work& work_;
+    const std::thread::id calling_ = std::this_thread::get_id();
+    std::atomic<int64_t> joined_{0};
     std::atomic<int64_t> next_{0};
     std::atomic<bool> stop_{false};
 };
 
+// Runs tasks on `n_threads` of the `team` threads that PyTorch has. False if it was stopped.
 template <class Work>
-bool run_tasks(int64_t n_tasks, int64_t n_threads, const Poll& caller, const Work& work) {
-    return Tasks<Work>(n_tasks, caller, work).run(n_threads);
+bool run_tasks(int64_t n_tasks, int64_t n_threads, int team, const Poll& caller, const Work& work) {
+    return Tasks<Work>(n_tasks, n_threads, caller, work).run(team);
 }
 
 }  // namespace fastkl
