@@ -2,7 +2,7 @@
 
 The device code lives in kernels/triton and installs as fastkl._triton: a top-level package called
 `kernels` belongs to somebody else. The CPU kernel in kernels/cpu becomes fastkl._native, one file for
-all Pythons from 3.10 on; where it can not be built, the package works without it.
+all Pythons from 3.10 on; where it cannot be built, the package works without it.
 """
 
 import platform

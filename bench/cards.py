@@ -12,8 +12,8 @@ AMD's are from the CDNA 3 white paper: four SIMDs of 16 lanes a compute unit. Th
 takes four times as long as an addition is an assumption, true of GCN and CDNA so far.
 
 Clocks are the makers' boost clocks, but for Hopper's SXM: its maximum is 1.98 GHz, and 1.755 GHz is
-assumed, for a card that does not hold the maximum under load. Bandwidths are the datasheets', which
-no copy reaches. What a card does at a power limit is nowhere in here.
+assumed, for a card that does not hold the maximum under load. Bandwidths are the datasheets', which no
+copy reaches. Power limits are not taken into account.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """Follow a program's control flow: what a thread executes on its way through one of its loops.
 
-Where a kernel branches, counting all that stands in it would count what no thread executes. Which way
-threads take is not in the machine code, so a rule says it: through an iteration of the loop the
-longest one, which is that of an iteration that skips nothing; to the loop, and from it to the end, the
-shortest one, since what can be passed by there are other loops. A loop within an iteration counts once:
-AMD's compiler puts one around a load or store whose base it does not see to be the same for all lanes.
+Where a kernel branches, counting all of its instructions would count some that no thread executes. The
+machine code does not say which way threads take, so a rule does. Through an iteration of the loop it is
+the longest way, that of an iteration which skips nothing. Up to the loop, and from it to the end, it is
+the shortest way, since what can be bypassed there are other loops. A loop within an iteration counts
+once: AMD's compiler puts one around a load or store if it cannot tell that its base is the same for all
+lanes.
 """
 
 from collections.abc import Container

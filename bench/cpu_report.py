@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bench import facts
 from bench.report import paragraph, table
 from bench.worker import KEEP_FREED_MEMORY
 
@@ -22,8 +23,8 @@ def _main_table(document: dict[str, Any]) -> str:
     kept = main.get("freed_memory_kept")
     sizes = f"K={main['n_circuits']}, R={main['n_rows']}, V={main['n_vocabulary']}"
     of = f"{sizes}, {main['dtype']}, {main['divergences']}"
-    heading = [of, "ms", *([f"ms, {_KEPT}"] if kept else []), "GB/s", "× one read"]
-    heading += [f"× faster than {baseline}", *([f"× faster, {_KEPT}"] if kept else [])]
+    heading = [of, "ms", *([f"ms, {_KEPT}"] if kept else []), "GB/s", "time / one read"]
+    heading += [f"speedup over {baseline}", *([f"speedup, {_KEPT}"] if kept else [])]
     heading += ["memory, MiB", "error, nats", "error, relative"]
     read = main["read"]
     rows = [heading, [_READ, _ms(read["ms"]), *([_ms(kept["read"]["ms"])] if kept else [])]]
@@ -47,7 +48,7 @@ def _main_table(document: dict[str, Any]) -> str:
 
 def _grid_table(document: dict[str, Any]) -> str:
     names = [name for name in document["peers"] if any(_timed(c, name) for c in document["cases"])]
-    rows = [["K, R, V, dtype, KL", f"{_READ}, ms", *(f"{name}, ms" for name in names)]]
+    rows = [["K, R, V, dtype, divergences", f"{_READ}, ms", *(f"{name}, ms" for name in names)]]
     for case in document["cases"]:
         cells = [_sizes(case), _ms(case["read"]["ms"])]
         for name in names:
@@ -60,7 +61,7 @@ def _caption(document: dict[str, Any]) -> str:
     machine, versions = document["machine"], document["versions"]
     levels = machine["instruction_set"]
     memory = document["memory_missing"] or (
-        "growth of the resident size at its worst moment, in a process of its own"
+        "the most by which the resident size grows during a call, in a process of its own"
     )
     first, last = document["load_average"]
     lines = [
@@ -69,15 +70,15 @@ def _caption(document: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + ".",
         f"`{document['command']}`, {document['date'][:10]}, commit "
-        f"{(document['commit'] or 'unknown')[:12]}, seed {document['seed']}, load average "
+        f"{facts.short_commit(document)}, seed {document['seed']}, load average "
         f"{first} at the start, {last} at the end.",
-        "Each in a process of its own, all alive at once, in turns with a pause before each; on the "
-        f"first case in {document['n_processes']} such processes, one after the other. Medians; "
-        "ratios are medians of each round's ratio. "
-        "One read: the fastest way found to read the circuits' logits once. "
-        "GB/s: every logit once, the reference's too. "
+        "Every function runs in a process of its own; they take turns, with a pause before each. On the "
+        f"first case each runs in {document['n_processes']} processes, one after the other. Times are "
+        "medians; ratios are medians of the ratios within each round. "
+        "One read: the fastest way found to read the circuits' logits once; its GB/s counts those. "
+        "GB/s otherwise counts every logit once, the reference's too. "
         f"{_settings(document)}Memory beyond the inputs: {memory}. "
-        "Errors: the largest of any circuit's KL against float64.",
+        "Errors: the largest of any circuit's mean KL against float64.",
     ]
     return "\n".join(map(paragraph, lines))
 
@@ -86,7 +87,7 @@ def _settings(document: dict[str, Any]) -> str:
     if "freed_memory_kept" not in document["cases"][0]:
         return ""
     variables = " ".join(f"{name}={value}" for name, value in KEEP_FREED_MEMORY.items())
-    return f'malloc as it comes; "{_KEPT}": with `{variables}`. '
+    return f'malloc has its default settings; "{_KEPT}": `{variables}`. '
 
 
 def _timed(case: dict[str, Any], name: str) -> bool:

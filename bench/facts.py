@@ -69,6 +69,12 @@ def commit() -> str | None:
     return head + (" + changes" if changed else "")
 
 
+def short_commit(document: dict[str, Any]) -> str:
+    """Return a document's commit as tables quote it, with the remark that files differ from it."""
+    head, *changes = (document["commit"] or "unknown").split(" ", 1)
+    return " ".join([head[:12], *changes])
+
+
 def load() -> float | None:
     """Return how many processes wanted to run in the last minute, on average."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

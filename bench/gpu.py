@@ -1,11 +1,10 @@
 """Time fastkl on a card, against other ways to the same divergence: `python -m bench.gpu`.
 
-Every result is checked against float64 before it is timed, and not timed if it is off. The inputs
-lie in so many copies that the level-two cache holds none of what comes next; all copies are taken
-in turn within one CUDA graph, and the time is the median of its replays over the number of copies.
-Beside it stands the time of a call that is not captured, of many in a row: where that is longer, a
-card waits for its host. What does not fit in memory is skipped, and listed as such. What is measured
-is written after each case.
+Every result is checked against float64 first, and not timed if it is wrong. There are so many copies of
+the inputs that the level-two cache never holds the next one. One CUDA graph takes all copies in turn;
+the time reported is the median over its replays, divided by the number of copies. Beside it stands the
+time of a call without a graph, averaged over many in a row: where that is longer, the GPU waits for its
+host. What does not fit in memory is skipped and listed. Results are written after each case.
 
 GB/s counts every logit once: (K + 1)·R·V of them, whatever a peer really moves.
 """
@@ -35,10 +34,10 @@ from torch.nn import functional as F
 import fastkl
 from bench import facts
 from bench.cards import CARDS
-from bench.report import table
+from bench.report import paragraph, table
 
 FORMAT = 2
-# auto_circuit's last position of a prompt or a few; of common batches; every position of these.
+# Last positions of one prompt or a few; of common batches; all positions of common batches.
 ROWS = (1, 16, 128, 256, 2560, 20480)
 # GPT-2, Llama 3, Qwen 2.5, Gemma 2.
 VOCABULARIES = (50257, 128256, 151936, 256000)
@@ -546,14 +545,14 @@ def markdown(document: dict) -> str:
         )
     device, versions = document["device"], document["versions"]
     made_of = f"torch {versions['torch']}, triton {versions['triton']}"
-    commit = (document["commit"] or "unknown")[:12]
     caption = (
-        f"{device['name']}, driver {device['driver']}, {made_of}, {document['date'][:10]}, commit "
-        f"{commit}, V = {VOCABULARIES[0]}; {document['method']}. "
+        f"{device['name']}, driver {device['driver']}, {made_of}. `{document['command']}`, "
+        f"{document['date'][:10]}, commit {facts.short_commit(document)}, V = {VOCABULARIES[0]}; "
+        f"{document['method']}. "
         f"GB/s counts every logit once; a copy reaches {document['copy_gb_per_s']:.0f} GB/s. "
         f"{len(document['skipped'])} skipped; all in bench/results/gpu.json."
     )
-    return f"{table(rows)}\n\n{caption}"
+    return f"{table(rows)}\n\n{paragraph(caption)}"
 
 
 def write(document: dict, folder: Path) -> Path:
@@ -569,7 +568,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench.gpu", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a few minutes: GPT-2's vocabulary, fastkl and eager"
+        "--quick",
+        action="store_true",
+        help="a few minutes: GPT-2's vocabulary, fastkl and eager; writes only to --out",
     )
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--vocabularies", type=int, nargs="+")
@@ -579,10 +580,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--circuits", type=int, nargs="+", default=CIRCUITS)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="+", choices=names)
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="folder of gpu.json and gpu.png"
-    )
+    parser.add_argument("--out", type=Path, help="folder of gpu.json and gpu.png")
     args = parser.parse_args(argv)
+    args.out = args.out or (None if args.quick else RESULTS)
     args.rows = args.rows or (QUICK_ROWS if args.quick else ROWS)
     args.vocabularies = args.vocabularies or VOCABULARIES[: 1 if args.quick else None]
     args.peers = args.peers or (QUICK_PEERS if args.quick else names)
@@ -620,10 +620,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{outcome['peak_bytes'] / 1e6:10.1f} MB, error {outcome['max_absolute_error']:.1e}"
             )
         document = report(device, command, copy, results, skipped)
-        write(document, args.output)
-    say(f"written: {args.output / 'gpu.json'}")
-    if importlib.util.find_spec("matplotlib"):
-        plot(document, args.output / "gpu.png")
+        if args.out:
+            write(document, args.out)
+    if args.out:
+        say(f"written: {args.out / 'gpu.json'}")
+        if importlib.util.find_spec("matplotlib"):
+            plot(document, args.out / "gpu.png")
     if code:
         print("bench.gpu: fastkl is wrong, or fails: see above", file=sys.stderr)
     return code

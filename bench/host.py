@@ -1,9 +1,9 @@
 """Measure what a call on a card costs its host: `python -m bench.host`.
 
-A card works on its own: what it waits for is the host, whose checks, allocations and launches come
-before. No GPU is needed to time these: Triton's driver is replaced by one that compiles for an H100 and
-launches nothing, and the logits lie in memory that nobody reads. A card's own driver and allocator,
-some microseconds a launch and a tensor, come on top; so does the copy of a result to the host.
+A GPU works asynchronously. What it may have to wait for is the host, which checks, allocates and
+launches before it. Timing that needs no GPU: Triton's driver is replaced by one that compiles for an
+H100 and launches nothing, and no kernel reads the logits. A real driver and allocator, some microseconds
+per launch and tensor, come on top, and so does copying a result to the host.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from fastkl.backends import triton as backend
 NOTICE = "Timed with a driver that launches nothing; no card was used."
 RESULTS = Path(__file__).parent / "results"
 N_CIRCUITS = (1, 4, 20, 200)
-# Of the logits that calls are timed with, and of those whose time on a card is told beside.
+# Rows; tokens of the logits that calls are timed with; tokens of those in the column of memory times.
 N_ROWS, N_COLS, CARD_COLS = 64, 64, 50257
 _CARD = next(card for card in CARDS if card.name == "H100 SXM")
 _ROUNDS = 9
@@ -164,9 +164,9 @@ def markdown(document: dict[str, Any]) -> str:
         [
             "circuits",
             "launches",
-            "a call, us",
-            "with backward, us",
-            f"memory of an {_CARD.name}, us",
+            "forward, µs",
+            "forward and backward, µs",
+            f"{_CARD.name}'s memory time, µs",
         ]
     ]
     for case in document["cases"]:
@@ -182,8 +182,9 @@ def markdown(document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     caption = (
         f"{document['notice']} {document['device']}; {versions}. `{document['command']}`, "
-        f"{document['date'][:10]}, commit {(document['commit'] or 'unknown')[:12]}. The last column: "
-        f"what the card's memory takes, at its peak, for {N_ROWS} rows of {CARD_COLS} float32 logits."
+        f"{document['date'][:10]}, commit {facts.short_commit(document)}. Times are the least "
+        f"of {_ROUNDS} rounds. Last column: how long the card's memory, at its peak bandwidth, takes to "
+        f"deliver what the forward reads of {N_ROWS} rows of {CARD_COLS} float32 logits."
     )
     return table(rows) + "\n\n" + paragraph(caption)
 

@@ -1,9 +1,9 @@
 """The memory that a function takes beyond its inputs.
 
-In a process of its own: the function is called once, so that its code is loaded and compiled; freed
-memory is given back to the system, the kernel's record of the largest resident size is reset, and the
-function is called again. The difference between the record and the size before is the answer; it does
-not hide what a library frees before it returns, as a look at the size afterward would.
+The function is called in a process of its own, once, so that its code is loaded and compiled. Then freed
+memory is returned to the system, the kernel's record of the largest resident size is reset, and the
+function is called again. The answer is that record less the size before the call. Unlike the size after
+the call, it includes memory that a library frees before it returns.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def missing() -> str | None:
-    """Say why memory can not be measured here; None if it can."""
+    """Say why memory cannot be measured here; None if it can."""
     try:
         _reset_peak()
     except OSError as error:

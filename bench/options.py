@@ -1,7 +1,8 @@
 """Time what options of a call cost on the CPU: `python -m bench.options`.
 
-The same divergence at a temperature, in the other direction, with a mask, with statistics, and forward
-and backward, by the native backend, in one process and in turns; beside them PyTorch's own functions.
+The same divergence of half-precision logits, at a temperature, in the other direction, with a mask, with
+statistics, and forward and backward, by the native backend, in one process and in turns; beside them
+PyTorch's own functions.
 Each result is checked against float64 before it is timed. Writes options.json into bench/results unless
 --quick; then `python -m bench.report` brings the README up to date.
 """
@@ -10,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +71,13 @@ class Inputs:
         self.mask = torch.rand(size.n_rows, generator=generator) < 0.8
         self.leaves = [circuit.clone().requires_grad_() for circuit in self.circuits]
 
+    def rounded(self, dtype: torch.dtype) -> "Inputs":
+        """Return the same logits in another dtype."""
+        other = copy(self)
+        other.reference = self.reference.to(dtype)
+        other.circuits = [circuit.to(dtype) for circuit in self.circuits]
+        return other
+
 
 def exact(inputs: Inputs, temperature: float = 1.0, reverse: bool = False) -> Tensor:
     """Return the divergences (K, R) in float64."""
@@ -118,11 +127,18 @@ def ways(inputs: Inputs) -> dict[str, Way]:
         means: Tensor = many(return_stats=True)()[0]
         return means
 
+    def in_dtype(dtype: torch.dtype) -> Way:
+        rounded = inputs.rounded(dtype)
+        call = partial(fastkl.kl_div_many, rounded.circuits, rounded.reference, backend=BACKEND)
+        return Way(call, exact(rounded).mean(-1))
+
     plain = exact(inputs)
     mean = plain.mean(-1)
     ours = partial(fastkl.kl_div_many, backend=BACKEND)
     return {
         "kl_div_many": Way(many(), mean),
+        "bfloat16 logits": in_dtype(torch.bfloat16),
+        "float16 logits": in_dtype(torch.float16),
         "temperature=2": Way(many(temperature=2.0), exact(inputs, temperature=2.0).mean(-1)),
         'direction="reverse"': Way(many(direction="reverse"), exact(inputs, reverse=True).mean(-1)),
         "mask": Way(many(mask=inputs.mask), plain[:, inputs.mask].mean(-1)),
@@ -147,10 +163,10 @@ def run_size(size: Size, seconds: float, seed: int = SEED) -> dict[str, Any]:
         entries[name] = {"error_relative": error}
         turns[name] = partial(_seconds, way.call, size.calls)
     times = interleave(turns, seconds, seed=seed)
-    baseline = next(iter(times))
+    baseline = times.get(next(iter(entries)))
     for name, found in times.items():
         entries[name] |= summarize(found)
-        entries[name]["times_as_long"] = ratio(found, times[baseline])
+        entries[name]["times_as_long"] = ratio(found, baseline) if baseline else None
     return size._asdict() | {"ways": entries}
 
 
@@ -170,14 +186,15 @@ def markdown(document: dict[str, Any]) -> str:
     """Return the README's table."""
     cases = document["cases"]
     sizes = [Size(*(case[name] for name in Size._fields)) for case in cases]
-    rows = [["ms (times as long)", *map(str, sizes)]]
+    rows = [["ms (relative to the first row)", *map(str, sizes)]]
     rows += [[name, *(_cell(case["ways"][name]) for case in cases)] for name in cases[0]["ways"]]
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     caption = (
         f"{document['machine']['processor']}, {document['machine']['threads']} threads; {versions}. "
         f"`{document['command']}`, {document['date'][:10]}, commit "
-        f"{(document['commit'] or 'unknown')[:12]}. In one process, in turns; medians; freed memory "
-        f"kept. Of K circuits of R rows and V tokens, float32, noise 0.5, by the {BACKEND} backend."
+        f"{facts.short_commit(document)}. All in one process, in turns; medians; freed memory "
+        f"kept. K circuits of R rows and V tokens, float32 unless a row says otherwise, noise 0.5, "
+        f"{BACKEND} backend; PyTorch: a log_softmax of each tensor, and F.kl_div for each circuit."
     )
     return f"{table(rows)}\n\n{paragraph(caption)}"
 
@@ -186,7 +203,8 @@ def _cell(entry: dict[str, Any]) -> str:
     if "ms" not in entry:
         return "wrong"
     digits = 3 if entry["ms"] < 1 else 1
-    return f"{entry['ms']:.{digits}f} ({entry['times_as_long']:.1f})"
+    times = "" if entry["times_as_long"] is None else f" ({entry['times_as_long']:.1f})"
+    return f"{entry['ms']:.{digits}f}{times}"
 
 
 def run(sizes: Sequence[Size], seconds: float, seed: int) -> dict[str, Any]:

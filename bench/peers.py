@@ -39,7 +39,7 @@ class Peer:
     prepare : function
         From inputs to a function that measures them; can be pickled.
     missing : function
-        Says why it can not measure a case here; None if it can.
+        Says why it cannot measure a case here; None if it can.
     tolerance : function
         From a case to (relative, absolute): how far from float64 it may be and still be timed.
     """
@@ -233,7 +233,7 @@ def _scipy_missing(case: Case) -> str | None:
 
 
 def all_peers() -> list[Peer]:
-    """Return every peer, the ones that can not run here too; auto_circuit's comes first."""
+    """Return every peer, the ones that cannot run here too; auto_circuit's comes first."""
     original = "auto_circuit"
     if _installed(original):
         auto_circuit = Peer(

@@ -48,6 +48,7 @@ from bench.prediction import (
     prediction_cells,
     prediction_heading,
 )
+from bench.report import paragraph
 from bench.report import table as report_table
 
 FORMAT = 1
@@ -259,7 +260,10 @@ def markdown(document: dict) -> str:
     """Return the predictions as tables for the README: one circuit and four, and gradients."""
     chosen = [p for p in document["programs"] if p["group"] != 2 and p["dtype"] != "fp16"]
     gradients = roofline_gradient.markdown(document["gradients"])
-    return f"{report_table(prediction_table(chosen))}\n\n{gradients}\n\n{document['notice']}"
+    versions = document["versions"]
+    source = f"{document['notice']} `{document['command']}`, {document['date'][:10]}, "
+    source += f"torch {versions['torch']}, triton {versions['triton']}."
+    return f"{report_table(prediction_table(chosen))}\n\n{gradients}\n\n{paragraph(source)}"
 
 
 def plot(document: dict, path: Path) -> None:
@@ -399,7 +403,7 @@ def _literal(text: str):
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=NOTICE)
     parser.add_argument("--targets", nargs="+", default=list(PROCESSORS), choices=list(PROCESSORS))
-    parser.add_argument("--output", type=Path, help="folder for roofline.json and roofline.png")
+    parser.add_argument("--out", type=Path, help="folder for roofline.json and roofline.png")
     other = parser.add_argument_group("another kernel")
     other.add_argument("--kernel", metavar="FILE.py:FUNCTION", help="a @triton.jit function")
     other.add_argument("--signature", type=_pairs_of, default={}, metavar="x_ptr=*fp32,n=i32")
@@ -428,11 +432,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             maxnreg=args.maxnreg,
         )
         text = json.dumps(report(programs, command), indent=1)
-        if args.output is None:
+        if args.out is None:
             print(json.dumps(programs, indent=1))
         else:
-            args.output.mkdir(parents=True, exist_ok=True)
-            (args.output / "roofline.json").write_text(text + "\n")
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "roofline.json").write_text(text + "\n")
         return 0
     gradients = roofline_gradient.survey(args.targets, DTYPES)
     document = report(survey(args.targets), command, gradients)
@@ -444,7 +448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(show(roofline_gradient.code_table(gradients)))
     print("\nPredictions of gradient_kernel; X/mem is of a tile")
     print(show(roofline_gradient.prediction_table(gradients)))
-    output = args.output or RESULTS
+    output = args.out or RESULTS
     output.mkdir(parents=True, exist_ok=True)
     (output / "roofline.json").write_text(json.dumps(document, indent=1) + "\n")
     plot(document, output / "roofline.png")

@@ -5,9 +5,9 @@ be looked at alone, so all that a thread executes is counted: what stands before
 an iteration for each of them, and what stands after it. The iteration counted is that of a circuit
 whose gradient is wanted in a row that somebody asks for; another one skips most of it.
 
-Bytes are those of the logits and of the gradients. What every thread of a program reads besides is the
-same for all of them, 40 bytes a row and circuit and the table's addresses: a cache serves it. So does
-none of this count the forward that keeps these numbers, or top_kernel.
+Bytes are those of the logits and of the gradients. Every thread of a program also reads the same 40
+bytes for each row and circuit, and the table of addresses: a cache serves these. They are not counted,
+and neither are top_kernel and the forward pass that keeps those numbers.
 """
 
 from collections import Counter
@@ -175,9 +175,9 @@ def describe_launch(kernel: Gradient, n_circuits: int) -> dict:
 
 
 def describe_way(block: Block, pairs: float) -> dict:
-    """Return the counts of what is executed, a pair and altogether; accesses by their width in bytes.
+    """Return the counts of what is executed, per pair and in all; accesses by their width in bytes.
 
-    Bytes are not among them, since most loads are of what all threads load.
+    Bytes are left out, since most loads are of addresses and numbers that all threads load.
     """
     described = describe_block(block, pairs)
     del described["bytes_a_pair"]
@@ -257,7 +257,8 @@ def markdown(programs: list[dict]) -> str:
             )
     rows += [[*names, *cells] for names, cells in lines.items()]
     text = (
-        f"Gradients, for K circuits or for both them and the reference, in whole rows of {vocabulary}: "
-        "ps/pair and share of peak bandwidth, reads and writes counted (and what binds)."
+        f"The gradient kernel, in whole rows of {vocabulary} tokens: gradients of K circuits, or both "
+        "of them and of the reference. Each cell: ps/pair, share of peak bandwidth (reads and writes), "
+        "what binds."
     )
     return f"{paragraph(text)}\n\n{report_table(rows)}"

@@ -23,7 +23,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep what is freed, for as long as the process lives; False where it can not.
+    """Make malloc keep what is freed, for as long as the process lives; False where it cannot.
 
     By itself glibc gives large temporaries back to the system after each call, or keeps them,
     depending on what was freed before: the same function took three times as long in the one case
@@ -49,7 +49,7 @@ def seconds_once_awake(function: Callable[[], object]) -> float:
 
 
 def seconds_after_pause(function: Callable[[], object]) -> float:
-    """Return the same, once the threads of whoever ran before in this process have fallen asleep."""
+    """Pause until other functions' threads have fallen asleep; then return `seconds_once_awake`."""
     time.sleep(PAUSE_SECONDS)
     return seconds_once_awake(function)
 
@@ -57,11 +57,11 @@ def seconds_after_pause(function: Callable[[], object]) -> float:
 def interleave(
     turns: Mapping[str, Callable[[], float]], seconds: float, *, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Let everyone take a turn once a round, and return the seconds that each turn counted.
+    """Let every function take one turn per round; return the seconds that each turn reports.
 
-    What slows the machine for a while slows all of them; the order changes from round to round, so
-    that nobody always finds the caches as the same other one left them. The first round does not
-    count.
+    What slows the machine down for a while slows all of them. The order changes from round to round, so
+    that no function always finds the caches as the same other function left them. The first round is a
+    warm-up and is not counted.
 
     Parameters
     ----------
@@ -105,21 +105,22 @@ def take_turns(
     Parameters
     ----------
     tasks : mapping {name: function}
-        As a `Worker` prepares them.
+        Each prepares the function to time: see `Worker`.
     checks : mapping {name: function}
-        What to make of a function's first result; a ValueError says that it is wrong.
+        Called with a function's first result; returns what to note of it, or raises ValueError if the
+        result is wrong.
     seconds, seed
         As for `interleave`.
     environment : mapping {str: str}
-        Of the processes.
+        Environment variables of the processes.
 
     Returns
     -------
     entries : dict {name: dict}
-        What the check returned, or {"wrong": text}, or of a process that raised or died
-        {"failed": text}.
+        What the check returned; {"wrong": text} if it raised ValueError; {"failed": text} if the process
+        raised another error or died.
     times : dict {name: list of float}
-        Of those that neither were wrong nor failed.
+        The times of all functions that were neither wrong nor failed.
     """
     entries: dict[str, dict[str, Any]] = {}
 

@@ -57,7 +57,7 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Its end is that of its input.
+        # The worker ends when its input does.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.stdout.close()
@@ -65,7 +65,7 @@ class Worker:
 
     def send(self, request: Callable[..., Any]) -> None:
         """Ask for request(function)."""
-        # One that is no more has left its error to be received.
+        # If the worker has died, `receive` will report the error that it left.
         with contextlib.suppress(BrokenPipeError):
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()

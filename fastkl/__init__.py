@@ -1,6 +1,6 @@
 """KL divergence between a language model and its circuits, straight from logits."""
 
-from fastkl import first_calls as first_calls  # for what it does
+from fastkl import first_calls as first_calls  # imported for its side effect
 from fastkl.backends import available_backends, unavailable_backends
 from fastkl.functional import js_div, kl_div, kl_div_many
 from fastkl.measure import measure_kl_div

@@ -129,9 +129,9 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     ImportError
         If auto_circuit is not installed, or one of its own dependencies is not.
     RuntimeError
-        If the installed auto_circuit is not what fastkl knows how to patch: the message names
-        each place that is missing or different, and nothing has been changed. Also if the
-        backend can not run on this machine.
+        If the installed auto_circuit is not what fastkl knows how to patch: the message names what
+        is missing or different, and nothing has been changed. Also if the
+        backend cannot run on this machine.
     ValueError
         If there is no such backend.
 
@@ -141,19 +141,19 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
 
     Notes
     -----
-    Patches nest. A later one (``backend="eager"``, say) holds until it is left, and leaving it
-    restores the earlier one; leaving the earlier one first undoes both. Calling ``patch()`` again
-    and again is harmless: one ``unpatch()`` undoes them all. Threads may patch at the same time, and
-    what holds then is whichever patch came last.
+    Patches nest. A later patch (``backend="eager"``, say) is in force until it is left, which restores
+    the earlier one; leaving the earlier one first undoes both. Calling ``patch()`` repeatedly is
+    harmless: one ``unpatch()`` undoes all calls. Threads may patch at the same time; the last patch is
+    in force.
 
     Only modules of auto_circuit are touched: a name that another module has imported, such as
     ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div`` before the patch,
     keeps the function it had.
 
-    ``multibatch_kl_div`` takes log-probabilities, of which :func:`fastkl.kl_div` is the same as of
-    logits. Subnetwork probing and the training of knockouts differentiate it: the gradient that
-    reaches a log-probability is Q - P in place of -P, and the same once it has passed the
-    log-softmax that made it.
+    ``multibatch_kl_div`` takes log-probabilities, which are logits too, so that :func:`fastkl.kl_div`
+    gives the same divergence. Subnetwork probing and the training of knockouts differentiate it. The
+    gradient with respect to a log-probability is then Q - P in place of -P, which makes no difference
+    once it has passed through the log-softmax that the log-probability came from.
 
     A ``PruneMetric`` hashes by its fields, so its hash differs while it is patched; auto_circuit
     itself looks metrics up by ``key``.

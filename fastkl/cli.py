@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What the extra `demo` brings. Imported where it is used: the other commands do without it.
 _EXTRA = ("rich", "matplotlib")
 
-# argparse's own code for a command line that can not be carried out.
+# argparse's own code for a command line that cannot be carried out.
 _USAGE = 2
 _FAILURE = 1
 # The shells' code for a program that Ctrl-C (signal 2) ended: 128 + 2.
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         not be begun as asked, 130 if it was interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A ‖ that a terminal can not show is no reason to stop. stderr is never strict.
+        # A ‖ that a terminal cannot show is no reason to stop. stderr is never strict.
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
@@ -95,15 +95,16 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Train a small attention-only transformer to copy from its context, rank its heads by "
             "ablation, run circuits of the most important ones, and measure the KL divergence of "
-            "each from the full model. Takes less than 90 seconds on two cores and downloads "
-            "nothing. Writes kl_curve.png and kl_curve.json."
+            "each from the full model. Takes about a minute on one core and downloads nothing. Writes "
+            "kl_curve.png and kl_curve.json."
         ),
     )
     demo_command.add_argument(
-        "--seed", type=_seed, default=0, help="of weights and prompts (default: 0)"
+        "--seed", type=_seed, default=0, help="seed of the weights and prompts (default: 0)"
     )
     demo_command.add_argument(
-        "--backend", help="one that `fastkl backends` lists (default: the fastest that can run)"
+        "--backend",
+        help="a backend that `fastkl backends` lists (default: the fastest that can run)",
     )
     demo_command.add_argument(
         "--out",
@@ -183,7 +184,7 @@ def _demo(seed: int, backend: str | None, out: Path) -> int:
     try:
         names = _write_files(result, out)
     except OSError as error:
-        return _complain(f"can not write to the folder {out}: {_reason(error)}", _FAILURE)
+        return _complain(f"cannot write to the folder {out}: {_reason(error)}", _FAILURE)
     _show(result, console)
     # A folder's name may hold brackets, which are markup to rich.
     console.print(f"Wrote {' and '.join(names)}", soft_wrap=True, markup=False)
@@ -206,12 +207,12 @@ def _check_out(folder: Path) -> None:
     except FileExistsError as error:
         raise NotADirectoryError(f"--out must be a folder: {error.filename} is a file") from error
     except OSError as error:
-        raise OSError(f"--out: can not create the folder {folder}: {_reason(error)}") from error
+        raise OSError(f"--out: cannot create the folder {folder}: {_reason(error)}") from error
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"--out: can not write to the folder {folder}: {_reason(error)}") from error
+        raise OSError(f"--out: cannot write to the folder {folder}: {_reason(error)}") from error
 
 
 def _show(result: demo.Result, console: "Console") -> None:

@@ -141,7 +141,7 @@ def pick_place(backend: str | None) -> Place:
     ValueError
         There is no backend of that name.
     RuntimeError
-        It can not run here.
+        It cannot run here.
     """
     if torch.cuda.is_available():
         gpu = torch.device("cuda")

@@ -145,7 +145,7 @@ class CopyModel(nn.Module):
     ----------
     out_slice : tuple of slice
         The logits that predict the second copy: `model(tokens)[model.out_slice]` has shape
-        (B, n_passage - 1, V). The passage's first token can not be known and is left out.
+        (B, n_passage - 1, V). The passage's first token cannot be known and is left out.
     """
 
     def __init__(self, task: Task, shape: Shape, generator: torch.Generator) -> None:

@@ -1,7 +1,7 @@
 """Checks of what a user hands in, and their messages.
 
-They run before any work and look at types, shapes, dtypes and devices, never at contents. What a backend
-is missing it says itself, and operators what they have no rule for.
+They run before any work, and look at arguments' types, shapes, dtypes and devices, never at the
+contents of tensors. A backend itself says what it is missing.
 """
 
 import math
@@ -25,24 +25,26 @@ Direction = Literal["forward", "reverse"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 _SINGLE = "; a single circuit goes to kl_div, or as [circuit]"
-_INSTEAD = "use those, or write the divergence with torch.log_softmax"
+_INSTEAD = "use .backward() or torch.autograd.grad, or write the divergence with torch.log_softmax"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_reduction(reduction: str) -> None:
     """Refuse a reduction that is not in the table."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+        got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {got}")
 
 
 def check_direction(direction: str) -> None:
     """Refuse a direction that is not in the table."""
     if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+        got = repr(direction) if isinstance(direction, str) else type(direction).__name__
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {got}")
 
 
 def check_temperature(temperature: object) -> None:
-    """Refuse what logits can not be divided by."""
+    """Refuse what logits cannot be divided by."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise _no_number(temperature, "temperature")
     if not 0 < _as_float(temperature) < math.inf:
@@ -56,7 +58,9 @@ def check_beta(beta: object) -> None:
     if not 0 < _as_float(beta) < 1:
         raise ValueError(
             f"beta must be more than 0 and less than 1, got {beta}: at 0 and 1 the Jensen-Shannon "
-            f"divergence is 0; divided by beta or 1 - beta it tends to kl_div's two directions"
+            f"divergence is 0. Use kl_div for its limits: as beta goes to 0, divergence / beta goes to "
+            f"kl_div with direction='forward'; as beta goes to 1, divergence / (1 - beta) goes to "
+            f"direction='reverse'"
         )
 
 
@@ -80,7 +84,7 @@ def _as_float(number: Real) -> float:
 
 
 def check_vocab_size(vocab_size: object) -> None:
-    """Refuse what can not be a number of tokens."""
+    """Refuse what cannot be a number of tokens."""
     if vocab_size is None:
         return
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
@@ -93,8 +97,8 @@ def check_vocab_fits(vocab_size: int | None, logits: Tensor, name: str) -> None:
     """Refuse more tokens than there are logits for."""
     if vocab_size is not None and vocab_size > logits.shape[-1]:
         raise ValueError(
-            f"vocab_size must lie between 1 and the {logits.shape[-1]} tokens of {name} with shape "
-            f"{tuple(logits.shape)}, got {vocab_size}"
+            f"vocab_size must be at most {logits.shape[-1]}, the number of tokens of {name} with shape "
+            f"{tuple(logits.shape)}; got {vocab_size}"
         )
 
 
@@ -112,13 +116,14 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
             f"{name} must be boolean, True for rows that count; got {values.dtype}{cast}"
         )
     if not boolean and not values.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {values.dtype}; a boolean one is a mask")
+        instead = "; pass a boolean tensor as mask" if values.dtype == torch.bool else ""
+        raise TypeError(f"{name} must be floating-point, got {values.dtype}{instead}")
     if values.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {values.layout}")
     if values.shape != reference.shape[:-1]:
         raise ValueError(
-            f"{name} must have one value a row, shape {tuple(reference.shape[:-1])} for logits "
-            f"{tuple(reference.shape)}; got {tuple(values.shape)}"
+            f"{name} must have one value per row: shape {tuple(reference.shape[:-1])} for logits of "
+            f"shape {tuple(reference.shape)}; got {tuple(values.shape)}"
         )
     if values.device != reference.device:
         raise ValueError(
@@ -206,8 +211,8 @@ def check_pair(
         raise ValueError(
             f"{name} and reference must have the same vocabulary, got {circuit.shape[-1]} tokens "
             f"in shape {tuple(circuit.shape)} and {reference.shape[-1]} in "
-            f"{tuple(reference.shape)}; if one is padded, say how many tokens they share: "
-            f"vocab_size={source}"
+            f"{tuple(reference.shape)}; if one is padded, pass vocab_size=, the number of tokens that "
+            f"they share{source}"
         )
     if circuit.shape != reference.shape:
         raise ValueError(
@@ -289,9 +294,11 @@ def _no_forward_mode() -> RuntimeError:
 
 
 def check_backend(backend: object) -> None:
-    """Refuse what can not be the name of a backend."""
+    """Refuse what cannot be the name of a backend."""
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be the name of one, or None; got {type(backend).__name__}")
+        raise TypeError(
+            f"backend must be a string such as 'native', or None; got {type(backend).__name__}"
+        )
 
 
 def check_model(model: object) -> None:
@@ -308,14 +315,15 @@ def check_model(model: object) -> None:
 def check_compare_to_clean(compare_to_clean: object) -> None:
     """Refuse what does not say yes or no, such as the name of the prompts."""
     if not isinstance(compare_to_clean, (Integral, np.bool_)):
+        what = compare_to_clean
+        got = repr(what) if isinstance(what, str) else type(what).__name__
         raise TypeError(
-            f"compare_to_clean must be True, for clean prompts, or False, for corrupt ones; "
-            f"got {compare_to_clean!r}"
+            f"compare_to_clean must be True, for clean prompts, or False, for corrupt ones; got {got}"
         )
 
 
 def check_dataloader(dataloader: object) -> None:
-    """Refuse what can not be iterated."""
+    """Refuse what cannot be iterated."""
     if not _is_iterable(dataloader):
         raise TypeError(
             f"dataloader must be an iterable of batches, got {type(dataloader).__name__}"
@@ -408,7 +416,7 @@ def _can_equal(key: object, other: object) -> bool:
 def no_rows(n_batches: int) -> ValueError:
     """Build the error of a loader with nothing to average over."""
     return ValueError(
-        f"the dataloader gave {_count(n_batches, 'batch', 'batches')} and no rows: there is no KL "
+        f"the dataloader gave {_count(n_batches, 'batch', 'batches')} and no rows, so there is no KL "
         f"divergence to average (an iterator that was already used up gives none)"
     )
 
@@ -423,8 +431,8 @@ def not_in_this_folder(what: str, why: str) -> str:
     if not (folder.parent / "setup.py").exists():
         return f"{what} not in {folder}: {why}"
     return (
-        f"{what} not in {folder}: either {why}, or Python, run in a clone, imports the clone and not "
-        "what pip installed elsewhere"
+        f"{what} not in {folder}: either {why}, or Python, started in a clone, imports the clone "
+        "instead of what pip installed elsewhere"
     )
 
 
@@ -439,5 +447,5 @@ def no_backend(device: torch.device, reason: str | None) -> RuntimeError:
 
 
 def unusable_backend(name: str, reason: str, source: str) -> RuntimeError:
-    """Build the error of a backend that can not run on this machine, or on these logits."""
+    """Build the error of a backend that cannot run on this machine, or on these logits."""
     return RuntimeError(f"{source}={name!r} was requested but cannot be used here: {reason}")

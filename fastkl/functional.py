@@ -68,7 +68,7 @@ def kl_div(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, KLStatistics]:
-    r"""KL divergence KL(P ‖ Q) of a circuit from a reference, in nats, straight from logits.
+    r"""KL divergence KL(P ‖ Q) between a reference P and a circuit Q, in nats, straight from logits.
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
         \quad P = softmax(reference), \quad Q = softmax(circuit)
@@ -83,30 +83,31 @@ def kl_div(
     reference : Tensor (..., V)
         Logits of the full model; the same shape and device.
     reduction : {"mean", "sum", "none", "batchmean"}
-        "mean" divides the sum over rows by the number of those that count (a row is one distribution:
-        everything but the last dimension), or by the sum of their weights; the mean of none is NaN, and
-        its gradient 0: "sum" serves batches that may be empty. "batchmean" divides by the size of the
-        first dimension, whatever is masked, as in torch (and by 1 where there is none but the last).
+        "mean" divides the sum over rows (a row is one distribution: everything but the last dimension)
+        by the number of rows that count, or by the sum of their weights. If the mask leaves none, the
+        mean is NaN and its gradient 0; "sum" suits batches that may be empty. "batchmean" divides by
+        the size of the first dimension, whatever is masked, as torch does, and by 1 for logits (V,).
         "none" keeps one number a row.
     direction : {"forward", "reverse"}
         "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), the circuit's mass deciding which tokens count.
     temperature : float
-        What all logits are divided by first. The result is not multiplied by temperature²: do so for
-        Hinton's distillation loss.
+        All logits are divided by it first. The result is not multiplied by temperature²; for Hinton's
+        distillation loss do that yourself.
     mask : Tensor (...), bool, optional
-        Which rows count. One that does not counts 0, whatever is in it, and has gradient 0.
+        Which rows count. A row that does not count contributes 0 and has gradient 0, whatever it holds.
     weights : Tensor (...), floating, optional
-        What each row is multiplied by; one of weight 0 counts 0, whatever is in it. "mean" divides by
-        their sum, and is not finite where that is 0. They may be negative, and have a gradient of their
-        own: of a weight of 0 too, unless its row's divergence is infinite or NaN.
+        What each row's divergence is multiplied by. A row of weight 0 contributes 0, whatever it holds.
+        "mean" divides by the sum of the weights; if that is 0, it is NaN and its gradient 0. Weights may
+        be negative and have gradients of their own, at a weight of 0 too unless its row's divergence is
+        +inf or NaN.
     vocab_size : int, optional
-        The tokens that count are the first so many; padding beyond them is not read, and the circuit
-        may be padded otherwise than the reference.
+        Only the first `vocab_size` tokens count. Padding beyond them is not read, and circuit and
+        reference may be padded differently.
     return_stats : bool
-        Return (divergence, :class:`fastkl.KLStatistics`): log-sum-exps, entropies and the agreement of
-        the likeliest tokens, for every row, without a gradient. They take another sweep over the logits:
+        Also return a :class:`fastkl.KLStatistics` of log-sum-exps, entropies and the agreement of the
+        likeliest tokens, for every row and without gradients. This takes one more sweep over the logits:
         on the native backend a call takes about two and a half times as long. With direction "reverse"
-        there is one more, for the forward divergence, which the cross-entropy takes.
+        it takes yet another, for the forward divergence that the cross-entropy needs.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
         device, decide. See :func:`fastkl.available_backends`.
@@ -114,37 +115,43 @@ def kl_div(
     Returns
     -------
     Tensor, or (Tensor, KLStatistics) with `return_stats`
-        A scalar, or (...) for "none", in nats; float64 if a side's logits are, else float32. It is never
-        negative (unless weights are), and exactly 0 for identical rows. A row with a NaN or +inf, or
-        with only -inf, is NaN; a circuit logit of -inf where the reference's is finite makes the row
-        +inf; a token that is -inf in the reference counts 0. The reverse direction swaps the two sides.
-        The statistics are (...) each.
+        A scalar, or (...) for "none", in nats; float64 if either side's logits are, else float32. It is
+        never negative (unless weights are), and exactly 0 for identical rows. A row is NaN if it holds a
+        NaN or +inf, or only -inf; it is +inf if the circuit has -inf where the reference is finite. A
+        token that is -inf in the reference contributes 0. The reverse direction swaps the two sides. The
+        statistics are (...) each.
 
     Notes
     -----
     Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
-    nearly identical rows as the divergence itself. Nothing but the logits and a few numbers a row are
-    kept for it. Gradients at the edges: 0 at a -inf logit; 0 at the reference's logit where the
-    circuit's is -inf, and Q at the circuit's where the reference's is. In a row whose KL is inf, the
-    circuit's are Q - P as ever, but the reference's NaN wherever both logits are finite. In a row whose
-    KL is NaN, all are NaN. In a row whose incoming gradient is 0, all are 0, whatever is in it. (The
-    reverse direction swaps the two sides.) The derivatives are those of `.backward()` and
-    `torch.autograd.grad`: forward mode, and those of `torch.func` (grad, vjp, jvp, jacrev, jacfwd,
-    hessian), are refused. The operator `torch.ops.fastkl.kl_div` behind it can be compiled, exported and
-    batched by `torch.vmap`.
+    nearly identical rows as the divergence itself. For this, only the logits and a few numbers per row
+    are kept.
+
+    Gradients in special cases, in the forward direction (the reverse one swaps the two sides):
+
+    - at a logit of -inf: 0;
+    - at a token that is -inf on the other side only: Q for the circuit, 0 for the reference;
+    - in a row whose KL is +inf: Q - P as always for the circuit, NaN for the reference wherever both
+      logits are finite;
+    - in a row whose KL is NaN: NaN throughout;
+    - in a row whose incoming gradient is 0: 0 throughout, whatever the row holds.
+
+    Use `.backward()` or `torch.autograd.grad`: forward mode and the derivatives of `torch.func` (grad,
+    vjp, jvp, jacrev, jacfwd, hessian) raise an error. The operator `torch.ops.fastkl.kl_div` behind this
+    function can be compiled, exported and batched by `torch.vmap`.
 
     Raises
     ------
     TypeError
-        Something is not a dense tensor, or not of the dtypes above (a mask boolean, weights floating);
-        or the temperature, vocab_size or backend is not of its type.
+        An argument is not a dense tensor or not of a dtype listed above (boolean for the mask, floating
+        for the weights); or the temperature, vocab_size or backend is of a wrong type.
     ValueError
-        Shapes, vocabularies or devices differ, or a vocabulary is empty; mask or weights are not one
-        value a row; the temperature is not positive and finite; vocab_size is more than there are
+        Shapes, vocabularies or devices differ, or a vocabulary is empty; mask or weights do not have one
+        value per row; the temperature is not positive and finite; vocab_size exceeds the number of
         tokens; or the reduction, direction or backend is unknown.
     RuntimeError
-        The backend asked for can not run here, or none on this device; or a derivative is asked for that
-        there is none of.
+        The requested backend cannot run here, or no backend can run on this device; or an unsupported
+        derivative is asked for.
 
     References
     ----------
@@ -235,12 +242,13 @@ def kl_div_many(
     """KL divergence of K circuits from one reference, in nats, straight from logits.
 
     The same as :func:`kl_div` of each circuit, but the reference is read and exponentiated once for
-    many circuits (in the reverse direction, once for each).
+    many circuits. (In the reverse direction it is read once for each.)
 
     Parameters
     ----------
     circuits : iterable of K Tensors (..., V), or Tensor (K, ..., V)
-        Logits of the circuits; dtypes as for :func:`kl_div`. All are held at a time, a generator's too.
+        Logits of the circuits; dtypes as for :func:`kl_div`. A generator is exhausted first: the logits
+        of all circuits are in memory at the same time.
     reference : Tensor (..., V)
         Logits of the full model; the shape and device of each circuit.
     reduction : {"mean", "sum", "none", "batchmean"}
@@ -331,9 +339,9 @@ def js_div(
 
     Notes
     -----
-    The native backend has a kernel of it for CPU tensors; elsewhere PyTorch computes it in blocks of
-    rows. Either way there is nothing of the logits' size beside them. Differentiable once in both
-    arguments, in the ways :func:`kl_div` is.
+    On CPU tensors the native backend has a kernel for it; elsewhere PyTorch computes it in blocks of
+    rows. Neither allocates anything of the logits' size. Differentiable once in both arguments, in the
+    same ways as :func:`kl_div`.
 
     References
     ----------
@@ -417,9 +425,9 @@ def _checked(
     mask: Tensor | None,
     weights: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the logits of the tokens that count, of inputs that belong to one another.
+    """Check that logits, mask and weights fit together; return the logits without padding.
 
-    A circuit is called by the name, whose braces stand for its number.
+    Messages call a circuit `name`, with its index in place of braces.
     """
     errors.check_vocab_size(vocab_size)
     errors.check_logits(reference, "reference")

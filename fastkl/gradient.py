@@ -4,16 +4,16 @@ With p the reference's logits, q the circuit's and d = log(P / Q) = p - q - (lse
 
     dKL/dq = Q - P = P (e^(-d) - 1)        dKL/dp = P (d - KL)
 
-Small gradients are as accurate as the forward. Q - P is never a difference of two rounded softmaxes
-where they are close: there it is P expm1(-d). That wants d to a small part of itself, and two rounded
-log-sum-exps are each off by 1e-7 whatever d is. So all is summed at a rounded pivot c near
-lse_p - lse_q, and what the pivot is off by, x, follows from Σ Q = 1::
+Small gradients are as accurate, relative to their size, as the divergence. Where P and Q are close, Q -
+P is not computed as a difference of two rounded softmaxes but as P expm1(-d). That needs d to a small
+part of itself, whereas two rounded log-sum-exps are each off by 1e-7, however small d is. So everything
+is summed at a rounded pivot c near lse_p - lse_q, and the pivot's error x follows from Σ Q = 1::
 
     d' = p - q - c        t = e^(p - m_p) expm1(-d')        x = lse_p - lse_q - c = -log1p(Σ t / z_p)
 
-whose error is as small, relative to the sum of |t|, as that of any sum. The reference's gradient needs
-no x: in d - KL = d' - Σ P d' it cancels. What is left is the rounding of p - q: none where p and q are
-within a factor of two of each other, and of sides that lie apart it is added again.
+Relative to Σ |t|, x is as accurate as any sum. The reference's gradient does not need x, which cancels
+in d - KL = d' - Σ P d'. What remains is the rounding of p - q. There is none where p and q are within a
+factor of two of each other; where the sides lie far apart, it is added back.
 
 References
 ----------
@@ -57,7 +57,8 @@ def gradients(
     reference_wanted : bool
         Whether the reference's is.
     temperature : float
-        What all logits are divided by; all of the above is multiplied by its inverse.
+        What all logits are divided by. The gradients are with respect to the logits before the
+        division.
     kept : Tensor (N_KEPT, K, R), optional
         What the same backend's `kl_rows_kept` kept of these rows; nothing here.
 
@@ -112,7 +113,7 @@ def _block(
     d, c = log_ratios(cir, ref, temperature)
     masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
 
-    # Where there is none the whole row is NaN.
+    # If either side has no distribution, the whole row is NaN.
     scale = torch.where(ref.defined & cir.defined, grad.double(), torch.nan) / ref.z
     scale = torch.where(grad == 0, 0.0, scale)
 
@@ -133,7 +134,7 @@ def _block(
     if dq is not None:
         near = d.abs() < NEAR
         t = d.neg_().expm1_().mul_(ref.weights)
-        # The same difference in the scale of e^(q - m_q), which can not overflow.
+        # The same difference in the scale of e^(q - m_q), which cannot overflow.
         ratio = torch.exp((cir.m - ref.m) / temperature + c).to(dtype)
         far = cir.weights.mul_(ratio).sub_(ref.weights)
         t = torch.where(near, t, far, out=t)

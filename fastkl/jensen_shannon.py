@@ -14,11 +14,12 @@ second order like the divergence itself::
     light   the far form of a likelier side of little weight, whose terms of order 1 would cancel:
             P (β |d| - e (1 + s) log(1 + s))     s = β (e^|d| - 1) < 1
 
-The gradients are softmaxes' of what a token's mass is worth::
+A gradient is that of a softmax, given what each token's mass is worth, log Q/M or log P/M::
 
     dJS/dq = u Q (log Q/M - Σ Q log Q/M)        dJS/dp = β P (log P/M - Σ P log P/M)
 
-so that what all d = log P/Q are off by alike cancels, and each log may be counted from any number.
+An error that all d = log P/Q have in common cancels, and so does any constant in a row's log Q/M or log
+P/M.
 
 References
 ----------
@@ -34,11 +35,11 @@ from torch import Tensor
 
 from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, read, row_sums
 
-# |d| up to which terms are of second order: beyond, the far form loses less than two digits' half.
+# |d| up to which the near form is used; from there on cancellation costs the far form about one digit.
 _NEAR = 0.25
-# A weight of less counts as so much: float32 holds its inverse, and its share of what it is next to.
+# Smaller weights count as this one, whose inverse float32 can still hold.
 _LEAST = 1e-30
-# From here on log(1 + e^x) is x, to the last digit of a float64; float32 holds e^x.
+# From this x on log(1 + e^x) is x, even in float64, while e^x is still finite in float32.
 _EXACT_BEYOND = 40
 
 
@@ -142,10 +143,11 @@ def _excess(x: Tensor) -> Tensor:
 
 
 def _worths(d: Tensor, weight: float, other: float, top: Tensor) -> Tensor:
-    """Return log A/M for d = log A/B and M = weight · A + other · B, less a number of each row's.
+    """Return log A/M for d = log A/B and M = weight · A + other · B, less a constant of each row.
 
-    Tokens of which A has nearly all are worth about -log(weight) each, and in rows whose likeliest
-    (R, 1) is one of them what they differ by is what counts: those are counted from there.
+    A token that nearly only A has is worth about -log(weight). Where a row's likeliest token (R, 1) is
+    one, what counts is how much the worths differ from that, so -log(weight) is left out of all of
+    them. In other rows the constant is 0. It cancels in the gradient.
     """
     limit = math.log(other) - math.log(weight)
     from_zero = d.gather(-1, top) <= max(limit, 1.0)

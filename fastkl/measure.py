@@ -36,7 +36,7 @@ class Batch(Protocol):
 
     @property
     def key(self) -> Hashable:
-        """What the circuits' outputs for this batch are filed under."""
+        """The key under which every circuit's outputs hold those for this batch."""
 
     @property
     def clean(self) -> Any:
@@ -59,15 +59,16 @@ def measure_kl_div(
 ) -> list[tuple[EdgeCount, float]]:
     r"""Average KL divergence between the full model and its circuits, for every circuit size.
 
-    For each circuit, the sum over all rows of
+    For each circuit, this is the mean over all rows of
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v)
 
-    over the number of rows, with P the softmax of the full model's logits and Q that of the
-    circuit's; a row is one distribution, so that all positions of `(B, S, V)` logits count alike,
-    padding too. A drop-in for auto_circuit's function of the same name: the loader is iterated once,
-    the model run once a batch under :func:`torch.inference_mode`, all circuits of a batch are measured
-    in one call, sums are kept in float64, and the device is waited for once, at the end.
+    with P the softmax of the full model's logits and Q that of the circuit's. A row is one distribution,
+    so all positions of `(B, S, V)` logits count alike, including padding.
+
+    A drop-in replacement for auto_circuit's function of the same name. It iterates over the loader once,
+    runs the model once per batch under :func:`torch.inference_mode`, measures all circuits of a batch in
+    one call, keeps sums in float64, and waits for the device once, at the end.
 
     Parameters
     ----------
@@ -79,13 +80,13 @@ def measure_kl_div(
         run, in any order.
     circuit_outs : mapping {edge_count: {batch key: Tensor}}
         Logits of each circuit for each batch, of the reference's shape and device: float32, float16,
-        bfloat16 or float64. Outputs that belong to no batch are left alone, and each of the others is
-        fetched once, when its batch comes: the mappings may load them then.
+        bfloat16 or float64. Outputs for other batches are ignored. Each output is fetched once, when its
+        batch is measured, so the mappings may load them lazily.
     compare_to_clean : bool
         Whether the full model runs on the clean (True) or the corrupt (False) prompts.
     vocab_size : int, optional
-        The tokens that count are the first so many; padding beyond them is not read, and the circuits
-        may be padded otherwise than the model's output.
+        Only the first `vocab_size` tokens count. Padding beyond them is not read, and the circuits may
+        be padded differently from the model's output.
     backend : str, optional
         "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
         device, decide. See :func:`fastkl.available_backends`.
@@ -95,7 +96,8 @@ def measure_kl_div(
     Returns
     -------
     list of (edge_count, float)
-        Nats a row, in the order of `circuit_outs`; `[]` for no circuits, without running the model.
+        Nats per row, in the order of `circuit_outs`; `[]` if there are no circuits, without running the
+        model.
         Never negative, 0 exactly for a circuit whose logits are the model's; NaN and infinities are
         kept (see :func:`fastkl.kl_div` for when they arise).
 
@@ -109,7 +111,7 @@ def measure_kl_div(
         Shapes, vocabularies or devices differ, vocab_size is more than there are tokens, or the loader
         gave no rows.
     RuntimeError
-        The backend asked for can not run here.
+        The backend asked for cannot run here.
 
     References
     ----------
@@ -175,11 +177,16 @@ def _with_bar(dataloader: Iterable[Batch], progress: bool) -> Iterable[Batch]:
     shell = ipython.get_ipython() if ipython else None
     # None: silent where the output is no terminal.
     hidden = None if getattr(shell, "kernel", None) is None else False
+    try:
+        total = length_hint(dataloader)
+    except Exception:
+        # As a loader over a stream may say: the bar does without.
+        total = 0
     # An iterator, since tqdm.auto's iterates twice over what it is given.
     batches: Iterable[Batch] = tqdm(
         iter(dataloader),
         desc="KL divergence",
-        total=length_hint(dataloader) or None,
+        total=total or None,
         disable=hidden if progress else True,
     )
     return batches

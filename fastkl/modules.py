@@ -24,24 +24,25 @@ class KLDivLoss(torch.nn.Module):
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
         \quad P = softmax(target), \quad Q = softmax(input)
 
-    No drop-in for :class:`torch.nn.KLDivLoss`, though called alike: `target` is logits or
-    log-probabilities (which are logits, too), never probabilities, which are torch's default; and "mean"
-    is a mean over rows, which torch calls "batchmean" of logits (R, V), not over all elements. Called as
-    ``loss(input, target, mask=None, weights=None)``; errors call the input circuit, and the target
-    reference.
+    This is not a drop-in replacement for :class:`torch.nn.KLDivLoss`, in spite of the similar name.
+    `target` is logits or log-probabilities (which are logits too), never probabilities, which are
+    torch's default. "mean" averages over rows, not over all elements; for logits (R, V) torch calls that
+    "batchmean". Call it as ``loss(input, target, mask=None, weights=None)``. Error messages call the
+    input "circuit" and the target "reference".
 
     Parameters
     ----------
     reduction : {"mean", "sum", "none", "batchmean"}
-        What is done with the rows' divergences; "none" keeps them.
+        How the rows' divergences are combined; "none" keeps them. See :func:`fastkl.kl_div`.
     direction : {"forward", "reverse"}
         KL(P ‖ Q), or KL(Q ‖ P).
     temperature : float
-        What all logits are divided by first.
+        All logits are divided by it first.
     vocab_size : int, optional
-        How many tokens count; the others are padding.
+        How many tokens count, from the first one on; the rest is padding.
     backend : str, optional
-        The name of one; otherwise the environment or the device decide.
+        The name of a backend; without it, the environment variable FASTKL_BACKEND, then the device,
+        decide.
 
     Raises
     ------
@@ -126,21 +127,22 @@ class JSDivLoss(torch.nn.Module):
     .. math:: JS = β KL(P ‖ M) + (1 - β) KL(Q ‖ M), \quad M = βP + (1 - β) Q,
         \quad P = softmax(target), \quad Q = softmax(input)
 
-    Called as ``loss(input, target, mask=None, weights=None)``; errors call the input circuit, and the
-    target reference.
+    Call it as ``loss(input, target, mask=None, weights=None)``. Error messages call the input "circuit"
+    and the target "reference".
 
     Parameters
     ----------
     beta : float
         The target's weight in the mixture, more than 0 and less than 1.
     reduction : {"mean", "sum", "none", "batchmean"}
-        What is done with the rows' divergences; "none" keeps them.
+        How the rows' divergences are combined; "none" keeps them. See :func:`fastkl.kl_div`.
     temperature : float
-        What all logits are divided by first.
+        All logits are divided by it first.
     vocab_size : int, optional
-        How many tokens count; the others are padding.
+        How many tokens count, from the first one on; the rest is padding.
     backend : str, optional
-        The name of one; otherwise the environment or the device decide.
+        The name of a backend; without it, the environment variable FASTKL_BACKEND, then the device,
+        decide.
 
     Raises
     ------

@@ -1,12 +1,13 @@
 """The PyTorch operators behind `kl_div`: what compiles, exports, batches and differentiates.
 
-`fastkl::kl_div` measures K circuits by a backend; `fastkl::kl_div_backward` is its derivative, and has
-none itself; `fastkl::js_div` and `fastkl::js_div_backward` are the same of the Jensen-Shannon divergence
-of one circuit. All take rows (R, V), or (B, S, V) where the rows have gaps that no view (R, V) could
-have (R = B S then), any strides: what is no view of rows with a contiguous last dimension is copied.
+`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and can
+not itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
+Jensen-Shannon divergence of one circuit. All take rows (R, V) of any strides, or (B, S, V), with R = B
+S, where there are gaps between the rows that no view (R, V) could have. What has no view as rows with a
+contiguous last dimension is copied.
 
-Beside the divergences `fastkl::kl_div` returns what its backend keeps of each row (N, K, R) to save the
-derivative work, if it is to `keep` it; N is 0 otherwise, and for backends that keep nothing.
+Beside the divergences `fastkl::kl_div` returns what its backend keeps of each row (N, K, R), which
+saves the derivative work. Without `keep`, and for backends that keep nothing, N is 0.
 """
 
 import math
@@ -133,8 +134,8 @@ def _(
 
 def _keep(ctx: Any, *tensors: Tensor) -> None:
     """Save the logits: a backward pass reads them again rather than keep more of their size."""
-    # A teacher's, made under inference mode, are copied: of such, autograd would not see that they are
-    # changed meanwhile, and does not save them.
+    # Inference tensors, such as a teacher's logits, are cloned: autograd cannot see whether they are
+    # changed in place before the backward pass, and refuses to save them.
     ctx.save_for_backward(*(t.clone() if t.is_inference() else t for t in tensors))
 
 
@@ -168,8 +169,8 @@ torch.library.register_autograd(kl_div, _backward, setup_context=_save)
 
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
-        "fastkl differentiates once: for a second derivative of the divergence use "
-        "torch.nn.functional.kl_div of log_softmax"
+        "fastkl differentiates once: for second derivatives write the divergence with "
+        "torch.log_softmax"
     )
 
 

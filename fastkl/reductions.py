@@ -13,10 +13,11 @@ def reduce(
 ) -> Tensor:
     """Reduce (K, R) over rows, in float64, or give the rows their leading dimensions back.
 
-    A row that is masked or has weight 0 counts 0, NaN and infinite ones too, and whatever the weight of
-    a masked one. "mean" divides by the rows that count, or by their weights; "batchmean" by the size of
-    the first dimension. In a sum a weight's gradient is its row's divergence, also where the weight is
-    0, but 0 where its row is masked, or not finite and of weight 0.
+    A row that is masked, or has weight 0, counts as 0, even if it is NaN or infinite; a masked row does
+    so whatever its weight. "mean" divides by the number of rows that count, or by the sum of their
+    weights, "batchmean" by the size of the first dimension. In a sum, the gradient of a weight is its
+    row's divergence, and 0 where the row is masked, or where the weight is 0 and the divergence not
+    finite.
     """
     dtype = rows.dtype
     count: Tensor | None = None
@@ -40,7 +41,9 @@ def reduce(
         return rows.mean(dim=1, dtype=torch.float64).to(dtype)
     total = rows.sum(dim=1, dtype=torch.float64)
     if reduction == "mean" and count is not None:
-        total = total / count
+        # Divided by 1 where there is nothing to divide by, so that the gradient is 0, not inf · 0.
+        some = count != 0
+        total = torch.where(some, total / torch.where(some, count, 1.0), torch.nan)
     elif reduction == "batchmean":
         total = total / (leading[0] if leading else 1)
     return total.to(dtype)

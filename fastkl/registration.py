@@ -1,8 +1,8 @@
 """Registering operators with PyTorch.
 
 `torch.library.custom_op` does it too, but the first call of such an operator imports `torch._dynamo`,
-which takes a second or two in every process, and each call takes its host longer. An operator can not be
-registered twice: modules that do so can not be reloaded.
+which takes a second or two in every process, and each call takes its host longer. An operator cannot be
+registered twice: modules that do so cannot be reloaded.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = schema.partition("(")[0]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        # Of `torch.autograd`'s own vmap, which knows nothing of `torch.vmap`'s rules.
+        # torch.autograd has a vmap of its own (is_grads_batched=True) that ignores torch.vmap's rules.
         _LIBRARY.impl(name, _refuse_batches, "Batched")
         return getattr(torch.ops.fastkl, name).default
 
@@ -53,7 +53,7 @@ def batches(operator: Any) -> Callable[[Function], Function]:
 
 
 def batch_first(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return a batch along its first dimension, given along which it is, or that all have the same."""
+    """Return t with its batch dimension first; dim None: the same t `size` times."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 

@@ -48,9 +48,9 @@ def blocks(logits: Tensor) -> Iterator[slice]:
 def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """Return logits (R, V) in the dtype that is computed in, divided by the temperature there.
 
-    The row's largest logit is subtracted first, which no divergence notices: the rounding of a division
-    is relative, and so small for likely tokens. A finite logit whose quotient overflows becomes the
-    least finite number, so that a finite mask stays one.
+    The row's largest logit is subtracted first, which changes no divergence. A division's rounding is
+    relative, and so it is small for the likely tokens, whose logits are then small. A finite logit
+    whose quotient overflows becomes the least finite number, so that a finite mask stays finite.
     """
     logits = logits.to(dtype)
     if temperature == 1:
@@ -63,7 +63,7 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
 
 
 def divide(x: Tensor, temperature: float) -> Tensor:
-    """Divide x in place by a temperature, if need be by the least that its dtype does not take for 0."""
+    """Divide x in place by a temperature, or by the dtype's least normal number if that is larger."""
     return x.div_(max(temperature, torch.finfo(x.dtype).tiny))
 
 
@@ -87,14 +87,14 @@ def read(logits: Tensor, dtype: torch.dtype, temperature: float) -> Rows:
 def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor]:
     """Return (p - q) / T - c (R, V), c about lse_p - lse_q (R, 1) in float64, 0 where there is none.
 
-    Logits are divided as differences: of a quotient on each side the rounding would be left.
+    The difference of two logits is divided: two quotients would each be rounded, and differ by that.
     """
     c = (ref.m - cir.m) + temperature * torch.log(ref.z / cir.z)
     c = torch.where(c.isfinite(), c, 0.0)
     d, c = differences(cir.logits, ref.logits, c)
     if temperature == 1:
         return d, c
-    # As in `cool`: of a token without mass an infinite one would make NaN of 0.
+    # As in `cool`, a finite d stays finite: an infinite one times a weight of 0 would be NaN.
     finite = d.isfinite() if temperature < 1 else None
     divide(d, temperature)
     if finite is not None:

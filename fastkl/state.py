@@ -18,7 +18,7 @@ whole vocabulary there are two exact expressions for the divergence::
 
 `accurate` follows from Σ (Q - P) = 0: it sums P φ(log P - log Q), in which no term is negative and
 errors of the log-sum-exps cancel to first order. Summing the far tokens' P φ(d) as Q - P + P d keeps
-their circuit mass in the scale of m_q, where it can not overflow, and so also counts tokens with
+their circuit mass in the scale of m_q, where it cannot overflow, and so also counts tokens with
 P = 0. A divergence to a token with q = -inf and finite p is infinite; it shows as s = +inf, or as
 s = NaN after an infinite s has been scaled by zero, while z_p and z_q are numbers.
 

@@ -18,9 +18,10 @@ from fastkl.views import as_rows
 
 
 class KLStatistics(NamedTuple):
-    """By-products of KL divergences: a number a row, in nats, and whether the likeliest tokens agree.
+    """What `return_stats=True` returns: a few numbers per row, and whether the likeliest tokens agree.
 
-    Of float32 logits they are good to a few 1e-7 of the largest terms, not of themselves.
+    For float32 logits their errors are a few 1e-7 of the largest logits, or of the logarithm of the sum
+    of exponentials; relative to a small entropy they may be much larger.
 
     Every field has the shape of the divergences with reduction "none": (...) from
     :func:`fastkl.kl_div`, (K, ...) from :func:`fastkl.kl_div_many`. P is the softmax of the reference's

@@ -12,7 +12,7 @@ from torch import Tensor
 # Rows in the gaps are measured too, for nothing, if that makes no more than so many times as many rows
 # as were asked for: beyond that a copy costs less.
 _MOST = 2
-# Rows of a prompt, and how many rows after them the next prompt's begin.
+# How many rows a prompt has, and how many rows the next prompt's first lies after this one's first.
 Window = tuple[int, int]
 
 
@@ -45,10 +45,10 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def with_gaps(logits: Sequence[Tensor]) -> tuple[list[Tensor], Window | None]:
-    """Return rows (N, V) of all logits, (R, V) or (B, S, V) alike, and which ones were asked for.
+    """Return rows (N, V) of all logits, (R, V) or (B, S, V) alike, and which of them were asked for.
 
-    Logits (B, S, V) whose gaps are as many rows long in all are taken with the rows in them, which are
-    measured for nothing, rather than copied. The rows themselves may be padded differently.
+    Where the gaps of all logits (B, S, V) are equally many rows long, the rows in the gaps are measured
+    too, for nothing, which saves a copy. The distance from row to row may differ from tensor to tensor.
     """
     if logits[0].dim() == 3:
         n_prompts, n_positions, n_cols = logits[0].shape

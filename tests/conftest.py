@@ -24,9 +24,9 @@ from fastkl import functional  # noqa: E402
 from fastkl.backends import native  # noqa: E402
 from fastkl.backends import triton as triton_backend  # noqa: E402
 
-# None, or why the kernels can not be compiled, here or for any card.
+# None, or why the kernels cannot be compiled, here or for any card.
 NO_TRITON = triton_backend.not_installed()
-if NO_TRITON and "can not be imported" in NO_TRITON:
+if NO_TRITON and "cannot be imported" in NO_TRITON:
     # It may be the kernels that are broken: no reason to skip their tests.
     raise RuntimeError(NO_TRITON)
 
@@ -58,7 +58,7 @@ if not NO_TRITON and not ON_GPU:
     InterpreterBuilder.create_fma = fused
     InterpreterBuilder.create_exp2 = flushed_exp2
 
-# What is about compiled kernels can not be imported without their compiler, which is for Linux.
+# These import Triton's compiler, which exists for Linux only.
 collect_ignore = (
     [
         "test_bench_host.py",
@@ -80,9 +80,9 @@ def pytest_report_header():
     return []
 
 
-# Whose compiled code was counted where tests say a number.
+# The version whose compiled code was counted for the numbers in tests.
 TRITON_3_7 = (triton_backend.version() or "").startswith("3.7.")
-# How much more than a bound of instructions another one's may take: 3.8 was seen to take 2 % more.
+# How far another version may exceed a bound on instructions: 3.8 was seen to take 2 % more.
 SLACK = 1 if TRITON_3_7 else 1.03
 
 
@@ -202,14 +202,14 @@ def to_device(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend in turn; skipped, with what is missing, where it can not run."""
+    """Each backend in turn; skipped, with what is missing, where it cannot run."""
     if reason := fastkl.unavailable_backends().get(request.param):
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return "eager", or "native" with one of its levels forced; skip where it can not run."""
+    """Return "eager", or "native" with one of its levels forced; skip where it cannot run."""
     if name == "eager":
         return name
     if reason := fastkl.unavailable_backends().get("native"):

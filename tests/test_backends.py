@@ -1,4 +1,4 @@
-"""Which backend is taken, and what is said of one that can not run."""
+"""Which backend is taken, and what is said of one that cannot run."""
 
 import importlib
 import importlib.util
@@ -94,8 +94,8 @@ def test_what_can_not_run_is_passed_over(only_eager):
 @pytest.mark.parametrize(
     ("device", "text"),
     [
-        ("cuda", "triton can not be used: not installed"),
-        ("cpu", "native can not be used: not built"),
+        ("cuda", "triton cannot be used: not installed"),
+        ("cpu", "native cannot be used: not built"),
     ],
 )
 def test_the_slow_way_is_told_once(only_eager, monkeypatch, device, text):
@@ -113,14 +113,15 @@ def test_the_slow_way_is_told_once(only_eager, monkeypatch, device, text):
 
 def test_the_slow_way_is_told_of_the_users_line(only_eager):
     backends._tell_once.cache_clear()
-    with pytest.warns(UserWarning, match="can not be used") as told:
+    with pytest.warns(UserWarning, match="cannot be used") as told:
         fastkl.kl_div(ROWS, ROWS)
     assert told[0].filename == __file__
 
 
 def test_a_device_without_float64():
     text = (
-        "no backend runs on mps:0: sums are kept in float64, which mps:0 has not: move the logits"
+        "no backend runs on mps:0: sums are kept in float64, which mps:0 does not support: move the "
+        "logits"
     )
     for name in (None, "eager"):
         with pytest.raises(RuntimeError, match=text.split(": ", 1)[name is not None]):
@@ -160,9 +161,7 @@ def test_an_extension_that_was_not_built_says_where(monkeypatch):
 def test_an_extension_that_can_not_be_loaded_says_why(monkeypatch):
     error = ImportError("libstdc++.so.6: version `GLIBCXX_3.4.32' not found")
     monkeypatch.setattr(native, "_extension", lambda: error)
-    with pytest.raises(
-        RuntimeError, match=r"can not be loaded: libstdc.*GLIBCXX_3.4.32' not found"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot be loaded: libstdc.*GLIBCXX_3.4.32' not found"):
         fastkl.kl_div(ROWS, ROWS, backend="native")
 
 
@@ -214,7 +213,7 @@ def test_float64_needs_eager():
 def test_a_triton_that_is_too_old(monkeypatch, version):
     pytest.importorskip("triton")
     monkeypatch.setattr(triton, "version", lambda: version)
-    text = f"triton {version} is too old: the kernels need 3.4"
+    text = f"triton {version} is too old: the kernels need 3.4 or newer"
     assert fastkl.unavailable_backends().get("triton") == text
     with pytest.raises(RuntimeError, match=re.escape(text)):
         fastkl.kl_div(ROWS, ROWS, backend="triton")
@@ -330,7 +329,7 @@ def test_a_triton_that_can_not_be_imported(tmp_path, error):
     missing, value, refused, available, *told = said
     assert "eager" in available
     assert "triton" not in available
-    assert missing == f"triton, or its kernels here, can not be imported: {error}: {text}"
+    assert missing == f"triton, or its kernels here, cannot be imported: {error}: {text}"
     assert value == "0.0"
     assert refused == f"backend='triton' was requested but cannot be used here: {missing}"
     # The command, and that it went on to its end.

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-# Last, so that the fastkl under test stays the installed one.
+# Not needed under this repository's pytest configuration, whose pythonpath puts the clone first.
 sys.path.append(str(ROOT))
 
-from bench import cases, cpu, cpu_report, memory, peers, reads, report, timing  # noqa: E402
+from bench import cases, cpu, cpu_report, facts, memory, peers, reads, report, timing  # noqa: E402
 from bench.worker import KEEP_FREED_MEMORY, Worker, WorkerError, call  # noqa: E402
 
 SMALL = cases.Case(4, 5, 1000)
@@ -253,6 +253,18 @@ def test_functions_take_turns_in_processes_and_go_on_without_those_that_fail():
     for seconds in times.values():
         assert len(seconds) == n
         assert all(0 < t < 0.1 for t in seconds)
+
+
+@pytest.mark.parametrize(
+    ("commit", "quoted"),
+    [
+        ("0123456789abcdef", "0123456789ab"),
+        ("0123456789abcdef + changes", "0123456789ab + changes"),
+        (None, "unknown"),
+    ],
+)
+def test_tables_say_if_files_differed_from_the_commit(commit, quoted):
+    assert facts.short_commit({"commit": commit}) == quoted
 
 
 def test_ratios_are_medians_of_rounds_not_ratios_of_medians():

@@ -177,7 +177,16 @@ def made_up_card(monkeypatch):
 
 def run(tmp_path):
     sizes = ["--rows", "1", "3", "--vocabularies", "50257", "--circuits", "1", "4"]
-    return gpu.main([*sizes, "--dtypes", "float32", "--output", str(tmp_path)])
+    return gpu.main([*sizes, "--dtypes", "float32", "--out", str(tmp_path)])
+
+
+def test_a_quick_run_is_not_written_over_the_results(made_up_card, monkeypatch):
+    """Unless it is told where to."""
+    monkeypatch.setattr(gpu, "PEERS", (peer("eager"),))
+    monkeypatch.setattr(gpu, "write", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(gpu, "plot", lambda *_: pytest.fail("drawn"))
+    sizes = ["--rows", "1", "--circuits", "1", "--dtypes", "float32"]
+    assert gpu.main(["--quick", *sizes]) == 0
 
 
 def test_a_whole_run(made_up_card, monkeypatch, tmp_path, capsys):

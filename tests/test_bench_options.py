@@ -31,6 +31,8 @@ def test_ways_differ():
     changed = {means[name] for name in ("kl_div_many", "temperature=2", "mask")}
     assert len(changed | {means['direction="reverse"']}) == 4
     assert means["return_stats=True"] == means["kl_div_many"]
+    halves = {means[f"{dtype} logits"] for dtype in ("bfloat16", "float16")}
+    assert len(halves | changed) == len(changed) + 2
 
 
 @pytest.mark.parametrize("off", [1e-3, float("nan")])
@@ -47,6 +49,19 @@ def test_what_is_wrong_is_not_timed(monkeypatch, off):
     assert "relative error" in entries["bad"]["wrong"]
     assert "ms" not in entries["bad"]
     assert options._cell(entries["bad"]) == "wrong"
+
+
+def test_without_the_first_one_there_are_no_ratios(monkeypatch):
+    good = options.ways
+
+    def ways(inputs):
+        plain, other, *_ = good(inputs).values()
+        return {"plain": options.Way(plain.call, plain.expected + 1), "other": other}
+
+    monkeypatch.setattr(options, "ways", ways)
+    entry = options.run_size(SIZE, 0.01)["ways"]["other"]
+    assert entry["times_as_long"] is None
+    assert options._cell(entry) == f"{entry['ms']:.3f}"
 
 
 def test_the_command(monkeypatch, tmp_path, capsys):

@@ -65,6 +65,28 @@ def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):
     assert all("ms" in entry for name, entry in peers.items() if name != "fastkl wrong")
 
 
+def test_a_peer_that_fails_ends_nothing(quick, monkeypatch, tmp_path, capsys):
+    """Not even the first one, with which others are compared."""
+
+    def failing(*_):
+        raise RuntimeError("no C++ compiler")
+
+    losses = training.losses("cpu")
+    monkeypatch.setattr(training, "QUICK_GRID", (CASE, CASE))
+    monkeypatch.setattr(
+        training, "losses", lambda *_: {"torch.compile": failing, **dict(list(losses.items())[1:])}
+    )
+    assert training.main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "FAILED: torch.compile: RuntimeError" in capsys.readouterr().err
+    document = json.loads((tmp_path / "training.json").read_text())
+    peers = document["cases"][0]["peers"]
+    assert "no C++ compiler" in peers["torch.compile"]["failed"]
+    assert all(peers[name]["times_faster"] is None for name in quick)
+    table = training.markdown(document)
+    assert "| failed |" in table
+    assert "relative to torch.compile in the first row: not known." in table.replace("\n", " ")
+
+
 def test_the_command(quick, tmp_path, capsys):
     assert training.main(["--quick", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "training.json").read_text())

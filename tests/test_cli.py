@@ -170,7 +170,7 @@ def test_unwritable_folder_is_refused_before_training(tmp_path, capsys, no_train
     (tmp_path / "file").write_text("in the way")
     folder = tmp_path / "file" / "below"
     assert cli.main(["demo", "--out", str(folder), "--backend", "eager"]) == 2
-    reason = f"--out: can not create the folder {folder}: {os.strerror(errno.ENOTDIR)}\n"
+    reason = f"--out: cannot create the folder {folder}: {os.strerror(errno.ENOTDIR)}\n"
     assert capsys.readouterr().err == f"fastkl: error: {reason}"
 
 
@@ -188,7 +188,7 @@ def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypat
     # Not by chmod: whoever runs the tests as root may write anywhere.
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
     assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 2
-    reason = f"--out: can not write to the folder {tmp_path}: Permission denied\n"
+    reason = f"--out: cannot write to the folder {tmp_path}: Permission denied\n"
     assert capsys.readouterr().err == f"fastkl: error: {reason}"
 
 
@@ -263,7 +263,7 @@ def test_results_that_can_not_be_written_are_an_error(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(cli, "_write_files", fail)
     assert cli.main(["demo", "--backend", "eager", "--out", str(tmp_path)]) == 1
-    reason = f"can not write to the folder {tmp_path}: No space left on device\n"
+    reason = f"cannot write to the folder {tmp_path}: No space left on device\n"
     assert capsys.readouterr().err == f"fastkl: error: {reason}"
 
 

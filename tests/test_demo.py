@@ -205,7 +205,7 @@ def test_copying_takes_an_induction_head_after_a_previous_token_head(result):
     }
     assert layers["induction"]
     assert layers["previous token"]
-    # An induction head reads what a previous-token head wrote: it can not stand in the first layer.
+    # An induction head reads what a previous-token head wrote: it cannot stand in the first layer.
     assert min(layers["induction"]) > min(layers["previous token"]) == 0
 
 

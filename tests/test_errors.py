@@ -88,7 +88,7 @@ def test_rows_of_two_devices():
 
 def test_a_vocabulary_size_that_one_side_has_not():
     with pytest.raises(
-        ValueError, match=r"between 1 and the 5 tokens of circuit with shape \(2, 5\)"
+        ValueError, match=r"at most 5, the number of tokens of circuit with shape \(2, 5\)"
     ):
         fastkl.kl_div(F32, torch.zeros(2, 8), vocab_size=7)
 
@@ -196,7 +196,11 @@ LOSSES = {
         "vocab_size must be at least 1, got -1",
     ),
     "unknown backend": ({"backend": "nope"}, ValueError, "backend must be one of .*got 'nope'"),
-    "backend no name": ({"backend": 3}, TypeError, "backend must be the name of one, or None"),
+    "backend no name": (
+        {"backend": 3},
+        TypeError,
+        "backend must be a string such as 'native', or None",
+    ),
     "temperature": (
         {"temperature": 0},
         ValueError,
@@ -323,7 +327,7 @@ MEASURE = {
         r"nesting swapped\? If not: the dataloader must give .* shuffle=True",
         0,
     ),
-    "a key that can not be looked up": (
+    "a key that cannot be looked up": (
         Model(),
         [batch([7])],
         OUTS,
@@ -384,7 +388,7 @@ MEASURE = {
         [batch()],
         {30: {7: torch.zeros(2, 151936)}},
         ValueError,
-        r"151936 tokens in shape .* and 152064 .* how many .* share: vocab_size=; .*out_slice picks",
+        r"151936 tokens in shape .* and 152064 .* pass vocab_size=, .* they share; .*out_slice picks",
         1,
     ),
     "device": (
@@ -474,7 +478,7 @@ SIZES = {
         F32,
         torch.zeros(2, 3, 8),
         ValueError,
-        r"between 1 and the 5 tokens of circuit_outs\[30\]\[7\] with shape \(2, 5\), got 6",
+        r"at most 5, the number of tokens of circuit_outs\[30\]\[7\] with shape \(2, 5\); got 6",
         0,
     ),
     "more than the model has": (
@@ -482,7 +486,7 @@ SIZES = {
         torch.zeros(2, 7),
         torch.zeros(2, 3, 5),
         ValueError,
-        r"between 1 and the 5 tokens of the model's output with shape \(2, 5\), got 6",
+        r"at most 5, the number of tokens of the model's output with shape \(2, 5\); got 6",
         1,
     ),
     "none": (0, F32, F32[:, None], ValueError, "vocab_size must be at least 1, got 0", 0),
@@ -515,5 +519,5 @@ def test_messages_never_hold_contents():
 
 @pytest.mark.parametrize("backend", [3, ["eager"]])
 def test_a_backend_that_is_no_name(backend):
-    with pytest.raises(TypeError, match="backend must be the name of one, or None; got"):
+    with pytest.raises(TypeError, match="backend must be a string such as 'native', or None; got"):
         fastkl.kl_div(F32, F32, backend=backend)

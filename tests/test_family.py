@@ -493,7 +493,7 @@ BAD = (
     ({"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "meta and cpu"),
     ({"weights": torch.ones(4, dtype=torch.bool)}, TypeError, "weights must be floating"),
     ({"weights": torch.ones(4, 1)}, ValueError, r"shape \(4,\).*got \(4, 1\)"),
-    ({"vocab_size": 51}, ValueError, r"50 tokens of reference with shape \(4, 50\), got 51"),
+    ({"vocab_size": 51}, ValueError, r"50, .* of reference with shape \(4, 50\); got 51"),
     ({"vocab_size": 0}, ValueError, "got 0"),
     ({"vocab_size": 5.0}, TypeError, "vocab_size must be an integer, got float"),
 )

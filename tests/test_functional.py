@@ -164,6 +164,18 @@ def test_the_mean_of_none_has_gradient_0(none):
     assert not reference.grad.any()
 
 
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0]])
+def test_the_mean_of_weights_that_add_up_to_0_has_gradient_0(weights):
+    """A batch of nothing but padding must not make the model's parameters NaN."""
+    leaves = [*torch.randn(2, 2, 5).unbind(0), torch.tensor(weights)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    divergence = fastkl.kl_div(*leaves[:2], weights=leaves[2])
+    assert divergence.isnan()
+    divergence.backward()
+    assert not any(leaf.grad.any() for leaf in leaves)
+
+
 def test_inference_tensors_and_no_grad(pair):
     circuit, reference = pair
     expected = fastkl.kl_div(circuit, reference)

@@ -282,6 +282,15 @@ def test_masked_tokens(one, generator, side):
     assert error(dp[2:], oracle_gradients(circuit[2:], reference[2:], grad[2:])[1]) <= BOUND
 
 
+def test_masked_tokens_where_the_incoming_gradient_is_infinite(one, generator):
+    """As a loss scaler's may be for a step: 0 at a -inf logit, however large it is."""
+    circuit, reference = make(generator, 3, 700, 0.1)
+    circuit[:, 5] = reference[:, 5] = -INF
+    dq, dp = one(circuit, reference, torch.full((3,), INF))
+    assert (dq[:, 5] == 0).all()
+    assert (dp[:, 5] == 0).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_infinite_rows_where_one_token_has_all_mass(one, generator, ordinary, temperature):
     """The others' logits are finite, though their probabilities are 0 in float32: NaN, not 0."""

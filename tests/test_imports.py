@@ -36,7 +36,7 @@ LAYERS = {
     "backends.eager_workspace": 2,
     "backends.native": 2,
     "backends.eager": 3,
-    # What it can not do itself is eager's.
+    # What it cannot do itself is eager's.
     "backends.triton": 4,
     "backends": 5,
     "operator": 6,

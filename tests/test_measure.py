@@ -60,6 +60,19 @@ class Loader:
         return len(self.batches)
 
 
+class Stream:
+    """Batches of an iterable data set, whose loader knows no length and says so in its own way."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader)
+
+    def __len__(self):
+        raise NotImplementedError
+
+
 class Same:
     """A model whose prompts are its logits."""
 
@@ -396,3 +409,11 @@ def test_one_synchronization(monkeypatch):
     monkeypatch.setattr("fastkl.functional.kl_rows", lambda cs, ref, backend: ref.new_ones(3, 4))
     fastkl.measure_kl_div(model, loader, outs)
     assert reads == [("tolist", (3,))]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_loader_that_knows_no_length(progress):
+    model, loader = Model(ALL), Loader()
+    outs = circuits_for(model, loader)
+    expected = fastkl.measure_kl_div(model, loader, outs)
+    assert fastkl.measure_kl_div(model, Stream(loader), outs, progress=progress) == expected

@@ -461,7 +461,7 @@ def test_command_line_on_another_kernel(bad_file, tmp_path):
     command = [sys.executable, "-m", "bench.roofline", "--targets", "sm_90", "gfx942"]
     command += ["--kernel", f"{bad_file}:bad", "--bytes-per-pair", "4", "--constexpr", "BLOCK=1024"]
     command += ["--signature", ",".join(f"{k}={v}" for k, v in BAD_SIGNATURE.items())]
-    command += ["--output", str(tmp_path)]
+    command += ["--out", str(tmp_path)]
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

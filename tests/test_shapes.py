@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import assert_matches, kl_rows, oracle
 
-# 1 and 2: hardly a distribution. 31 to 33: around a warp. 511 to 513, 1023 to 1025: around a tile of
-# float32 and of half precision. 16385: just more than a slice.
+# 1 and 2: hardly a distribution. 31 to 33: around a warp. 511 to 513, 1023 to 1025: around Triton's
+# tiles of float32 and of half precision. 16385: one token more than four of its slices.
 VOCABULARIES = (1, 2, 31, 32, 33, 511, 512, 513, 1023, 1024, 1025, 16385)
 
 

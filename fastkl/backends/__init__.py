@@ -104,7 +104,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """Tell which backends can not run on this machine, and what is missing.
+    """Tell which backends cannot run on this machine, and what is missing.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def requested(name: str | None) -> Backend | None:
     ValueError
         There is no backend of that name.
     RuntimeError
-        It can not run on this machine; the message says what is missing.
+        It cannot run on this machine; the message says what is missing.
     """
     source = "backend"
     if name is None:
@@ -186,14 +186,14 @@ def choose_for(name: str | None, logits: Sequence[Tensor]) -> Backend:
 def _tell_once(usual: str, reason: str | None) -> None:
     """Warn of the slowest backend where a user would take another one for granted."""
     warnings.warn(
-        f"fastkl measures by PyTorch's own operations (backend eager), which is slow, since the backend "
-        f'{usual} can not be used: {reason}. backend="eager" keeps this quiet.',
+        f"fastkl falls back to its slow backend, eager (PyTorch's own operations), because the backend "
+        f'{usual} cannot be used: {reason}. Pass backend="eager" to silence this warning.',
         stacklevel=_outside(),
     )
 
 
 def _outside() -> int:
-    """Return the level of the nearest caller's caller that is neither fastkl's nor PyTorch's."""
+    """Return the caller's `stacklevel` for the nearest frame outside of fastkl and PyTorch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in _OWN:
         frame, level = frame.f_back, level + 1

@@ -33,7 +33,9 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     """Say what is missing to run: nothing, where sums can be kept in float64; in any floating dtype."""
     del dtype
     if device is not None and device.type == "mps":
-        return f"sums are kept in float64, which {device} has not: move the logits to the CPU"
+        return (
+            f"sums are kept in float64, which {device} does not support: move the logits to the CPU"
+        )
     return None
 
 

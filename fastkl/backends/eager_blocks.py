@@ -1,12 +1,14 @@
 """Memory for blocks of rows on the CPU, laid out so that a row's bits depend on that row alone.
 
-PyTorch gives each thread a share of a tensor's elements, and what is left of a share after its last
-whole vector to a loop of its own, whose exponentials differ in their last bit. So what is computed on is
-a number of elements that shares out in whole vectors: those of the rows, and some that nobody looks at.
-Long rows are summed in parts, and padded so that all have the same length. PyTorch sums whole vectors of
-a part, then the lanes of what they add up to one after another, then what is left over: where one term
-is as large as all others, each of these additions may round to the same side. So parts are short, and
-whole vectors.
+PyTorch gives each thread a share of a tensor's elements, and computes what a share has beyond whole
+vectors in a scalar loop, whose exponentials differ in their last bit. So the number of elements
+computed on is always one that threads can share in whole vectors: the rows' own, and some more that are
+never looked at.
+
+Long rows are summed in parts, and padded so that all parts have the same length. PyTorch sums whole
+vectors of a part, then the lanes of the result one after another, then what is left over. Where one
+term is as large as all the others together, each of these additions may round in the same direction. So
+parts are short, and consist of whole vectors.
 """
 
 from collections.abc import Iterator
@@ -21,8 +23,9 @@ _STEP = 2 * _VECTOR
 # Elements for which PyTorch wakes another thread; 2048 for a logarithm, whose bits are the same wherever
 # an element lies.
 _GRAIN = 1 << 15
-# Elements that are summed in float32, to 7e-7 (256 to 9e-7, and 255 to 1.2e-6); their sums are added up
-# in float64. Parts of 64 take 1.4 times as long to sum.
+# Elements that are summed in float32, with an error of up to 7e-7 of the sum (256: 9e-7; 255, which is
+# not whole vectors: 1.2e-6), before their sums are added up in float64. Parts of 64 take 1.4 times as
+# long.
 _PART = 128
 # Elements a thread takes of a block, and for how many threads at the most: its core's own cache holds
 # three float32 buffers of them. Smaller blocks spend their time on calls, larger ones wait for memory.

@@ -4,12 +4,13 @@ With x = q - p + c (x is -d of `fastkl.state`), for any c::
 
     KL = log(Σ P e^x) - Σ P x = log(1 + M + T) - M,   M = Σ P x,   T = Σ P (e^x - 1 - x)
 
-Of a small divergence nothing but T is left, and by rounding nothing would be left of T. So u, float32's
-number next to e^x, takes the place of e^x, and log u that of x: u - 1 is exact where e^x is about 1, and
-log u is known to its last digit. The sums are those of a circuit beside the one asked for, then, and its
-divergence is another by what u is rounded times Q - P: by less than 2e-7 √KL.
+For a small divergence hardly anything but T is left, and rounding x and e^x separately would leave
+nothing of T. So e^x is rounded to a float32 u, and log u takes the place of x: u - 1 is exact where u
+is about 1, and log u is accurate to its last digit. The sums are then exact ones of a slightly
+different circuit, whose divergence differs from that asked for by the rounding of u times Q - P: by
+less than 2e-7 √KL.
 
-A few likely tokens are not among what is summed in float32: see `eager_workspace`.
+The likeliest tokens are not part of the float32 sums: see `eager_workspace`.
 """
 
 import numpy as np
@@ -19,24 +20,27 @@ from torch import Tensor
 
 from fastkl.backends.eager_blocks import Block
 
-# Sums are off by up to 7e-7 of themselves, where many tokens move alike and so does their rounding: they
-# may be so many times a divergence, or little, which leaves room for the logarithms' 6e-8.
+# A float32 sum is off by up to 7e-7 of itself, where many tokens move alike and so round alike. A
+# result is good if the sum is at most _SUMMED_PART times the divergence, plus _SUMMED: then it is off
+# by less than 4e-6 of itself, plus 1.4e-9, which leaves room for the 6e-8 of the logarithms.
 _SUMMED_PART, _SUMMED = 5, 0.002
 # Of sides about 4 apart or more the difference is rounded at that size, to 2e-7 and more, which is
 # little only of a divergence that is no smaller than this part of it.
 _LARGE_PIVOT, _LARGE_PIVOT_PART = 3.0, 0.03
 # Less far apart, float64 holds the difference of two logits to 1e-10.
 LARGEST_PIVOT = 2.0**20
-# A rise by so many powers of two is rounded to 4e-6 and more, which is little only of a divergence no
-# smaller than this; in rows that have no logit so far below their largest it makes KL large by itself.
+# In rows with a logit more than DEEP below the largest, tokens may rise by more than 2^_HIGH while KL
+# stays small. Such a rise is rounded to 4e-6 or more, which is little only if KL is _HIGH_FROM or more.
+# In other rows a rise that high makes KL large by itself.
 DEEP, _HIGH, _HIGH_FROM = 40.0, 64.0, 2.0
-# Weights of logits this far below the largest are off by 5e-6 of themselves, and those from 87 on may be
-# too small for float32: tokens that rise by no more powers of two than these hold 1e-8 of Σ P e^x.
+# Weights of logits more than _TOO_DEEP below the largest are off by 5e-6 of themselves, and from 87 on
+# they may vanish in float32. Where no token rises by more than 2^_TOO_HIGH such tokens hold less than
+# 1e-8 of Σ P e^x, and this does no harm.
 _TOO_DEEP, _TOO_HIGH = 64.0, 64.0
 # Smaller powers of two have fewer digits, or are 0. As bits: larger numbers have larger ones.
 LEAST_EXPONENT = -125
 LEAST_BITS = (LEAST_EXPONENT + 127) << 23
-# A number takes PyTorch longer than a tensor of one.
+# PyTorch subtracts a tensor of one element faster than a Python number.
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
@@ -45,8 +49,8 @@ def sums(x: Block, w: Block, t: Block, *, least: Tensor, first: Tensor, second: 
 
     Given is x log2 e, which is written over, as t is.
     """
-    # exp is another library's than exp2: some times slower on one maker's processors, and hardly faster
-    # on another's.
+    # exp2 and not exp, which PyTorch takes from another library: that is several times slower on one
+    # maker's processors, and hardly faster on another's.
     x.even.exp2_()
     # As integers, since the least of floats asks about NaN besides.
     torch.amin(x.parts.view(torch.int32), -1, out=least)

@@ -61,8 +61,9 @@ def read_circuit(q: Tensor, e: Tensor) -> Circuit:
 def finalize(cir: Circuit, ref: Reference) -> Tensor:
     """Return the divergences (R,) of whole rows.
 
-    Where a pivot would not be known even to float64, both sides are counted from their maxima first:
-    next to such a pivot no logit of the smaller side is left.
+    Where the sides are so far apart that even float64 cannot hold the pivot (KNOWN), each side's
+    maximum is subtracted from its logits first: beside such a pivot nothing would be left of the
+    smaller side's logits.
     """
     apart = (ref.m_p.double() - cir.m_q.double()).abs()
     far = (apart >= KNOWN) & apart.isfinite()

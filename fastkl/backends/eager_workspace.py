@@ -1,7 +1,8 @@
 """Measures blocks of rows on the CPU: sums, and divergences from the sums.
 
-After each pass over a block everything else has left the core's own cache, and a question about ten
-numbers takes a fifth of a pass: what can wait is asked for all circuits together.
+A pass over a block leaves nothing else in the core's own cache, so that even an operation on ten
+numbers takes a fifth as long as a pass. So whatever can wait is computed once, for all circuits
+together.
 
 Whether a row is measured again depends on that row alone, and so do its bits.
 """
@@ -190,7 +191,8 @@ class Workspace:
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return divergences (N,) of rows of a circuit, and whether they are good.
 
-        They are counted from about their means, by differences that are rounded once.
+        x = q - p + c is computed in float64, with a pivot that makes its mean about 0, and rounded
+        once.
         """
         known, n = self._known, len(rows)
         p, likely, (w, x, t) = known.p, known.likely, self._blocks(n)

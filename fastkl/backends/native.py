@@ -27,7 +27,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def _extension() -> ModuleType | ImportError:
-    """Return the extension, or why it can not be loaded."""
+    """Return the extension, or why it cannot be loaded."""
     try:
         return importlib.import_module("fastkl._native")
     except ImportError as error:
@@ -55,7 +55,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
             "the extension fastkl._native is", "it was not built, for want of a C++17 compiler"
         )
     if isinstance(extension, ImportError):
-        return f"the extension fastkl._native can not be loaded: {extension}"
+        return f"the extension fastkl._native cannot be loaded: {extension}"
     if device is None:
         return _level_problem(extension)
     if device.type != "cpu":
@@ -128,8 +128,8 @@ def row_statistics(
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
 
-    The pivot is the slice's own difference of log-sum-exps, at which s and h are both its divergence;
-    m_q is not the circuit's maximum, but a number near it.
+    The pivot is the slice's own difference of log-sum-exps, at which s / z_p and h / z_p are both its
+    divergence. m_p and m_q are not the maxima, but numbers near them.
     """
     m_p, z_p, m_q, z_q, divergence = _states(circuits, reference, 1.0).unbind(-1)
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
@@ -198,7 +198,7 @@ def gradients(
 def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
     """Return the Jensen-Shannon divergence (R,) of rows (R, V), in nats, in float32.
 
-    Every thread takes 96 KiB; rows are divided by the temperature as they are read.
+    Every thread takes some 230 KiB; rows are divided by the temperature as they are read.
     """
     result = torch.empty(circuit.shape[:1], dtype=torch.float32, device="cpu")
     _js(circuit, reference, beta, temperature, result=result)
@@ -301,5 +301,5 @@ def _level_problem(extension: ModuleType) -> str | None:
         return None
     return (
         f"{LEVEL_VARIABLE} asks for the instruction-set level {level!r}, "
-        f"and this machine runs {', '.join(map(repr, known))}"
+        f"but this machine supports only {', '.join(map(repr, known))}"
     )

@@ -21,7 +21,7 @@ from fastkl.state import RowState
 NAME = "triton"
 # fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
 N_KEPT, KEPT_DTYPE = 10, torch.float32
-# Triton 3.3 can not compile the kernels. In pyproject.toml too.
+# Triton 3.3 cannot compile the kernels. In pyproject.toml too.
 OLDEST_TRITON = (3, 4)
 # NVIDIA's cards since Ampere: a maximum that keeps NaN is an instruction there.
 OLDEST_CAPABILITY = (8, 0)
@@ -81,19 +81,19 @@ def not_installed() -> str | None:
     # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
     if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"triton {found} is too old: the kernels need {oldest}"
+        return f"triton {found} is too old: the kernels need {oldest} or newer"
     return _import_problem()
 
 
 @functools.cache
 def _import_problem() -> str | None:
-    """Say why Triton and the kernels can not be imported, though they are there."""
+    """Say why Triton and the kernels cannot be imported, though they are there."""
     # A library of the system's that is missing, another package's version: it may be anything.
     try:
         importlib.import_module("fastkl._triton")
     except Exception as error:
         said = " ".join(str(error).split())
-        return f"triton, or its kernels here, can not be imported: {type(error).__name__}: {said}"
+        return f"triton, or its kernels here, cannot be imported: {type(error).__name__}: {said}"
     return None
 
 
@@ -157,12 +157,13 @@ def gradients(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
 
-    Each logit is read once, and nothing of the logits' size is made beside the gradients, but for copies
-    in float32 where dtypes differ. What `kl_rows_kept` keeps is computed again if it is not given: the
-    logits are read twice then. Where KL = inf, Q - P is only as good as two rounded softmaxes. Where one
-    token has nearly all of both sides' mass, its gradient, of the size of what is left, is what suffers:
-    with 1e-6 left, errors of 1e-4 of it were seen, and with less they are larger; of a third where KL is
-    large by tokens that the reference all but masks.
+    Each logit is read once, and nothing else of the logits' size is allocated, except float32 copies
+    where dtypes differ. Without `kept` the forward pass is run again, so that the logits are read
+    twice. Where KL = inf, Q - P is only as accurate as two rounded softmaxes. Where one token has
+    nearly all of both sides' mass, its gradient, which is as small as the mass of the others, is the
+    least accurate: with 1e-6 of mass left to the others, errors of 1e-4 of it were seen, and larger
+    ones with less; up to a third of it where KL is large because of tokens that the reference all but
+    masks.
     """
     import fastkl._triton as _triton
 

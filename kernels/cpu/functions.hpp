@@ -14,9 +14,9 @@ constexpr float kHighest = 88.0f;
 // |d| from which φ is not summed as a polynomial.
 constexpr float kNear = 0.5f;
 
-// e^x for kLowest <= x <= kHighest, and garbage for NaN. Where CLAMPED, e^ of the nearer limit
-// outside; else inf or NaN above, and below 0 or, for x < -4e15, inf or NaN (AVX-512, where leaving
-// the limits out saves instructions; the others are clamped always).
+// e^x for kLowest <= x <= kHighest, and garbage for NaN. Other x count as the nearer limit where
+// CLAMPED. If not CLAMPED, AVX-512 saves the instructions for that: then e^x is inf or NaN above
+// kHighest, and below kLowest it is 0, or for x < -4e15 inf or NaN. The other levels always clamp.
 //
 // x = n log 2 + r, |r| <= 0.347, and a polynomial of degree 5 with a relative error of 1.1e-7 for
 // e^r. With the rounding of r and of the polynomial the relative error is below 4.2e-7 over the whole

@@ -56,15 +56,15 @@ struct Center {
     bool often_far;
 };
 
-// Tokens from here on that are on their way from memory.
+// Logits are prefetched this many tokens ahead.
 constexpr int64_t kAhead = 128 * kGroup;
 
 struct Moments {
     Sum t, d;
 };
 
-// d of the reference's likeliest token: where sides lie so far apart that it is rounded at the size of the
-// divergence, the one number from which that token, at least, is at no distance.
+// d of the reference's likeliest token. It stands in for KL where the sides lie so far apart that d is
+// rounded at the size of the divergence: at that token, at least, d - KL is then exactly 0.
 template <class P, class Q>
 float likeliest_ratio(const P* p, const Q* q, int64_t n, const Center& center) {
     const auto logit = [](const auto* row, int64_t i) { return load(Rest(row, i, i + 1).logits)[0]; };
@@ -80,7 +80,7 @@ template <class P, class Q>
 Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& center,
                           const GradientRoom& room) {
     constexpr float inf = __builtin_inff();
-    // Nobody else knows where these are: they stay in registers.
+    // A local copy, whose address nobody has: the compiler keeps it in registers.
     Center of = center;
     if (of.near == 0 && room.first && !__builtin_isnan(of.kl)) of.kl = likeliest_ratio(p, q, n, of);
     float *const w_to = room.w, *const t_to = room.t, *const first_to = room.first;
@@ -146,21 +146,27 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
 // the loss's gradient over z_p.
 inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const Moments& sums,
                                 double z_p, double scale, float* dq) {
+    // A masked token's, however large `scale` is: not 0 · inf.
+    const vf none = splat(__builtin_isnan(scale) ? __builtin_nanf("") : 0.0f);
     if (dq) {
         const double x = -::log1p(sums.t.value() / z_p);
         const float of_t = float(scale * ::exp(x)), of_w = float(scale * ::expm1(x));
-        for (int64_t j = 0; j < padded; j += W)
-            store(dq + j, fma(load(room.t + j), splat(of_t), load(room.w + j) * of_w));
+        for (int64_t j = 0; j < padded; j += W) {
+            const vf t = load(room.t + j), w = load(room.w + j);
+            const vf value = fma(t, splat(of_t), w * of_w);
+            store(dq + j, ((t == 0.0f) & (w == 0.0f)) ? none : value);
+        }
     }
     if (room.total) {
-        // A mean that is no number makes its row none, but for masked tokens.
+        // With a mean that is not finite the row's gradient is NaN, except at masked tokens.
         const double mean = sums.d.value() / z_p;
         const float of_d = float(scale);
         const float of_w = float(__builtin_isfinite(mean) ? -scale * mean : __builtin_nan(""));
         for (int64_t j = 0; j < padded; j += W) {
             const vf w = load(room.w + j), of_mean = w == 0.0f ? vf{} : w * of_w;
-            const vf value = fma(load(room.first + j), splat(of_d), of_mean);
-            store(room.total + j, load(room.total + j) + value);
+            const vf first = load(room.first + j), value = fma(first, splat(of_d), of_mean);
+            const vf more = ((first == 0.0f) & (w == 0.0f)) ? none : value;
+            store(room.total + j, load(room.total + j) + more);
         }
     }
 }

@@ -11,9 +11,9 @@
 // has more of the mixture, A of A and B, with weights a and b and D = log A/B. There b e^-D <= a, so that
 // nothing overflows, and log x = log a + y, where y = log(1 + b e^-D / a) is accurate however small.
 //
-// A gradient is its side's mass times log A/M less the mean of that. Where A has next to all of the mixture
-// wherever it has mass, these are all -log a but for y: so y is what is kept of them, and what is counted
-// from.
+// A gradient is its side's mass times log A/M less the mean of that. Where next to all of the mixture
+// is A wherever A has mass, all log A/M are -log a - y with a tiny y. Then only -y is kept, without the
+// -log a that they share, so that its digits are not lost.
 #pragma once
 
 #include <cmath>
@@ -29,9 +29,10 @@
 namespace fastkl {
 namespace {
 
-// The difference of two sides' logits is rounded at the size of what lies between their maxima. From
-// kApart on, in logits as they are, or where that is so many times what log-ratios differ by, logits are
-// counted from their maxima before they are subtracted.
+// The difference of two sides' logits is rounded at the size of the distance between their maxima. If
+// that distance is at least kApart, in undivided logits, or more than kTimesApart times what log-ratios
+// differ by, each side's maximum is subtracted from its logits before they are subtracted from each
+// other.
 constexpr double kApart = 4.0, kTimesApart = 32.0;
 // Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
 constexpr float kLargestRatio = 128.0f;
@@ -58,8 +59,9 @@ class Pair {
         : defined(heavy.defined && light.defined), mixture_(problem.mixture),
           scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
         const double offset = double(heavy.max) - double(light.max);
-        // What log-ratios differ by, at the least: what the largest logits leave to others says it of rows
-        // that are nearly one token's, too. NaN where that is nothing.
+        // A lower bound for how much log-ratios differ: by the mass that the sides have besides their
+        // largest logit, which shows it even in rows of nearly one token. NaN where there is no such
+        // mass.
         const double differ = __builtin_fabs(::log((heavy.mass.sum - 1) / (light.mass.sum - 1)));
         apart_ = __builtin_fabs(offset) >= kApart ||
                  !(__builtin_fabs(offset * scale_) <= kTimesApart * differ);
@@ -131,8 +133,8 @@ class Pair {
     const bool defined;
 
   private:
-    // Less what lies between the maxima. Tokens alike, too, are rounded as they are counted from these, the
-    // ones on a finer grid by more: what was rounded off is added again.
+    // p - q with each side's maximum subtracted. That subtraction rounds, even for identical tokens,
+    // and by more for logits on a finer grid: the rounding errors are added back.
     vf difference_of_apart(vf heavy, vf light) const {
         const vf d = (heavy - heavy_max_) - (light - light_max_);
         const vf off = rounded_off(heavy, heavy_max_) - rounded_off(light, light_max_);

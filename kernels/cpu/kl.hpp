@@ -48,7 +48,8 @@ struct State {
     double kl;
 };
 
-// What the gradients of Σ grad · KL are asked of. A matrix without data is not wanted.
+// Inputs and outputs of the gradients of Σ grad · KL. A gradient whose matrix has no data is not
+// wanted.
 struct GradientProblem {
     const double* grad;   // (K, R), the temperature's inverse in it
     const State* states;  // (K, R), of logits divided by the temperature
@@ -75,7 +76,7 @@ struct GradientRoom {
 struct Mixture {
     static constexpr int kTerms = 8;
 
-    // Of the lighter side's weight; below 1e-30 it counts as that.
+    // `lighter` is the weight of the lighter side. One below 1e-30 counts as 1e-30.
     explicit Mixture(double lighter);
 
     float heavy, light;
@@ -85,8 +86,8 @@ struct Mixture {
     float divergence[kTerms], share[kTerms];
 };
 
-// What the Jensen-Shannon divergences of rows are asked of; of the two sides of everything, the one
-// of the heavier weight is first.
+// Inputs of the Jensen-Shannon divergences of rows. In every pair of sides, here and below, the one of
+// the heavier weight is first.
 struct JsProblem {
     Matrix sides[2];
     int64_t n_rows;
@@ -189,9 +190,10 @@ struct Shares {
 
 Shares shares(const Mass& first, const Mass& second);
 
-// The sums of identical rows may differ in their last digits, since exponentials of tokens far below the
-// others are clamped, and from another base on each side. A log-ratio as small as that counts as 0, so
-// that the rows' divergence is. Static, as piece_length is.
+// The log-ratio of two masses, or 0 where it is next to nothing. The masses of identical rows may
+// differ in their last digits, since the exponentials of unlikely tokens are clamped, below a different
+// logit on each side; but the divergence of identical rows is to be exactly 0. Static, as piece_length
+// is.
 static inline double without_rounding(double log_ratio) {
     return log_ratio > -0x1p-50 && log_ratio < 0x1p-50 ? 0.0 : log_ratio;
 }

@@ -1,8 +1,10 @@
-// The passes over a block while it is in the cache: three kinds of looks.
+// The passes ("looks") over a block while it is in the cache: the one over the reference, and the two
+// that a circuit may need.
 //
-// p, a = p - m_p and w = e^a of the reference are float32 and padded to whole groups of lanes by
-// tokens without mass; q is a circuit's, in its own dtype and of any alignment. MASKED looks take
-// any logits, the others only finite ones: anything else shows as a sum that is not finite.
+// p, a = p - m_p and w = e^a of the reference are float32, and padded to whole groups of lanes with
+// tokens that have no mass; q is a circuit's, in its own dtype and of any alignment. Looks that are
+// MASKED take any logits, others only finite ones: with any other logit one of their sums is not
+// finite.
 #pragma once
 
 #include <cstdint>
@@ -176,10 +178,11 @@ struct ExponentialSums {
     }
 };
 
-// A pivot of p - q. The difference of two sides far apart is rounded at the size of the pivot, and what was
-// rounded off is added again, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
-// For their exponentials such sides are brought together: the one of the larger logits is moved, by an
-// integer, which for all but unlikely tokens is exact where these lie on the largest one's grid.
+// The pivot c of d = p - q - c. Where the sides lie far apart, p - q is rounded at the size of c, and
+// the rounding error is added back, after D. Knuth, The Art of Computer Programming, vol. 2, 4.2.2,
+// theorem B. For their exponentials such sides are brought together: the side of the larger logits is
+// moved by an integer. That is exact for logits on the same float32 grid as the largest: for all but
+// unlikely tokens.
 struct Pivot {
     float of_p, of_q; // what p loses and q gains for their exponentials
     float high, low;  // the pivot
@@ -221,10 +224,11 @@ struct Pivot {
     }
 };
 
-// Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without
-// reference mass, take w φ(d) = e^(q - base) + w (d - 1), where base = m_p - c: what rounding takes
-// from it, 4e-6 where logits are 100, is as much of the circuit's mass, and is given back. Where
-// OFTEN_FAR, no branch asks whether a group has such tokens: where many do, it is guessed wrongly.
+// Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without reference
+// mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. The rounding of base to float32, by
+// 4e-6 where logits are 100, would change the circuit's mass by that part of itself: `lost` makes up
+// for it. With OFTEN_FAR there is no branch on whether a group has such tokens: where many do, it would
+// be mispredicted.
 template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
     Pivot c;
@@ -264,8 +268,8 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                 const vf moved = q + c.of_q;
                 vf x = (moved - base) - lost;
                 if (c.apart) {
-                    // What the move rounds off is known by d, but of tokens without mass, where both are
-                    // rounded at their own size.
+                    // Where the move rounded q, x follows from d, which knows what was rounded off. Not
+                    // so for tokens without mass, whose a and d are large and rounded at that size.
                     const vf a = logit - top;
                     x = ((a < kLowest) | (moved - c.of_q == q)) ? x : a - d[u];
                 }
@@ -307,7 +311,7 @@ template <class T, class Sums> void add_rest(Sums& sums, int64_t begin, const T*
 // sums do not depend on the others.
 template <bool MASKED, int G, class T, class Ahead, class Sums>
 void look(const Block& block, const Circuit<T, Ahead>* circuits, Sums* results) {
-    // Nobody else knows where these are: they stay in registers.
+    // Local copies, whose address nobody has: the compiler keeps them in registers.
     Sums sums[G];
     unrolled<G>([&](auto g) INLINE_LAMBDA { sums[g] = results[g]; });
     const int64_t whole = for_whole_groups(

@@ -13,8 +13,8 @@
 namespace fastkl {
 namespace {
 
-// Pads a row with tokens that neither side has, as float32. Tells whether there is a NaN or +inf, and the
-// largest logit.
+// Copies a row as float32 and pads its last group with -inf. Sets `undefined` if there is a NaN or
+// +inf, and returns the largest logit.
 template <class T> float read_row(const T* from, int64_t n, float* to, bool& undefined) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);

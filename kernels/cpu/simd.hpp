@@ -2,7 +2,7 @@
 // levels differ.
 //
 // Each level compiles this header and those that include it with instructions of its own. Their code is
-// in an unnamed namespace, so that the linker can not put one level's in place of another's; for the
+// in an unnamed namespace, so that the linker cannot put one level's in place of another's; for the
 // same reason it calls C's ::log and the like, and no function of the C++ library.
 #pragma once
 

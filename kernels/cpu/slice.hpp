@@ -64,7 +64,7 @@ template <class T, class Ahead> class CircuitBlock {
         return look_by(*note_);
     }
 
-    // Which one a circuit's note asks for, where its sides can be guessed to be so far apart.
+// The look that a circuit's note asks for, where there is a guess of lse_p - lse_q.
     static Look look_by(uint8_t note) {
         if (!(note & kSmall)) return Look::exponentials;
         return note & kOftenFar ? Look::far_divergence : Look::divergence;
@@ -180,8 +180,8 @@ template <class T, class Ahead> class CircuitBlock {
         ExponentialSums of_chunk(chunk, base());
         look<false, 1>(chunk, &circuit_, &of_chunk);
         const Exponentials sums = of_chunk.value();
-        // So far below the others that the two sides' exponentials, which are 0 from different logits
-        // on, may differ for identical rows.
+        // Tokens so far below the others that their weights may be cut off to 0 below different logits
+        // on each side: then even identical rows would seem to differ.
         if (!(block_->first >= kLeastSum)) return false;
         const double x = without_rounding(::log(block_->first / sums.y));
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
@@ -213,9 +213,9 @@ template <class T, class Ahead> class CircuitBlock {
         return exponentials(base);
     }
 
-    // The divergence at a pivot that is exact but for its rounding to float32, which is taken out
-    // where it shows. Where p - q - c is not to be had, or overflows for a token without mass, what is
-    // known already.
+    // The divergence at a pivot whose only error is its rounding to float32, which is corrected for
+    // where it matters. Where p - q - c is too inexact, or overflows for a token without mass, it is
+    // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
         DivergenceSums<true> sums(*block_, pivot);
@@ -234,7 +234,7 @@ template <class T, class Ahead> class CircuitBlock {
     bool masked_;
 };
 
-// Looks at as many of n circuits as G or a half of it, or a half of that, allow; returns how many.
+// Looks at the first G of n circuits together, with G halved until there are so many; returns how many.
 template <int G, class Block>
 int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
     if constexpr (G > 1)
@@ -260,7 +260,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         const Matrix& circuit = problem.circuits[k + n];
         if (circuit.dtype != problem.circuits[k].dtype) break;
         const T* logits = reinterpret_cast<const T*>(address(circuit, row, start));
-        // Where the circuit that is looked at as long after this one lies, perhaps in the next block.
+        // Prefetched meanwhile: the circuit that is kTogether further on, perhaps in the next block.
         const int64_t after = k + n + kTogether;
         const T* ahead = reinterpret_cast<const T*>(
             address(problem.circuits[after % problem.n_circuits], row,

@@ -1,4 +1,5 @@
-// Row states in float64: how two merge, and how the last one becomes a divergence; and what scales rows.
+// Row states in float64: how two merge, and how the last becomes a divergence; and the inverse
+// temperature.
 #include <cmath>
 #include <limits>
 

@@ -16,10 +16,10 @@ at the pivot of the whole row,
 
 the first good to 1e-7, absolute, the second to 1e-6 of itself: see `fastkl.state`.
 
-Bases are poor where a slice's first tokens say nothing of the others. Then a sum overflows or vanishes,
-or what changes its pivot is larger than what is left; and where the sides lie far apart, p - q is
-rounded at that distance. `merge` says which slices are to be summed again: by differences to which is
-added what p - q was rounded by.
+A base is poor where a slice's first tokens do not represent the others. Then a sum overflows or
+vanishes, or moving it to the row's pivot cancels most of it; and where the sides lie far apart, p - q
+is rounded at that distance. `merge` estimates the error that each slice causes, so that the worst ones
+can be summed again, with the rounding error of p - q added back.
 
 Which instruction decides an edge case, in the PTX (tests hold the compiler to it):
 
@@ -31,10 +31,11 @@ Which instruction decides an edge case, in the PTX (tests hold the compiler to i
   in s and h.
 - a whole row -inf: its sum is 0.
 
-None of these is finite or positive, so that the row is looked at again, its maxima first: `max.f32`
-finds +inf, or -inf alone, and `setp.nan.f32` a NaN. Then both sides' exponentials are summed, and
-FAR_BELOW stands for the d of a token without reference mass. What is not finite even so is a divergence
-of +inf.
+In every case but the first a sum is then not finite, or not positive, and the row's maxima are looked
+for: `max.f32` shows a +inf, or a side of nothing but -inf, and `setp.nan.f32` a NaN. Such a row has no
+divergence. Any other is summed again, from its maxima, with exponentials of both sides, and with
+FAR_BELOW as the d of a token without reference mass. If a sum is still not finite, the divergence is
++inf.
 """
 
 import triton
@@ -51,8 +52,9 @@ NEAR = tl.constexpr(0.5)
 NEAR_2 = tl.constexpr(0.7213475204444817)
 # The least float32.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Added to the exponents of weights, the quick way: where a weight vanishes all the same, so has the mass
-# of the circuit, or its e^(-d) is infinite.
+# Added to the exponents of weights in the first pass, so that weights vanish 30 powers of two later.
+# Where one still does, the circuit's mass is negligible there too, or e^(-d) is infinite, which shows
+# as NaN.
 SCALE = tl.constexpr(30.0)
 # A plain result below it is not good enough, as in fastkl.state.
 ACCURATE_BELOW = tl.constexpr(0.1)
@@ -63,15 +65,16 @@ ABSOLUTE = tl.constexpr(1e-8)
 NEGLIGIBLE = tl.constexpr(1e-12)
 # Stands for the d of a token without reference mass: far, and finite so that 0 · d = 0.
 FAR_BELOW = tl.constexpr(-1e30)
-# Errors of φ by a polynomial, and of three rounded numbers far from the pivot, as a multiple of what the
-# change of pivots adds and subtracts; and of far tokens, a bit above 2^USUAL. Simulated: 2^-20
-# let some confident rows be off by 1.3 times the tolerance.
+# Relative error of what a change of pivots adds and subtracts: φ is a polynomial near the pivot, and
+# made of three rounded numbers far from it. The same of far tokens' h, for each bit that a slice's
+# weights are above 2^USUAL. By simulation: with 2^-20 some confident rows were off by 1.3 times the
+# tolerance.
 PIVOT_ERROR = tl.constexpr(2.0**-19)
 # Rounding of z_p + h - s: two half ulps of the largest, and of a lane's sums.
 MASS_ERROR = tl.constexpr(2.0**-22)
-# A weight of 2^E is off by the rounding of its exponent, up to E · 2^-24 of it. For a far token that is
-# so on both sides, and what it adds to h, e^(-d) - 1 + d, may be a tenth of either. Up to 2^8, which
-# slices of many tokens add up to without any such weight, it is within the tolerance.
+# A weight 2^E has a relative error of up to E · 2^-24, from the rounding of its exponent. A far token
+# has two such weights, and what it adds to h, w (e^(-d) - 1 + d), may be a tenth of either. Up to 2^8
+# the error is within the tolerance; slices of many tokens add up to that without any large weight.
 EXPONENT_ERROR = tl.constexpr(2.0**-24)
 USUAL = tl.constexpr(8)
 # Rounding of a plain sum: two half ulps of what it is counted from, and of what that is moved by.
@@ -80,11 +83,13 @@ PLAIN_ERROR = tl.constexpr(2.0**-23)
 APART = tl.constexpr(4.0)
 # Half an ulp of what they are apart.
 APART_ERROR = tl.constexpr(2.0**-24)
-# 1.5 · 2^23: added and subtracted, it leaves integers, of a number above 2^22 one of its size.
+# 1.5 · 2^23: adding and then subtracting it rounds to an integer; above 2^22, to one of about that
+# size.
 TO_INTEGER = tl.constexpr(12582912.0)
 # A far token adds a part of at least 1 / FAR_WEIGHT of its larger weight to h.
-FAR_WEIGHT = tl.constexpr(11.0)
-# Above it gradients, of which weights are all, are not good enough.
+FAR_WEIGHT = tl.constexpr(11.1)
+# Slices whose weights add up to more than this are summed again before gradients, which are
+# proportional to the weights, are taken: the exponents of such large weights are rounded too much.
 LARGEST = tl.constexpr(2.0**16)
 # 1.5 · 2^13: added and subtracted, it leaves multiples of 2^-10.
 TO_GRID = tl.constexpr(12288.0)
@@ -127,10 +132,12 @@ def estimate(logits, unit):
     """
     top = tl.max(logits, axis=0) * unit
     top = tl.where(top == -float("inf"), 0.0, top)
-    # Of up to 64 weights the largest is 1. Held to that, since logits beyond 1e7 have rounding left that
-    # is large itself, and no other weight may be lost to it.
+    # Of up to 64 weights the largest is 1, so that log2 of their sum lies between 0 and 6. Enforced,
+    # since the rounding of `top` is itself large for logits beyond 1e7, and no other weight may be lost
+    # to it.
     log2_sum = about_log2(tl.sum(weights(logits, unit, top), axis=0))
-    # Less SCALE, with which it is taken from exponents, it must not be on a finer grid than that.
+    # It is base - SCALE that is subtracted from exponents, so it is that number that is put on the
+    # grid.
     return to_grid(top + tl.minimum(tl.maximum(log2_sum, 0.0), 6.0) - SCALE) + SCALE
 
 
@@ -148,7 +155,7 @@ def product_of(a, b):
 
 @triton.jit
 def stretch_of(unit, inverse):
-    """Return what log2(e) / T is too large by to be log2(e) times what 1 / T is, as a part of it."""
+    """Return log2(e) · inverse / unit - 1: what rounding unit and inverse leaves of that, about 0."""
     return tl.fma(tl.full((), LOG2_E, tl.float32), inverse, -unit) / unit
 
 
@@ -179,7 +186,7 @@ def exact_pivot(base_p, base_q, unit, inverse):
 
 @triton.jit
 def move_of(pivot, inverse):
-    """Return the integer that brings two sides together, and what it leaves of their pivot."""
+    """Return a pivot as the nearest integer difference of undivided logits, and the rest, in nats."""
     moved = (pivot / inverse + TO_INTEGER) - TO_INTEGER
     # Of a temperature's inverse the product is rounded: what that took is added again.
     product = product_of(moved, inverse)
@@ -190,10 +197,11 @@ def move_of(pivot, inverse):
 def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr):
     """Return d of tokens, given how far their sides are moved and how much of that is the reference's.
 
-    What the difference of two float32 logits is rounded by is added again. Half-precision ones have room
-    for the move, which leaves their difference exact.
+    The rounding error of the difference of two float32 logits is added back. Half-precision logits have
+    digits to spare in float32, so that moving one leaves their difference exact.
     """
-    # A product that is rounded by itself would be off by as much as all of d where rows are confident.
+    # Multiply-adds only: a product rounded by itself would be off by as much as all of d in confident
+    # rows.
     if dtype == tl.float32:
         difference = p - q
         # Of an infinite difference nothing is rounded off.
@@ -215,9 +223,10 @@ def exact_differences(p, q, base_p, base_q, unit, inverse):
 
 @triton.jit
 def apart_by(b_p, b_q):
-    """Return how far apart sides are where the difference of two logits is rounded; else 0.
+    """Return how far apart the sides are, in nats, where that makes p - q inexact; else 0.
 
-    It is exact where no logit is more than twice the other. Likely ones are about as large as the bases.
+    p - q is exact where neither logit is more than twice the other, and the likely tokens' logits are
+    about as large as the bases.
     """
     apart = tl.abs(b_p - b_q) * LN_2
     exact_below = tl.minimum(tl.abs(b_p), tl.abs(b_q)) * (0.5 * LN_2)
@@ -242,13 +251,14 @@ def terms(d, weight, q, base_q, unit):
 def quick_terms(p, q, weight, apart, unit, COOL: tl.constexpr):
     """Return what tokens add to -s / log 2 and to h, given how far apart the bases are.
 
-    Of d they take x = -d / log 2, of which 2^x is the circuit's weight as a part of the reference's.
+    They use x = -d / log 2, so that 2^x is the ratio of the circuit's weight to the reference's.
     """
     # Subtracted first: a rounded product on one side only would make identical rows differ. A token that
     # both sides mask is 0 apart, one that a single side does infinitely far.
     difference = unmasked(q) - unmasked(p)
     if COOL:
-        # Infinitely even where unit is less than 1: twice a difference is as exact.
+        # Doubled, exactly, so that a single side's mask overflows to inf even where unit is less than
+        # 1.
         difference, unit = difference + difference, unit * 0.5
     x = tl.fma(difference, unit, apart)
     rise = tl.where(
@@ -289,9 +299,9 @@ def scaled(value, scale, mass):
 def merge(state, stretch, KEEP: tl.constexpr):
     """Merge the states of slices along axis 0 to one at the pivot of the row.
 
-    A slice's is (b_p, z_p, b_q, mass, s, h, size): `mass` is the circuit's, in the scale of the
-    reference's weights; `size` is z_p + |s| + |h|, of which `mass` is a difference, and so says how it
-    is rounded: 0 if it was summed itself.
+    A slice's is (b_p, z_p, b_q, mass, s, h, size). `mass` is the circuit's, in the scale of the
+    reference's weights. `size` is z_p + |s| + |h|, which bounds the rounding error of a mass that was
+    computed as z_p + h - s; it is 0 where the mass was summed directly.
 
     Returns (row, x, finite, doubt, plain_doubt): the row's (b_p, z_p, b_q, s, h); x, what rounding left
     of its pivot, at which the circuit's mass is z_p e^(-x); whether all of it is finite; and, of every
@@ -311,7 +321,8 @@ def merge(state, stretch, KEEP: tl.constexpr):
 
     new_b_q = top_q - ratio
     _, lost = pivot_of(top_p, new_b_q, stretch)
-    # A slice has its pivot as it is, once summed again not even as float32 rounds it.
+    # A slice's pivot is exactly (b_p - b_q) log 2; one that was summed again (its size is 0) has that
+    # pivot without the rounding of b_p - b_q to float32.
     lost_before = tl.where(size > 0.0, 0.0, -rounded_off(b_p, b_q) * LN_2)
     # The parts of the pivots' difference, the exact ones first.
     moved_by = ((top_p - new_b_q) - (b_p - b_q)) * LN_2 + (lost_before - lost)
@@ -334,9 +345,10 @@ def merge(state, stretch, KEEP: tl.constexpr):
     doubt = scaled(error, scale_p, any_mass) / sum_p
     mass_error = size * (MASS_ERROR + above * EXPONENT_ERROR)
     plain_doubt = scaled(mass_error, scale_q, any_mass) / sum_q
-    # All d of a slice might be off alike: the plain sum by as much, the circuit's mass by as much of
-    # itself, and the accurate sum by a part Σ w |1 - e^(-d)| of it, of which no more is known than that
-    # its square is below (2 z_p + 4 mass) h / 3; and h may be that of d rounded to 0.
+    # Rounding of p - q may shift all d of a slice alike, by r at most. That shifts the plain sum by r
+    # z_p, the circuit's mass by r of itself, and the accurate sum by r Σ w |1 - e^(-d)|. Of this last
+    # sum only a bound is known: its square is below (2 z_p + 4 mass) h / 3. The term in r² is for an h
+    # that is too small because its d were rounded to 0.
     rounding = tl.where(size > 0.0, apart_by(b_p, b_q), 0.0) * APART_ERROR
     part_p = scaled(z_p, scale_p, z_p) / sum_p
     part_q = scaled(mass, scale_q, mass) / sum_q
@@ -348,8 +360,9 @@ def merge(state, stretch, KEEP: tl.constexpr):
     plain_error = rounding * z_p + (tl.abs(s) + tl.abs(moved_by) * z_p) * PLAIN_ERROR
     plain_doubt += scaled(plain_error, scale_p, z_p) / sum_p
     if KEEP:
-        # Where one token has nearly all mass, a change of pivot leaves as little of s as the others have
-        # mass, and gradients. A slice that may hold it is summed at the row's pivot, and p - q exactly.
+        # Where one token has nearly all mass, the gradients, and what a change of pivot leaves of s,
+        # are as small as the mass of the others. So a slice that may hold such a token is summed at the
+        # row's pivot, with exact p - q.
         share = scaled(z_p, scale_p, z_p) / sum_p
         off = (tl.abs(moved_by) > 1e-6) | (rounding > 0.0)
         doubt = tl.where((share > 0.5) & off, 1.0, doubt)
@@ -367,9 +380,9 @@ def merge(state, stretch, KEEP: tl.constexpr):
 def judge(row, x, doubt, plain_doubt, KEEP: tl.constexpr):
     """Return a row's divergence in nats, whether it is good enough, and two tolerances.
 
-    They are what the accurate divergence may be off, and the plain one, -1 if that is never taken. To
-    KEEP what gradients need, which are wanted relative to themselves, a small one bears no absolute
-    error, and the masses of a large one must be right.
+    The tolerances are how much the accurate and the plain divergence may be off; the plain one's is -1
+    where the plain divergence is never taken. With KEEP, for gradients, whose errors count relative to
+    themselves, a small divergence is allowed no absolute error, and a large one no more than 1e-6.
     """
     _, z_p, _, s, h = row
     plain = s / z_p - x
@@ -402,8 +415,9 @@ def pivot_growth(z_p, s, h, divergence, x):
 def kept(state, row, divergence, x, unit, inverse):
     """Return what gradients need of a row: (b_p, z_p, b_q, rest, moved, s, e^x - 1, far, share).
 
-    z_p is NaN where the divergence is. `far` is e^x - 1 for weights 2^(q u - b_q), which know nothing of
-    what rounding takes from the pivot. No token has more of the reference's mass than `share`.
+    z_p is NaN where the divergence is. `far` is the e^x - 1 to use with weights 2^(q u - b_q), in which
+    the pivot's rounding has no part. `share` is the largest slice's share of the reference's mass, and
+    so no token has more.
     """
     b_p, z_p, b_q, s, h = row
     pivot, lost = exact_pivot(b_p, b_q, unit, inverse)

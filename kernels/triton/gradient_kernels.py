@@ -25,11 +25,12 @@ SIZES = (
     "inverse",
 )
 ANYWHERE = ("p_ptr", "grad_ptr")
-# 1 / 16 of the likeliest token's d: then the rounding of Σ P d is below 2e-6 of what is not its mass.
+# A row is summed from its likeliest token's d if the other tokens' mass is less than this part of |d|;
+# if it is more, the rounding of Σ P d is below 2e-6 of that mass anyway.
 CONFIDENT = tl.constexpr(0.0625)
-# A reference's logit that is no higher has no gradient. Of others, d is finite at temperatures from 3e-4
-# on, unless the circuit's overflows: a limit that a temperature moves would be held in registers, which
-# would spill.
+# A reference's logit at or below it counts as masked: its gradient is 0. Above it, d is finite at
+# temperatures from 3e-4 on, unless the circuit's logit overflows it. A constant, since a limit that
+# depends on the temperature would occupy registers and make others spill.
 MASKED = tl.constexpr(-1e35)
 
 
@@ -65,7 +66,7 @@ def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
     # With the right pivot the weights e^(-d) are 1 + growth times as large.
     near = d * d * phi_over_square(d) - d
     near = weight * tl.fma(near, scale + scale * growth, scale * growth)
-    # The same difference, of what can not overflow.
+    # The same difference, of what cannot overflow.
     other = weights(q, unit, base_q)
     far = tl.fma(other, scale + scale * growth_far, -weight * scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
@@ -245,13 +246,13 @@ def top_kernel(
     TILE: tl.constexpr,
     COOL: tl.constexpr,
 ):
-    """Write what is left of the pivot, and the mean of d, that a row's dKL/dp is to be counted from.
+    """Write two numbers of each row that dKL/dp needs: the rest of the pivot, and the mean of d at it.
 
-    Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. So d is counted
-    from there: the token is found, and the row is summed with its d as the pivot.
+    Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. Then the token
+    is found, and the row is summed again with that token's d as the pivot.
 
-    Program = (circuit, row). Reads 20 bytes and writes 8; of rows one slice of which has nearly all mass
-    it reads n_cols·itemsize·3 more, and takes an exponential a pair.
+    Program = (circuit, row). Reads 24 bytes, or 28 in half precision, and writes 8; of rows one slice
+    of which has nearly all mass it reads n_cols·itemsize·3 more, and takes an exponential a pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0)

@@ -48,14 +48,16 @@ SIZES = (
 ANYWHERE = ("p_ptr",)
 # What `pointer_table` adds to a number.
 DISGUISE = tl.constexpr(2**32)
-# Times that a row may be summed again, at the most: at its own pivot, the slices for which that matters;
-# all of them; at its maxima, where a sum overflowed; and again at the pivot that is found there.
+# How often a row may be summed again. The most that is needed: the slices that matter, at the row's own
+# pivot; all slices; all at the row's maxima, where a sum overflowed; all at the pivot found there.
 LOOKS = tl.constexpr(4)
 # What takes the scale of weights off their sums.
 UNSCALE = tl.constexpr(2.0**-SCALE.value)
-# A mass, at a base that means nothing, below which some of it may have been too little for a float32.
+# A slice at the base of 0 that means "all of its first tokens are masked" is suspect if its mass is
+# below this: some of its weights may have been too small for a float32.
 FAINT = tl.constexpr(2.0**-60)
-# A circuit's mass that is this part of what it is a difference of, or less, may be nothing but rounding.
+# The circuit's mass of a slice is a difference; if it is less than this part of the terms, it may be
+# nothing but rounding.
 NOISE = tl.constexpr(2.0**-18)
 
 
@@ -393,7 +395,7 @@ def sum_again(
                 VEC,
                 1,
                 True,
-                # Of exact differences, and masks that are asked for.
+                # COOL matters to the first pass only: differences are exact here, whatever T is.
                 False,
             )
             new_s, new_h, new_mass = sums[0]
@@ -494,7 +496,8 @@ def finish_kernel(
     b_q = tl.load(source + 2 * field_stride, mask=inside, other=0.0)
     s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
     h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
-    # All but the last one, where the tokens before the first slice's cut are all that it would have.
+    # Slices that have tokens. The last one has none if the first, which also takes the tokens before
+    # the first multiple of 16 bytes, leaves it none.
     some = inside & ((index == 0) | (index * slice_size < n_cols - (first - shift)))
     state = (b_p, z_p, b_q, z_p + (h - s), s, h, z_p + tl.abs(s) + tl.abs(h))
     stretch = stretch_of(unit, inverse)
@@ -534,7 +537,7 @@ def finish_kernel(
             SLICES,
         )
         merged, x, divergence, finite, settled, _ = look_at(state, None, stretch, n_slices, KEEP)
-        # Summed at its maxima, a row that has a divergence has a finite one, or an infinite one.
+        # Summed at its maxima and still not finite, a row is settled: its divergence is inf or NaN.
         settled = settled | (at_maxima & (finite == 0))
         # Those that mattered were summed at the row's pivot; now all of them.
         again = index < n_slices
@@ -552,7 +555,8 @@ def finish_kernel(
 def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
     """Write up to n of a tuple of `pointer_table`'s numbers to the table, from `first` on: 8 bytes each.
 
-    Numbers travel as arguments: a copy from the host would make it wait, or outlive a captured graph.
+    Numbers travel as arguments: for a copy from host memory the host would have to wait, and that
+    memory to outlive a graph that captured the copy.
     """
     for i in tl.static_range(len(numbers)):
         tl.store(table_ptr + first + i, (numbers[i] >> 1) - DISGUISE, mask=i < n)

@@ -46,7 +46,8 @@ class Tile(NamedTuple):
 # By bytes an element and group size. VEC is one 128-bit load; a lane is a thread, so that every sum
 # within a tile stays in it. Unrolled until 64 registers are used: a lone warp waits for memory less
 # often, and the loop's own instructions weigh less.
-# The counts are of an H100's instructions a pair, in the loop and in the time that memory takes.
+# The counts: instructions a pair in the loop, of those that an H100 can issue while memory delivers a
+# pair.
 TILES = {
     # 18 of 44.
     (4, 4): Tile(vec=4, unroll=1),
@@ -123,9 +124,10 @@ def places_of(tensors):
 
 
 def layouts_of(places, like):
-    """Return where rows start modulo WIDEST bytes, in elements: each first one, and each next one.
+    """Return, for each place, where the first row starts and how long the row stride is.
 
-    The places are those of tensors of the shape and dtype of `like`.
+    Both in elements, modulo WIDEST bytes; 0 for the stride of a single row. The places are those of
+    tensors of the shape and dtype of `like`.
     """
     itemsize, several = like.itemsize, like.shape[0] > 1
     vec = WIDEST // itemsize
