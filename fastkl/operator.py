@@ -1,7 +1,7 @@
 """The PyTorch operators behind `kl_div`: what compiles, exports, batches and differentiates.
 
-`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and can
-not itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
+`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and cannot
+itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
 Jensen-Shannon divergence of one circuit. All take rows (R, V) of any strides, or (B, S, V), with R = B
 S, where there are gaps between the rows that no view (R, V) could have. What has no view as rows with a
 contiguous last dimension is copied.

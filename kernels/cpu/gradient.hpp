@@ -146,7 +146,7 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
 // the loss's gradient over z_p.
 inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const Moments& sums,
                                 double z_p, double scale, float* dq) {
-    // A masked token's, however large `scale` is: not 0 · inf.
+    // That of a token without mass on either side, as of a masked one, however large `scale` is: not 0 · inf.
     const vf none = splat(__builtin_isnan(scale) ? __builtin_nanf("") : 0.0f);
     if (dq) {
         const double x = -::log1p(sums.t.value() / z_p);

@@ -35,8 +35,8 @@ template <class T> float read_row(const T* from, int64_t n, float* to, bool& und
 // e^a, 0 where that is below float's normal numbers.
 inline vf weight_of(vf a) { return a < kLowest ? vf{} : exponential<true>(a); }
 
-// Sets e = e^((x - base) scale), 0 where that is below float's normal numbers, and returns the sum. Meanwhile the
-// logits `ahead` come from memory.
+// Sets e = e^((x - base) scale), 0 where that is below float's normal numbers, and returns the sum. Meanwhile
+// the logits `ahead` come from memory.
 template <class T>
 double weigh_row(const float* x, int64_t padded, float base, float scale, float* e, const T* ahead) {
     Sum z;

@@ -64,7 +64,7 @@ template <class T, class Ahead> class CircuitBlock {
         return look_by(*note_);
     }
 
-// The look that a circuit's note asks for, where there is a guess of lse_p - lse_q.
+    // The look that a circuit's note asks for, where there is a guess of lse_p - lse_q.
     static Look look_by(uint8_t note) {
         if (!(note & kSmall)) return Look::exponentials;
         return note & kOftenFar ? Look::far_divergence : Look::divergence;
