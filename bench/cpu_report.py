@@ -72,7 +72,8 @@ def _caption(document: dict[str, Any]) -> str:
         f"`{document['command']}`, {document['date'][:10]}, commit "
         f"{facts.short_commit(document)}, seed {document['seed']}, load average "
         f"{first} at the start, {last} at the end.",
-        "Every function runs in a process of its own; they take turns, with a pause before each. On the "
+        "Every function runs in a process of its own; they take turns, each after a pause and some "
+        "calls that wake the cores and do not count. On the "
         f"first case each runs in {document['n_processes']} processes, one after the other. Times are "
         "medians; ratios are medians of the ratios within each round. "
         "One read: the fastest way found to read the circuits' logits once; its GB/s counts those. "

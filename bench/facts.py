@@ -69,6 +69,12 @@ def commit() -> str | None:
     return head + (" + changes" if changed else "")
 
 
+def own_versions(document: dict[str, Any]) -> str:
+    """Return a document's versions of what takes part where fastkl is timed beside PyTorch alone."""
+    versions = document["versions"]
+    return ", ".join(f"{name} {versions[name]}" for name in ("python", "fastkl", "torch", "numpy"))
+
+
 def short_commit(document: dict[str, Any]) -> str:
     """Return a document's commit as tables quote it, with the remark that files differ from it."""
     head, *changes = (document["commit"] or "unknown").split(" ", 1)

@@ -188,9 +188,9 @@ def markdown(document: dict[str, Any]) -> str:
     sizes = [Size(*(case[name] for name in Size._fields)) for case in cases]
     rows = [["ms (relative to the first row)", *map(str, sizes)]]
     rows += [[name, *(_cell(case["ways"][name]) for case in cases)] for name in cases[0]["ways"]]
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     caption = (
-        f"{document['machine']['processor']}, {document['machine']['threads']} threads; {versions}. "
+        f"{document['machine']['processor']}, {document['machine']['threads']} threads; "
+        f"{facts.own_versions(document)}. "
         f"`{document['command']}`, {document['date'][:10]}, commit "
         f"{facts.short_commit(document)}. All in one process, in turns; medians; freed memory "
         f"kept. K circuits of R rows and V tokens, float32 unless a row says otherwise, noise 0.5, "

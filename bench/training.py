@@ -272,14 +272,12 @@ def markdown(document: dict[str, Any]) -> str:
         for name, entry in first.items()
         if entry.get("times_faster") is not None
     )
-    machine, versions = document["machine"], document["versions"]
     caption = [
-        f"{document['device']}, {machine['threads']} threads; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f". `{document['command']}`, {document['date'][:10]}, commit "
+        f"{document['device']}, {document['machine']['threads']} threads; "
+        f"{facts.own_versions(document)}. `{document['command']}`, {document['date'][:10]}, commit "
         f"{facts.short_commit(document)}.",
-        "Forward and backward, all in one process, in turns with a pause before each; medians. In "
-        "brackets: memory beyond the logits and their gradients, in a process of its own. Speed "
+        "Forward and backward, all in one process, in turns, each after a pause and calls that do not "
+        "count; medians. In brackets: memory beyond the logits and their gradients, in a process of its own. Speed "
         f"relative to {names[0]} in the first row: {faster or 'not known'}. Relative error of the "
         f"gradient in the second row: {accuracy}.",
     ]

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, masked, read, row_sums
 
 # |d| from which Q - P is the difference: the larger is more than twice the smaller then.
-NEAR = 1.0
+EXPM1_BELOW = 1.0
 
 
 @torch.no_grad()
@@ -127,12 +127,12 @@ def _block(
         mean = row_sums(t) / ref.z
         mean = torch.where(mean.isfinite(), mean, torch.nan)
         t = t.mul_(scale.to(dtype)).addcmul_(ref.weights, (-scale * mean).to(dtype))
-        _settle(t, grad, scale, masked_p, masked_q)
+        _clear_masked(t, grad, scale, masked_p, masked_q)
         total += t
         del t
 
     if dq is not None:
-        near = d.abs() < NEAR
+        near = d.abs() < EXPM1_BELOW
         t = d.neg_().expm1_().mul_(ref.weights)
         # The same difference in the scale of e^(q - m_q), which cannot overflow.
         ratio = torch.exp((cir.m - ref.m) / temperature + c).to(dtype)
@@ -142,11 +142,11 @@ def _block(
         # With the right pivot the weights e^(-d) are e^x times as large.
         t.mul_((scale * torch.exp(x)).to(dtype))
         t.addcmul_(ref.weights, (scale * torch.expm1(x)).to(dtype))
-        _settle(t, grad, scale, masked_q)
+        _clear_masked(t, grad, scale, masked_q)
         dq.copy_(t)
 
 
-def _settle(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> None:
+def _clear_masked(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> None:
     """Set masked logits to 0, or NaN in rows that are NaN, and rows with no incoming gradient to 0."""
     for mask in masks:
         if mask is not None:

@@ -15,7 +15,7 @@ def _check(reduction: str, temperature: float, vocab_size: int | None, backend: 
     errors.check_vocab_size(vocab_size)
     errors.check_backend(backend)
     if backend is not None:
-        backends.named(backend)
+        backends.backend_by_name(backend)
 
 
 class KLDivLoss(torch.nn.Module):

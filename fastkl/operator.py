@@ -1,7 +1,7 @@
 """The PyTorch operators behind `kl_div`: what compiles, exports, batches and differentiates.
 
-`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and cannot
-itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
+`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and
+cannot itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
 Jensen-Shannon divergence of one circuit. All take rows (R, V) of any strides, or (B, S, V), with R = B
 S, where there are gaps between the rows that no view (R, V) could have. What has no view as rows with a
 contiguous last dimension is copied.
@@ -47,14 +47,14 @@ def kl_div(
     errors.check_rows(circuits, reference)
     chosen = backends.choose_for(backend, (reference, *circuits))
     if not circuits or not math.prod(reference.shape[:-1]):
-        divergence = _empty(circuits, reference)
+        divergence = _empty_divergence(circuits, reference)
     else:
         (ref, *cir), window = with_gaps([reference, *circuits])
         if keep:
             found = chosen.kl_rows_kept(cir, ref, temperature)
             return asked_for(found[0], window), asked_for(found[1], window)
         divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
-    return divergence, _unwritten(divergence, chosen, keep)
+    return divergence, _empty_kept(divergence, chosen, keep)
 
 
 @register(
@@ -88,12 +88,12 @@ def kl_div_backward(
     return [t.reshape(reference.shape) for t in (*dqs, dp) if t is not None]
 
 
-def _empty(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
+def _empty_divergence(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
     shape = (len(circuits), math.prod(reference.shape[:-1]))
     return reference.new_empty(shape, dtype=compute_dtype(reference, *circuits))
 
 
-def _unwritten(divergence: Tensor, chosen: backends.Backend, keep: bool) -> Tensor:
+def _empty_kept(divergence: Tensor, chosen: backends.Backend, keep: bool) -> Tensor:
     """Return what a backend keeps of divergences (K, R), or would."""
     shape = (chosen.N_KEPT if keep else 0, *divergence.shape)
     return divergence.new_empty(shape, dtype=chosen.KEPT_DTYPE)
@@ -108,11 +108,11 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     del temperature
-    divergence = _empty(circuits, reference)
+    divergence = _empty_divergence(circuits, reference)
     # No backend runs on the meta device, and one that is forced would say so.
     on_meta = reference.device.type == "meta"
     chosen = backends.eager if on_meta else backends.choose_for(backend, (reference, *circuits))
-    return divergence, _unwritten(divergence, chosen, keep)
+    return divergence, _empty_kept(divergence, chosen, keep)
 
 
 @fake(kl_div_backward)
@@ -250,7 +250,7 @@ def js_div(
     errors.check_rows([circuit], reference)
     chosen = backends.choose_for(backend, (reference, circuit))
     if not math.prod(reference.shape[:-1]):
-        return _empty([circuit], reference)[0]
+        return _empty_divergence([circuit], reference)[0]
     (cir, ref), window = with_gaps([circuit, reference])
     return asked_for(chosen.js_rows(cir, ref, beta, temperature), window)
 
@@ -282,7 +282,7 @@ def _(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
 ) -> Tensor:
     del beta, temperature, backend
-    return _empty([circuit], reference)[0]
+    return _empty_divergence([circuit], reference)[0]
 
 
 @fake(js_div_backward)

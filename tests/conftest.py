@@ -25,7 +25,7 @@ from fastkl.backends import native  # noqa: E402
 from fastkl.backends import triton as triton_backend  # noqa: E402
 
 # None, or why the kernels cannot be compiled, here or for any card.
-NO_TRITON = triton_backend.not_installed()
+NO_TRITON = triton_backend.installation_problem()
 if NO_TRITON and "cannot be imported" in NO_TRITON:
     # It may be the kernels that are broken: no reason to skip their tests.
     raise RuntimeError(NO_TRITON)

@@ -132,7 +132,7 @@ def test_a_device_without_float64():
     ("capability", "reason"), [((7, 5), "8.0, cuda:0 has 7.5"), ((8, 0), None)]
 )
 def test_cards_that_are_too_old(monkeypatch, capability, reason):
-    if problem := triton.not_installed():
+    if problem := triton.installation_problem():
         pytest.skip(problem)
     _triton = importlib.import_module("fastkl._triton")
     monkeypatch.setattr(_triton, "INTERPRETED", False)
@@ -175,7 +175,7 @@ def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
 
 def test_what_the_kernels_keep_is_what_the_backend_says():
     """It says so before it is known that Triton is there."""
-    if problem := triton.not_installed():
+    if problem := triton.installation_problem():
         pytest.skip(problem)
     assert triton.N_KEPT == importlib.import_module("fastkl._triton").N_KEPT
 

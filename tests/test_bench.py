@@ -204,9 +204,10 @@ def test_interleaving_takes_the_time_it_may(monkeypatch):
     assert len(timing.interleave({"a": float}, seconds=1e6)["a"]) == timing.MOST_ROUNDS
 
 
-def test_the_call_after_a_pause_does_not_count(monkeypatch):
+def test_calls_after_a_pause_do_not_count_until_the_cores_are_awake(monkeypatch):
     now = [0.0]
-    took = iter((100.0, 1.0, 100.0, 2.0))
+    a_part = timing._WAKING_SECONDS * 0.4
+    took = iter((100.0, 1.0, *(a_part,) * 3, 2.0))
     slept = []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(timing.time, "sleep", slept.append)
@@ -216,10 +217,10 @@ def test_the_call_after_a_pause_does_not_count(monkeypatch):
 
 
 @pytest.mark.parametrize(("long", "slow"), [(10.0, 0), (1e-6, 1)])
-def test_only_short_functions_are_called_twice_a_turn(monkeypatch, long, slow):
+def test_only_short_functions_are_called_more_than_once_a_turn(monkeypatch, long, slow):
     monkeypatch.setattr(timing, "_LONG_SECONDS", long)
     _, times = timing.take_turns({"a": partial(bench_tasks.slow_first, 0.05)}, {}, 0)
-    # Twice a turn: the second call is always one of the same kind, here the short one.
+    # Until they are awake: the call that counts is always one of the same kind, here the short one.
     assert len({t > 0.04 for t in times["a"]}) == 1 + slow
 
 

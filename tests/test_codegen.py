@@ -3,6 +3,8 @@
 Nothing is known to the compiler about sizes, so what holds here holds for V = 50257 as for any other.
 """
 
+import importlib
+import math
 import re
 from collections import Counter
 
@@ -176,3 +178,12 @@ def test_instructions_that_decide_the_edge_cases(arch, dtype):
     # 2^x that flushes to zero what is below 2^-126, so that -inf gives +0; none that multiplies first.
     assert ptx.count("ex2.approx.ftz.f32") > 0
     assert ptx.count("ex2.approx.f32") == 0
+
+
+def test_what_far_tokens_add_is_a_known_part_of_their_weights():
+    """Of e^(-d) - 1 + d of the larger of 1 and e^(-d): least at the bound itself, on its near side."""
+    algebra = importlib.import_module("fastkl._triton.algebra")
+    near, far_weight = algebra.NEAR.value, algebra.FAR_WEIGHT.value
+    sizes = [near * 1.01**n for n in range(500)]
+    parts = [(math.expm1(-d) + d) / max(1, math.exp(-d)) for x in sizes for d in (x, -x)]
+    assert 1 / far_weight <= min(parts) <= 1.01 / far_weight

@@ -228,14 +228,14 @@ def test_threads_share_whole_vectors(n_threads, n):
 def test_rows_are_padded_with_zeros(n_cols):
     layout = blocks.Layout(7, n_cols)
     (memory,) = layout.memory(1)
-    block = layout.block(memory, layout.n_rows)
-    assert block.rows.shape == (layout.n_rows, n_cols)
+    block = layout.block(memory, layout.rows_per_block)
+    assert block.rows.shape == (layout.rows_per_block, n_cols)
     assert not block.padded[:, n_cols:].any()
     part = block.parts.shape[2]
     assert block.padded.shape[1] - n_cols < 16 * block.parts.shape[1]
     assert part == n_cols or (part <= 128 and part % 16 == 0)
     block.rows.fill_(1)
-    assert block.sums().sum() == layout.n_rows * n_cols
+    assert block.sums().sum() == layout.rows_per_block * n_cols
 
 
 @pytest.mark.parametrize("level", [0.003, 0.005, 0.008])

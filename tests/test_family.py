@@ -383,7 +383,7 @@ def test_native_statistics(generator, implementation, dtype, n_cols):
     circuits[0][3, first], circuits[1][3, first] = NAN, INF
     block = 64 * math.ceil(n_cols / math.ceil(n_cols / 8192) / 64)
     reference[4, first], circuits[0][4, (first + block) % n_cols] = 40, 40
-    measure = backends.named(implementation).row_statistics
+    measure = backends.backend_by_name(implementation).row_statistics
     for temperature in (2.0, 1.0):
         found = measure(circuits, reference, temperature)
         assert_rows_match(found, circuits, reference, temperature)

@@ -121,7 +121,7 @@ def unavailable_backends() -> dict[str, str]:
     return {name: reason for name, reason in found if reason}
 
 
-def named(name: str, source: str = "backend") -> Backend:
+def backend_by_name(name: str, source: str = "backend") -> Backend:
     """Return the backend of a name that `source` gave.
 
     Raises
@@ -149,7 +149,7 @@ def requested(name: str | None) -> Backend | None:
         name, source = os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE
     if name is None:
         return None
-    backend = named(name, source)
+    backend = backend_by_name(name, source)
     if reason := backend.missing():
         raise errors.unusable_backend(name, reason, source)
     return backend

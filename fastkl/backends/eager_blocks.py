@@ -62,22 +62,22 @@ class Layout:
         self.part = -(-n_cols // (self.n_parts * step)) * step
         self._padded = self.n_parts * self.part
         elements = _SHARE * min(torch.get_num_threads(), _SHARES)
-        self.n_rows = max(1, min(n_rows, elements // self._padded))
+        self.rows_per_block = max(1, min(n_rows, elements // self._padded))
 
     def slices(self, n_rows: int) -> Iterator[slice]:
         """Yield the blocks of so many rows."""
-        for start in range(0, n_rows, self.n_rows):
-            yield slice(start, min(start + self.n_rows, n_rows))
+        for start in range(0, n_rows, self.rows_per_block):
+            yield slice(start, min(start + self.rows_per_block, n_rows))
 
     def memory(self, n_buffers: int) -> list[Tensor]:
         """Return memory for as many blocks, with zeros where rows are padded.
 
         Whoever writes over these restores them.
         """
-        size = _even(self.n_rows * self._padded)
+        size = _even(self.rows_per_block * self._padded)
         buffers = [torch.empty(size, dtype=torch.float32, device="cpu") for _ in range(n_buffers)]
         for buffer in buffers:
-            self.block(buffer, self.n_rows).padded[:, self.n_cols :] = 0
+            self.block(buffer, self.rows_per_block).padded[:, self.n_cols :] = 0
         return buffers
 
     def block(self, memory: Tensor, n_rows: int) -> Block:

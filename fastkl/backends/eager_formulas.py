@@ -44,7 +44,9 @@ LEAST_BITS = (LEAST_EXPONENT + 127) << 23
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
-def sums(x: Block, w: Block, t: Block, *, least: Tensor, first: Tensor, second: Tensor) -> None:
+def sums(
+    x: Block, w: Block, t: Block, *, least: Tensor, sum_x: Tensor, minus_sum_phi: Tensor
+) -> None:
     """Write the bits of the least e^x, Σ w x and -Σ w (e^x - 1 - x) of parts.
 
     Given is x log2 e, which is written over, as t is.
@@ -57,14 +59,14 @@ def sums(x: Block, w: Block, t: Block, *, least: Tensor, first: Tensor, second: 
     torch.log(x.even, out=t.even)
     x.even.sub_(_ONE)
     t.even.mul_(w.even)
-    t.sums(out=first)
+    t.sums(out=sum_x)
     torch.addcmul(t.even, x.even, w.even, value=-1, out=x.even)
-    x.sums(out=second)
+    x.sums(out=minus_sum_phi)
 
 
 def divergences(
-    first: NDArray[np.float64],
-    second: NDArray[np.float64],
+    sum_x: NDArray[np.float64],
+    sum_phi: NDArray[np.float64],
     share: NDArray[np.float64],
     x: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
@@ -72,15 +74,15 @@ def divergences(
 
     Parameters
     ----------
-    first, second : NDArray (..., R)
+    sum_x, sum_phi : NDArray (..., R)
         Σ P x and Σ P (e^x - 1 - x) without the tokens that are not summed.
     share : NDArray (R, C)
         P of those.
     x : NDArray (..., R, C)
         Their x.
     """
-    m = first + np.einsum("...c,...c->...", share, x)
-    t = second + np.einsum("...c,...c->...", share, np.expm1(x) - x)
+    m = sum_x + np.einsum("...c,...c->...", share, x)
+    t = sum_phi + np.einsum("...c,...c->...", share, np.expm1(x) - x)
     divergence = np.log1p(m + t) - m
     # dKL/dT is 1 / (1 + M + T), and dKL/dM is -(M + T) / (1 + M + T).
     summed = (t + np.abs(m * (m + t))) / (1 + m + t)

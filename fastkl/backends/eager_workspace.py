@@ -27,7 +27,7 @@ _KEPT_SUMS = 1 << 17
 _STRETCHES = 8
 _LOG2E = math.log2(math.e)
 # Returns a block's rows (R, V) of a circuit by its number, or those of them that it is told.
-Circuit = Callable[[int, Tensor | None], Tensor]
+CircuitReader = Callable[[int, Tensor | None], Tensor]
 
 
 class _Known(NamedTuple):
@@ -48,8 +48,8 @@ class _Sums(NamedTuple):
 
     least: Tensor  # the least e^x, as its bits (..., M)
     highest: Tensor  # the largest x log2 e (..., M); 0 in a block that is not deep
-    first: Tensor  # Σ w x (..., M)
-    second: Tensor  # -Σ w (e^x - 1 - x) (..., M)
+    sum_x: Tensor  # Σ w x (..., M)
+    minus_sum_phi: Tensor  # -Σ w (e^x - 1 - x) (..., M)
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], n_parts: int) -> "_Sums":
@@ -57,8 +57,8 @@ class _Sums(NamedTuple):
         shape = (*shape, n_parts)
         least = torch.empty(shape, dtype=torch.int32, device="cpu")
         highest = torch.zeros(shape, dtype=torch.float32, device="cpu")
-        first, second = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
-        return cls(least, highest, first, second)
+        sum_x, minus_sum_phi = torch.empty((2, *shape), dtype=torch.float32, device="cpu")
+        return cls(least, highest, sum_x, minus_sum_phi)
 
 
 class Workspace:
@@ -82,7 +82,7 @@ class Workspace:
         self._w, self._x, self._t = layout.memory(3)
         # Rows that are measured again: their weights, and their differences in float64.
         self._again: tuple[Tensor, Tensor] | None = None
-        self.n_circuits = max(1, _KEPT_SUMS // (layout.n_rows * layout.n_parts))
+        self.n_circuits = max(1, _KEPT_SUMS // (layout.rows_per_block * layout.n_parts))
 
     def read(self, p: Tensor) -> None:
         """Take a block of reference rows (R, V)."""
@@ -112,7 +112,7 @@ class Workspace:
             [p[:, start:stop].argmax(-1) + start for start, stop in pairwise(edges)], -1
         )
 
-    def kl(self, circuit: Circuit, n_circuits: int) -> tuple[Tensor, Tensor]:
+    def kl(self, circuit: CircuitReader, n_circuits: int) -> tuple[Tensor, Tensor]:
         """Return the divergences (K, R) of the block's rows in float64, and which are good enough.
 
         The others have infinite or NaN logits, tokens that rise or fall too far, sides too far apart, or
@@ -120,7 +120,7 @@ class Workspace:
 
         Parameters
         ----------
-        circuit : Circuit
+        circuit : CircuitReader
             Returns the block's rows of a circuit.
         n_circuits : int
             How many there are.
@@ -168,15 +168,15 @@ class Workspace:
         # Of parts, which threads share evenly, as they do not share a few rows.
         if self._known.deep:
             torch.amax(x.parts, -1, out=sums.highest)
-        formulas.sums(x, w, t, least=sums.least, first=sums.first, second=sums.second)
+        formulas.sums(x, w, t, least=sums.least, sum_x=sums.sum_x, minus_sum_phi=sums.minus_sum_phi)
 
     def _divergences(
         self, sums: _Sums, rows: slice | NDArray[np.int64], x: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """Return divergences (..., R), Σ P x, and which are good, given x of likely tokens."""
         known = self._known
-        first, second = (_total(t) / known.z_p[rows] for t in (sums.first, sums.second))
-        divergence, mean, good = formulas.divergences(first, -second, known.share[rows], x)
+        sum_x, minus = (_total(t) / known.z_p[rows] for t in (sums.sum_x, sums.minus_sum_phi))
+        divergence, mean, good = formulas.divergences(sum_x, -minus, known.share[rows], x)
         good &= sums.least.numpy().min(-1) >= formulas.LEAST_BITS
         good &= formulas.weights_will_do(known.depth[rows], self._highest(sums, rows))
         return divergence, mean, good
@@ -187,7 +187,7 @@ class Workspace:
         return np.where(self._known.depth[rows] > formulas.DEEP, highest, np.float32(0))
 
     def _measure_exactly(
-        self, circuit: Circuit, k: int, rows: NDArray[np.int64], c: NDArray[np.float64]
+        self, circuit: CircuitReader, k: int, rows: NDArray[np.int64], c: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return divergences (N,) of rows of a circuit, and whether they are good.
 
@@ -197,7 +197,7 @@ class Workspace:
         known, n = self._known, len(rows)
         p, likely, (w, x, t) = known.p, known.likely, self._blocks(n)
         if self._again is None:
-            shape = self._layout.n_rows, self._layout.n_cols
+            shape = self._layout.rows_per_block, self._layout.n_cols
             wide = torch.empty(shape, dtype=torch.float64, device="cpu")
             self._again = self._layout.memory(1)[0], wide
         some_w, wide = self._again

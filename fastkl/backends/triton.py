@@ -38,7 +38,7 @@ row_statistics = summaries.row_statistics
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
-    if problem := not_installed():
+    if problem := installation_problem():
         return problem
     if problem := _device_problem(device):
         return problem
@@ -69,7 +69,7 @@ def _device_problem(device: torch.device | None) -> str | None:
     return None
 
 
-def not_installed() -> str | None:
+def installation_problem() -> str | None:
     """Say what is missing of the packages; what is there and new enough is imported."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"

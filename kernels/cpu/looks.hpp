@@ -226,26 +226,26 @@ struct Pivot {
 
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without reference
 // mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. The rounding of base to float32, by
-// 4e-6 where logits are 100, would change the circuit's mass by that part of itself: `lost` makes up
-// for it. With OFTEN_FAR there is no branch on whether a group has such tokens: where many do, it would
+// 4e-6 where logits are 100, would change the circuit's mass by that part of itself: `lost_by_base` makes
+// up for it. With OFTEN_FAR there is no branch on whether a group has such tokens: where many do, it would
 // be mispredicted.
 template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
     Pivot c;
-    float top, base, lost;  // the base is one for q + c.of_q
+    float top, base, lost_by_base;  // the base is one for q + c.of_q
     Sum s, h;
     vi n_far;
 
     DivergenceSums() = default;
     DivergenceSums(const Block& block, double pivot)
-        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost(0), s{}, h{},
-          n_far{} {
+        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost_by_base(0), s{},
+          h{}, n_far{} {
         if (block.max == -__builtin_inff()) return;
         const double moved = double(block.max) - c.of_p;
         const double left = pivot - c.of_p - c.of_q;
         base = float(moved - left);
         // In this order: of logits beyond 1e9 even a float64 keeps too little beside them.
-        lost = float((moved - base) - left);
+        lost_by_base = float((moved - base) - left);
     }
 
     template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
@@ -266,7 +266,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
                 const vf moved = q + c.of_q;
-                vf x = (moved - base) - lost;
+                vf x = (moved - base) - lost_by_base;
                 if (c.apart) {
                     // Where the move rounded q, x follows from d, which knows what was rounded off. Not
                     // so for tokens without mass, whose a and d are large and rounded at that size.

@@ -301,8 +301,8 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
 // Reads a block of the reference, given the mass of the blocks before. `taken` is set to what was taken
 // from it.
 template <bool COOL, class T>
-Block read_block(const T* p, int64_t n, double temperature, const Mass& so_far, Scratch& scratch,
-                 double& taken) {
+Block read_reference_block(const T* p, int64_t n, double temperature, const Mass& so_far,
+                           Scratch& scratch, double& taken) {
     if constexpr (COOL) {
         float* cooled = scratch.cooled[0];
         taken = cool(p, n, temperature, cooled);
@@ -332,7 +332,8 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
         double taken;
         const Block block =
             with_dtype(problem.reference.dtype, address(problem.reference, row, start), [&](auto p) {
-                return read_block<COOL>(p, n, problem.temperature, reference, scratch, taken);
+                return read_reference_block<COOL>(p, n, problem.temperature, reference, scratch,
+                                                  taken);
             });
         const Shares share = shares(reference, {block.max + taken, block.sum});
         for (int64_t k = 0; k < problem.n_circuits;) {
