@@ -277,9 +277,9 @@ def markdown(document: dict[str, Any]) -> str:
         f"{facts.own_versions(document)}. `{document['command']}`, {document['date'][:10]}, commit "
         f"{facts.short_commit(document)}.",
         "Forward and backward, all in one process, in turns, each after a pause and calls that do not "
-        "count; medians. In brackets: memory beyond the logits and their gradients, in a process of its own. Speed "
-        f"relative to {names[0]} in the first row: {faster or 'not known'}. Relative error of the "
-        f"gradient in the second row: {accuracy}.",
+        "count; medians. In brackets: memory beyond the logits and their gradients, in a process of its "
+        f"own. Speed relative to {names[0]} in the first row: {faster or 'not known'}. Relative error "
+        f"of the gradient in the second row: {accuracy}.",
     ]
     return table(rows) + "\n\n" + "\n".join(map(paragraph, caption))
 
