@@ -225,27 +225,34 @@ struct Pivot {
 };
 
 // Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without reference
-// mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. The rounding of base to float32, by
-// 4e-6 where logits are 100, would change the circuit's mass by that part of itself: `lost_by_base` makes
-// up for it. With OFTEN_FAR there is no branch on whether a group has such tokens: where many do, it would
-// be mispredicted.
+// mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. Where m_p less a float32 base is a
+// float32 too, as mostly, that is the pivot. Elsewhere the rounding of base, by 4e-6 where logits are 100,
+// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it. With OFTEN_FAR
+// there is no branch on whether a group has such tokens: where many do, it would be mispredicted.
 template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
     Pivot c;
     float top, base, lost_by_base;  // the base is one for q + c.of_q
+    bool corrected;                 // by any of these
     Sum s, h;
     vi n_far;
 
     DivergenceSums() = default;
     DivergenceSums(const Block& block, double pivot)
-        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost_by_base(0), s{},
-          h{}, n_far{} {
+        : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost_by_base(0),
+          corrected(true), s{}, h{}, n_far{} {
         if (block.max == -__builtin_inff()) return;
         const double moved = double(block.max) - c.of_p;
         const double left = pivot - c.of_p - c.of_q;
         base = float(moved - left);
         // In this order: of logits beyond 1e9 even a float64 keeps too little beside them.
         lost_by_base = float((moved - base) - left);
+        const bool as_it_is = !c.apart && c.of_p == 0 && c.of_q == 0;
+        if (as_it_is && double(float(moved - base)) == moved - base) {
+            c.high = float(moved - base);
+            lost_by_base = 0;
+        }
+        corrected = !as_it_is || lost_by_base != 0;
     }
 
     template <bool MASKED, class T> INLINE void add(int64_t i, const T* from) {
@@ -265,15 +272,18 @@ template <bool OFTEN_FAR> struct DivergenceSums {
             for (int u = 0; u < U; ++u) {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
-                const vf moved = q + c.of_q;
-                vf x = (moved - base) - lost_by_base;
-                if (c.apart) {
-                    // Where the move rounded q, x follows from d, which knows what was rounded off. Not
-                    // so for tokens without mass, whose a and d are large and rounded at that size.
-                    const vf a = logit - top;
-                    x = ((a < kLowest) | (moved - c.of_q == q)) ? x : a - d[u];
+                vf x = q - base;
+                if (__builtin_expect(corrected, 0)) {
+                    const vf moved = q + c.of_q;
+                    x = (moved - base) - lost_by_base;
+                    if (c.apart) {
+                        // Where the move rounded q, x follows from d, which knows what was rounded off. Not
+                        // so for tokens without mass, whose a and d are large and rounded at that size.
+                        const vf a = logit - top;
+                        x = ((a < kLowest) | (moved - c.of_q == q)) ? x : a - d[u];
+                    }
                 }
-                vf e = exponential<true>(x);
+                vf e = exponential<MASKED>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;
                 vi far = square[u] >= kNear * kNear;
                 if constexpr (MASKED) far |= logit == -inf;

@@ -152,7 +152,12 @@ inline vh load_bits(const void* from) {
 }
 
 inline vf load(const BFloat16* from) {
+#if defined(__AVX512F__)
+    // The compiler's own way takes three instructions, of halves that it puts together.
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)load_bits(from)) << 16);
+#else
     return (vf)(__builtin_convertvector(load_bits(from), vu) << 16);
+#endif
 }
 
 inline vf load(const Float16* from) {
