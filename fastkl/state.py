@@ -3,7 +3,7 @@
 A slice of the vocabulary is summed up by a row state. With p the reference's logits and q the
 circuit's, over the slice::
 
-    m_p = max p            z_p = Σ e^(p - m_p)        (m_q and z_q alike)
+    m_p = max p            z_p = Σ e^(p - m_p)        (m_q and z_q alike; near max p in kernels)
     d   = p - q - c        c   = a pivot: any finite number near log Σ e^p - log Σ e^q
     s   = Σ e^(p - m_p) d
     h   = Σ_near e^(p - m_p) φ(d) + Σ_far e^(p - m_p) (d - 1)
@@ -21,6 +21,29 @@ errors of the log-sum-exps cancel to first order. Summing the far tokens' P φ(d
 their circuit mass in the scale of m_q, where it cannot overflow, and so also counts tokens with
 P = 0. A divergence to a token with q = -inf and finite p is infinite; it shows as s = +inf, or as
 s = NaN after an infinite s has been scaled by zero, while z_p and z_q are numbers.
+
+Words that the backends share, in every language:
+
+near, far
+    A token with |d| below a bound, whose terms are a polynomial's, and any other, whose terms take an
+    exponential.
+base
+    What a side's exponentials are counted from: the maximum, or a number near it that is known sooner.
+pivot
+    c above, the difference of two bases or close to it.
+apart
+    Said of sides whose pivot is so large that p - q is rounded at its size. What was rounded off is
+    added back, and for exponentials the side of the larger logits is *moved* by an integer; the *rest*
+    of the pivot is a small number.
+kept
+    What the forward pass keeps of each row and circuit for the gradients.
+masked
+    A logit of -inf; in `kl_div`, a row that does not count.
+look
+    A pass over logits that have been read before, because the first sums left too much in doubt; in
+    `kernels/cpu`, any pass over a block of a circuit.
+cool
+    To divide logits by the temperature.
 
 References
 ----------
