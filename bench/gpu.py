@@ -570,7 +570,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few minutes: GPT-2's vocabulary, fastkl and eager; writes only to --out",
+        help="fewer cases: GPT-2's vocabulary, fastkl and eager; writes only to --out",
     )
     parser.add_argument("--rows", type=int, nargs="+")
     parser.add_argument("--vocabularies", type=int, nargs="+")

@@ -365,6 +365,18 @@ def test_differences_beyond_float32_that_are_divided(monkeypatch, level, tempera
     assert other.tolist() == pytest.approx([math.log(2), 0])
 
 
+@each_level
+@pytest.mark.parametrize("temperature", [8e37, 8.6e37, 1e38, 3.3e38, 1e39])
+def test_temperatures_whose_inverse_is_no_normal_number(monkeypatch, level, temperature):
+    """Masks are all that is left of logits: beyond float32's largest, a temperature counts as that."""
+    monkeypatch.setenv(native.LEVEL_VARIABLE, level)
+    reference = torch.tensor([[0.0, -3.4e38, 1.0], [3e38, 0.0, 1e38]])
+    circuit = torch.tensor([[0.0, -3.2e38, -3e38], [2e38, 1e38, 0.0]])
+    limited = min(temperature, torch.finfo(torch.float32).max)
+    expected = oracle(circuit.double() / limited, reference.double() / limited)
+    assert_matches(native.kl_rows([circuit], reference, temperature)[0], expected)
+
+
 THREADS = """
 import os, threading, torch, fastkl
 torch.set_num_threads(3)

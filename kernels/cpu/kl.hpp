@@ -166,9 +166,7 @@ struct Level {
     void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
 };
 
-// A temperature's inverse, or the nearest number that float32 takes for neither 0 nor inf, so that -inf times
-// it stays what it is. `inverse_of` is that as a float32.
-double limited_inverse(double temperature);
+// A temperature's inverse as a float32 that is not rounded to 0 or inf, by which -inf stays what it is.
 float inverse_of(double temperature);
 
 // The levels of this build that this processor can run, best first, ended by a null pointer.

@@ -33,12 +33,10 @@ double coin_divergence(double b, double difference, double log_scaled) {
 
 }  // namespace
 
-double limited_inverse(double temperature) {
+float inverse_of(double temperature) {
     using limits = std::numeric_limits<float>;
-    return std::fmin(std::fmax(1 / temperature, limits::min()), limits::max());
+    return float(std::fmin(std::fmax(1 / temperature, limits::min()), limits::max()));
 }
-
-float inverse_of(double temperature) { return float(limited_inverse(temperature)); }
 
 Shares shares(const Mass& first, const Mass& second) {
     // A sum that is NaN fails both comparisons, and comes through the total.
