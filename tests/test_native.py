@@ -23,6 +23,7 @@ from fastkl import backends
 from fastkl.backends import native
 
 ROOT = Path(__file__).parents[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REASON = native.missing()
 LEVELS = native._extension().levels() if REASON is None else []
 
@@ -181,6 +182,28 @@ def test_bits_do_not_depend_on_threads(generator, n_circuits, n_rows, n_cols):
 
 
 @each_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_look(monkeypatch, generator, level, dtype):
+    """Tokens within each polynomial's reach, a few and many beyond it, and each after any other."""
+    monkeypatch.setenv(native.LEVEL_VARIABLE, level)
+    reference = torch.randn(2, 50257, generator=generator) * 3
+    noises = [0.1, 0.17, 0.25, 0.5, 0.75, 1.0]
+    steps = torch.tensor(noises)[torch.randint(6, (20, 2, 13), generator=generator)]
+    noise = torch.randn(50, 2, 50257, generator=generator)
+    # The same all along, tails as heavy as Student's t of 3, and another in each piece.
+    noise[:6] *= torch.tensor(noises)[:, None, None]
+    chi = torch.randn(3, 30, 2, 50257, generator=generator).square().mean(0).sqrt()
+    noise[6:36] *= torch.logspace(-2, 0, 30)[:, None, None] / chi
+    noise[36:] *= steps[:14].repeat_interleave(4000, -1)[..., :50257]
+    circuits = (reference + noise).to(dtype)
+    reference = reference.to(dtype)
+    found = native.kl_rows(list(circuits), reference)
+    for k, circuit in enumerate(circuits):
+        expected = oracle(circuit, reference)
+        assert ((found[k] - expected).abs() <= 0.3 * (1e-5 * expected + 1e-8)).all()
+
+
+@each_level
 def test_bits_do_not_depend_on_who_shares_a_look(monkeypatch, generator, level):
     """Circuits are looked at in groups of those that need the same look; this one is in all of them."""
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
@@ -235,9 +258,6 @@ def test_a_huge_logit_in_the_last_tokens(generator, n_cols):
     others = reference.double().softmax(-1)[:, :-1].sum(-1)
     divergence = native.kl_rows([circuit], reference)[0].double()
     torch.testing.assert_close(divergence, others * 1e34, rtol=1e-5, atol=0.0)
-
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @needs_native

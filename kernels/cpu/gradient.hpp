@@ -24,7 +24,7 @@ struct Center {
           more_p(float(m_p / temperature - state.p.max)),
           more_q(float((m_q / temperature - state.q.max) + ::log(state.p.sum / state.q.sum))),
           c(state.p.max * temperature, log_ratio(state.p, state.q) * temperature), rest(0), kl(0),
-          near(0), often_far(true) {
+          near(0), wide(false), often_far(true) {
         if (c.lost) {
             // No token is taken for near, though p - q - c may be rounded to 0.
             c = Pivot(0, 0);
@@ -34,7 +34,8 @@ struct Center {
             c.apart = c.apart || pivot * pivot > kApartFrom * state.kl;
             rest = float(pivot - (c.apart ? c.value() : 0.0) / temperature);
             kl = float(state.kl);
-            near = kNear * kNear;
+            wide = kFarFrom <= state.kl && state.kl < kOftenFarFrom;
+            near = wide ? kWide * kWide : kNear * kNear;
             often_far = !(state.kl < kOftenFarFrom);
         }
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
@@ -43,8 +44,9 @@ struct Center {
     // The pivot's square over KL: of sides 50 times as far apart as tokens typically move (d² is about
     // 2 KL), p - q is rounded by 1e-6 of that.
     static constexpr double kApartFrom = 5e3;
-    // From about there on, a branch for far tokens costs more than it saves.
-    static constexpr double kOftenFarFrom = 0.01;
+    // From about there on there are so many tokens beyond kNear, and beyond kWide, that a branch for them
+    // costs more than it saves.
+    static constexpr double kFarFrom = 0.01, kOftenFarFrom = 0.3;
 
     float inverse;
     float m_p, m_q;
@@ -53,6 +55,7 @@ struct Center {
     float rest;
     float kl;    // the mean of d, near enough; NaN where it is infinite
     float near;  // of d² from which on a token is far
+    bool wide;   // whether that is kWide²
     bool often_far;
 };
 
@@ -76,7 +79,7 @@ float likeliest_ratio(const P* p, const Q* q, int64_t n, const Center& center) {
 
 // Sets w = e^(p - m_p), t, and, where the reference's gradient is wanted, first = w (d - kl). A token that the
 // circuit masks has 0 in all of them, and one that the reference does in `first`.
-template <class P, class Q>
+template <bool WIDE, class P, class Q>
 Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& center,
                           const GradientRoom& room) {
     constexpr float inf = __builtin_inff();
@@ -95,7 +98,7 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
             d[u] = fma(difference, splat(of.inverse), splat(-of.rest));
             w[u] = weight_of(fma(logit_p - of.m_p, splat(of.inverse), splat(of.more_p)));
             const vf square = d[u] * d[u];
-            t[u] = w[u] * fma(square, phi_over_square(d[u]), -d[u]);
+            t[u] = w[u] * fma(square, phi_over_square<WIDE>(d[u]), -d[u]);
             // In this order a NaN is far.
             largest_square = max(largest_square, square < of.near ? vf{} : splat(1.0f));
         }
@@ -196,7 +199,8 @@ bool gradient(const GradientProblem& problem, int64_t row, const GradientRoom& r
                 problem.reference.dtype, address(problem.reference, row, 0), [&](auto p) {
                     const Matrix& circuit = problem.circuits[k];
                     return with_dtype(circuit.dtype, address(circuit, row, 0), [&](auto q) {
-                        return weigh_differences(p, q, n, center, room);
+                        return center.wide ? weigh_differences<true>(p, q, n, center, room)
+                                           : weigh_differences<false>(p, q, n, center, room);
                     });
                 });
             gradient_of_circuit(room, padded, sums, state.p.sum, grad / state.p.sum,

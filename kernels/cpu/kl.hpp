@@ -127,6 +127,11 @@ struct SummaryProblem {
     float inverse_temperature;
 };
 
+// How a circuit's block is looked at: see looks.hpp. `near`, `wide` and `far` are of small divergences, where
+// hardly any token has |d| >= kNear, or kWide, or so many have that a branch on it would be mispredicted;
+// `alone` is of blocks that need several looks.
+enum class Look : uint8_t { exponentials, near, wide, far, alone };
+
 // Circuits whose blocks are looked at together, at the most.
 constexpr int kMostTogether = 4;
 
@@ -149,9 +154,10 @@ struct Level {
     const char* name;
     bool (*supported)();
     // Sets states[k] to the state of circuit k over columns [begin, end) of a row, of logits divided by
-    // the temperature; notes[k] is room for a note from block to block. False if it was stopped.
+    // the temperature; looks[k] is room for the look that its next block is likely to need. False if it
+    // was stopped.
     bool (*slice)(const Problem&, int64_t row, int64_t begin, int64_t end, State* states,
-                  uint8_t* notes, Scratch&, const Poll&);
+                  Look* looks, Scratch&, const Poll&);
     // Writes the gradients of one row. False if it was stopped.
     bool (*gradient)(const GradientProblem&, int64_t row, const GradientRoom&, const Poll&);
     // Returns the Jensen-Shannon divergence of one row.

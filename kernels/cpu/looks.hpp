@@ -224,12 +224,14 @@ struct Pivot {
     }
 };
 
-// Look 2: the divergence without cancellation. Tokens with |d| >= kNear, and those without reference
+// Look 2: the divergence without cancellation. Tokens with |d| >= kReach, and those without reference
 // mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. Where m_p less a float32 base is a
 // float32 too, as mostly, that is the pivot. Elsewhere the rounding of base, by 4e-6 where logits are 100,
-// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it. With OFTEN_FAR
-// there is no branch on whether a group has such tokens: where many do, it would be mispredicted.
-template <bool OFTEN_FAR> struct DivergenceSums {
+// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it.
+template <Look LOOK> struct DivergenceSums {
+    static constexpr bool kIsWide = LOOK != Look::near;
+    static constexpr float kReach = kIsWide ? kWide : kNear;
+
     const float *p, *w;
     Pivot c;
     float top, base, lost_by_base;  // the base is one for q + c.of_q
@@ -265,10 +267,11 @@ template <bool OFTEN_FAR> struct DivergenceSums {
             if constexpr (MASKED) d[u] = logit == -inf ? vf{} : d[u];
             square[u] = d[u] * d[u];
             vf extent = square[u];
-            if constexpr (MASKED) extent = logit == -inf ? splat(kNear * kNear) : extent;
+            if constexpr (MASKED) extent = logit == -inf ? splat(kReach * kReach) : extent;
             largest_square = u == 0 ? extent : max(extent, largest_square);
         }
-        if (OFTEN_FAR || __builtin_expect(any_at_least(largest_square, kNear * kNear), 0)) {
+        if (LOOK == Look::far ||
+            __builtin_expect(any_at_least(largest_square, kReach * kReach), 0)) {
             for (int u = 0; u < U; ++u) {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
@@ -285,11 +288,11 @@ template <bool OFTEN_FAR> struct DivergenceSums {
                 }
                 vf e = exponential<MASKED>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;
-                vi far = square[u] >= kNear * kNear;
+                vi far = square[u] >= kReach * kReach;
                 if constexpr (MASKED) far |= logit == -inf;
                 n_far -= far;
                 const vf t = weight * d[u];
-                const vf near = weight * (square[u] * phi_over_square(d[u]));
+                const vf near = weight * (square[u] * phi_over_square<kIsWide>(d[u]));
                 s.part[u] += t;
                 h.part[u] += far ? e + (t - weight) : near;
             }
@@ -297,7 +300,7 @@ template <bool OFTEN_FAR> struct DivergenceSums {
             for (int u = 0; u < U; ++u) {
                 const vf weight = load(w + i + u * W);
                 s.part[u] = fma(weight, d[u], s.part[u]);
-                h.part[u] = fma(weight, square[u] * phi_over_square(d[u]), h.part[u]);
+                h.part[u] = fma(weight, square[u] * phi_over_square<kIsWide>(d[u]), h.part[u]);
             }
         }
     }

@@ -75,11 +75,11 @@ class Job {
   private:
     struct Room {
         explicit Room(int64_t n_circuits)
-            : scratch(new Scratch), row(n_circuits), slice(n_circuits), notes(n_circuits) {}
+            : scratch(new Scratch), row(n_circuits), slice(n_circuits), looks(n_circuits) {}
 
         std::unique_ptr<Scratch> scratch;
         std::vector<State> row, slice;
-        std::vector<uint8_t> notes;
+        std::vector<Look> looks;
     };
 
     bool measure_row(int64_t row, Room& room, const Poll& poll) {
@@ -95,7 +95,7 @@ class Job {
     bool measure(int64_t row, int64_t i, State* states, Room& room, const Poll& poll) {
         const int64_t begin = i * length_;
         const int64_t end = std::min(begin + length_, problem_.n_cols);
-        return level_.slice(problem_, row, begin, end, states, room.notes.data(), *room.scratch,
+        return level_.slice(problem_, row, begin, end, states, room.looks.data(), *room.scratch,
                             poll);
     }
 

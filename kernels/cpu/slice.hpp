@@ -35,21 +35,18 @@ inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0;
 // from the second level cache: as many as the level has registers for.
 constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 
-enum class Look { divergence, far_divergence, exponentials, alone };
+// From one token beyond kNear, or kWide, in so many on, a wider look is faster.
+constexpr int64_t kTokensPerNear = 256, kTokensPerWide = 64;
+// A divergence from which on so many tokens are beyond kNear, if all move alike.
+constexpr double kWideFrom = 0.016;
 
-// Notes of a circuit from block to block: whether the last one's divergence was small, and whether many
-// of its tokens were far.
-constexpr uint8_t kSmall = 1, kOftenFar = 2;
-// From one far token in so many on, a branch costs more than it saves.
-constexpr int64_t kFarTokens = 128;
-
-// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; with the note of the last
-// block it decides which look is likely to be enough.
+// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is the
+// look that is likely to be enough, and becomes the next block's.
 template <class T, class Ahead> class CircuitBlock {
   public:
     CircuitBlock() = default;
-    CircuitBlock(const Block& block, const Circuit<T, Ahead>& circuit, double guess, uint8_t& note)
-        : block_(&block), circuit_(circuit), guess_(guess), note_(&note), masked_(block.masked) {}
+    CircuitBlock(const Block& block, const Circuit<T, Ahead>& circuit, double guess, Look& next)
+        : block_(&block), circuit_(circuit), guess_(guess), next_(&next), masked_(block.masked) {}
 
     // Which look is asked first.
     Look first_look() {
@@ -61,25 +58,17 @@ template <class T, class Ahead> class CircuitBlock {
         }
         if (masked_) return Look::alone;
         if (!guessed || Pivot(block_->max, guess_).lost) return Look::exponentials;
-        return look_by(*note_);
-    }
-
-    // The look that a circuit's note asks for, where there is a guess of lse_p - lse_q.
-    static Look look_by(uint8_t note) {
-        if (!(note & kSmall)) return Look::exponentials;
-        return note & kOftenFar ? Look::far_divergence : Look::divergence;
+        return *next_;
     }
 
     // The look at so many circuits, of which this is the first, and their states.
     template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
-        if (first == Look::divergence) {
-            look_together<G>(blocks, states, [](const CircuitBlock& block) {
-                return DivergenceSums<false>(*block.block_, block.guess_);
-            });
-        } else if (first == Look::far_divergence) {
-            look_together<G>(blocks, states, [](const CircuitBlock& block) {
-                return DivergenceSums<true>(*block.block_, block.guess_);
-            });
+        if (first == Look::near) {
+            divergences_together<Look::near, G>(blocks, states);
+        } else if (first == Look::wide) {
+            divergences_together<Look::wide, G>(blocks, states);
+        } else if (first == Look::far) {
+            divergences_together<Look::far, G>(blocks, states);
         } else {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
                 return ExponentialSums(*block.block_, block.base());
@@ -96,6 +85,13 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
   private:
+    template <Look LOOK, int G>
+    static void divergences_together(CircuitBlock* blocks, State* states) {
+        look_together<G>(blocks, states, [](const CircuitBlock& block) {
+            return DivergenceSums<LOOK>(*block.block_, block.guess_);
+        });
+    }
+
     template <int G, class Begin>
     static void look_together(CircuitBlock* blocks, State* states, Begin begin) {
         Circuit<T, Ahead> circuits[G];
@@ -109,7 +105,7 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
     // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
-    template <bool OFTEN_FAR> State state(const DivergenceSums<OFTEN_FAR>& look) {
+    template <Look LOOK> State state(const DivergenceSums<LOOK>& look) {
         const Divergence sums = look.value();
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
         const double ratio = 1 + (sums.h - sums.s) / block_->sum;
@@ -120,8 +116,7 @@ template <class T, class Ahead> class CircuitBlock {
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
         const double kl = change > accurate / 2 ? at_pivot(look.c.value() + x, accurate - change)
                                                 : accurate - change;
-        *note_ = (kl < kAccurateBelow ? kSmall : 0) |
-                 (sums.n_far * kFarTokens >= block_->n ? kOftenFar : 0);
+        *next_ = next_look<LOOK>(kl, sums.n_far);
         const double max_q = block_->max - look.c.value();
         // What a float64 loses of the pivot beside logits beyond 1e9.
         const double left = (block_->max - max_q) - look.c.value();
@@ -130,6 +125,19 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
     State state(const ExponentialSums& look) { return state(look.base, look.value()); }
+
+    // The look for blocks of a divergence, if all tokens move alike.
+    static Look look_for(double divergence) {
+        if (divergence >= kAccurateBelow) return Look::exponentials;
+        return divergence >= kWideFrom ? Look::wide : Look::near;
+    }
+
+    template <Look LOOK> Look next_look(double divergence, int64_t n_far) const {
+        if (divergence >= kAccurateBelow) return Look::exponentials;
+        if (LOOK == Look::near)
+            return n_far * kTokensPerNear >= block_->n ? Look::wide : Look::near;
+        return n_far * kTokensPerWide >= block_->n ? Look::far : Look::wide;
+    }
 
     float base() const { return block_->max - float(guess_); }
 
@@ -147,7 +155,7 @@ template <class T, class Ahead> class CircuitBlock {
 
         const double x = without_rounding(::log(block_->sum / sums.y));
         const double plain = sums.s / block_->sum - x;
-        *note_ = plain >= kAccurateBelow ? 0 : kSmall | kOftenFar;
+        *next_ = look_for(plain);
         // A base far from the circuit's log-sum-exp costs digits.
         if (plain >= kAccurateBelow * (__builtin_fabs(x) > 1 ? __builtin_fabs(x) : 1)) {
             return {p, q, plain};
@@ -186,8 +194,7 @@ template <class T, class Ahead> class CircuitBlock {
         const double x = without_rounding(::log(block_->first / sums.y));
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
         const double plain = sums.s / block_->first - x;
-        *note_ = (plain < kAccurateBelow ? kSmall : 0) |
-                 (plain >= kAccurateBelow / 8 ? kOftenFar : 0);
+        *next_ = look_for(plain);
         guess_ = (double(block_->max) - base()) + x;
         return true;
     }
@@ -218,7 +225,7 @@ template <class T, class Ahead> class CircuitBlock {
     // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
-        DivergenceSums<true> sums(*block_, pivot);
+        DivergenceSums<Look::far> sums(*block_, pivot);
         if (sums.c.lost) return known;
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
@@ -230,7 +237,7 @@ template <class T, class Ahead> class CircuitBlock {
     const Block* block_;
     Circuit<T, Ahead> circuit_;
     double guess_;
-    uint8_t* note_;
+    Look* next_;
     bool masked_;
 };
 
@@ -248,7 +255,7 @@ int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
 // block. Returns how many circuits these are.
 template <class T, bool COOL>
 int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block,
-                  double taken_p, int64_t k, const State* so_far, uint8_t* notes, Scratch& scratch,
+                  double taken_p, int64_t k, const State* so_far, Look* looks, Scratch& scratch,
                   State* states) {
     using L = std::conditional_t<COOL, float, T>;
     using CircuitBlock = CircuitBlock<L, T>;
@@ -269,7 +276,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         Circuit<L, T> q;
         if constexpr (COOL) {
             // One that another look waits for is not divided yet.
-            if (n > 0 && __builtin_isfinite(guess) && CircuitBlock::look_by(notes[k + n]) != first)
+            if (n > 0 && __builtin_isfinite(guess) && looks[k + n] != first)
                 break;
             float* cooled = scratch.cooled[n];
             taken[n] = cool(logits, block.n, problem.temperature, cooled);
@@ -278,7 +285,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         } else {
             q = {logits, ahead};
         }
-        blocks[n] = CircuitBlock(block, q, guess, notes[k + n]);
+        blocks[n] = CircuitBlock(block, q, guess, looks[k + n]);
         const Look look = blocks[n].first_look();
         if (n == 0) first = look;
         if (first == Look::alone || look != first) break;
@@ -317,12 +324,12 @@ Block read_reference_block(const T* p, int64_t n, double temperature, const Mass
 
 template <bool COOL>
 bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
-              uint8_t* notes, Scratch& scratch, const Poll& poll) {
+              Look* looks, Scratch& scratch, const Poll& poll) {
     const FlushSubnormals flush;
     const Mass nothing{-double(__builtin_inff()), 0.0};
     for (int64_t k = 0; k < problem.n_circuits; ++k) {
         states[k] = {nothing, nothing, 0.0};
-        notes[k] = 0;
+        looks[k] = Look::exponentials;
     }
     Mass reference = nothing;
     const int64_t length = piece_length(end - begin, kBlock);
@@ -341,7 +348,7 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
             const int64_t count =
                 with_dtype(problem.circuits[k].dtype, nullptr, [&](auto logits) {
                     using T = std::remove_const_t<std::remove_pointer_t<decltype(logits)>>;
-                    return look_from<T, COOL>(problem, row, start, block, taken, k, states, notes,
+                    return look_from<T, COOL>(problem, row, start, block, taken, k, states, looks,
                                               scratch, of_block);
                 });
             for (int64_t i = 0; i < count; ++i, ++k)
@@ -353,9 +360,9 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
 }
 
 bool slice(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
-           uint8_t* notes, Scratch& scratch, const Poll& poll) {
+           Look* looks, Scratch& scratch, const Poll& poll) {
     const auto measure = problem.temperature == 1 ? slice_at<false> : slice_at<true>;
-    return measure(problem, row, begin, end, states, notes, scratch, poll);
+    return measure(problem, row, begin, end, states, looks, scratch, poll);
 }
 
 }  // namespace
