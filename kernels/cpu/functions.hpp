@@ -12,7 +12,7 @@ namespace {
 constexpr float kLowest = -87.0f;
 constexpr float kHighest = 88.0f;
 // |d| from which φ is not summed as a polynomial: by default, and where more terms are worth it.
-constexpr float kNear = 0.5f, kWide = 2.5f;
+constexpr float kNear = 0.5f, kWide = 3.0f;
 
 // e^x for kLowest <= x <= kHighest, and garbage for NaN. Other x count as the nearer limit where
 // CLAMPED. If not CLAMPED, AVX-512 saves the instructions for that: then e^x is inf or NaN above
@@ -70,14 +70,15 @@ inline vf logarithm(vf x, vf rest) {
 // φ(d) / d² for |d| < kNear, or kWide if WIDE: relative error 9e-7.
 template <bool WIDE = false> inline vf phi_over_square(vf d) {
     if constexpr (WIDE) {
-        vf series = fma(splat(2.84843964e-7f), d, splat(-3.11545841e-6f));
-        series = fma(series, d, splat(2.49180666e-5f));
-        series = fma(series, d, splat(-1.96781795e-4f));
-        series = fma(series, d, splat(0.00138815271f));
-        series = fma(series, d, splat(-0.00833598431f));
-        series = fma(series, d, splat(0.0416677222f));
-        series = fma(series, d, splat(-0.166665554f));
-        return fma(series, d, splat(0.499999791f));
+        vf series = fma(splat(-2.61697579e-08f), d, splat(3.23856739e-07f));
+        series = fma(series, d, splat(-2.77858612e-06f));
+        series = fma(series, d, splat(2.44370804e-05f));
+        series = fma(series, d, splat(-0.000198164897f));
+        series = fma(series, d, splat(0.00138997007f));
+        series = fma(series, d, splat(-0.00833403878f));
+        series = fma(series, d, splat(0.041665595f));
+        series = fma(series, d, splat(-0.16666618f));
+        return fma(series, d, splat(0.500000179f));
     }
     vf series = fma(splat(0.00139237079f), d, splat(-0.00839478616f));
     series = fma(series, d, splat(0.0416670814f));

@@ -46,7 +46,7 @@ struct Center {
     static constexpr double kApartFrom = 5e3;
     // From about there on there are so many tokens beyond kNear, and beyond kWide, that a branch for them
     // costs more than it saves.
-    static constexpr double kFarFrom = 0.01, kOftenFarFrom = 0.3;
+    static constexpr double kFarFrom = 0.01, kOftenFarFrom = 0.4;
 
     float inverse;
     float m_p, m_q;

@@ -39,6 +39,9 @@ constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 constexpr int64_t kTokensPerNear = 256, kTokensPerWide = 64;
 // A divergence from which on so many tokens are beyond kNear, if all move alike.
 constexpr double kWideFrom = 0.016;
+// A divergence from which on few blocks have one below kAccurateBelow, and need a second look after that at
+// exponentials; they vary from block to block, by half where a few tokens have most of the mass.
+constexpr double kExponentialsFrom = 0.35;
 
 // A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is the
 // look that is likely to be enough, and becomes the next block's.
@@ -128,15 +131,18 @@ template <class T, class Ahead> class CircuitBlock {
 
     // The look for blocks of a divergence, if all tokens move alike.
     static Look look_for(double divergence) {
-        if (divergence >= kAccurateBelow) return Look::exponentials;
-        return divergence >= kWideFrom ? Look::wide : Look::near;
+        if (divergence >= kExponentialsFrom) return Look::exponentials;
+        // Circuits in float32 come from memory no faster than AVX-512 looks at them, by either polynomial.
+        constexpr bool kAlwaysWide = W == 16 && sizeof(T) == 4;
+        return kAlwaysWide || divergence >= kWideFrom ? Look::wide : Look::near;
     }
 
+    // The look after one that found so many tokens beyond its reach.
     template <Look LOOK> Look next_look(double divergence, int64_t n_far) const {
-        if (divergence >= kAccurateBelow) return Look::exponentials;
         if (LOOK == Look::near)
-            return n_far * kTokensPerNear >= block_->n ? Look::wide : Look::near;
-        return n_far * kTokensPerWide >= block_->n ? Look::far : Look::wide;
+            return n_far * kTokensPerNear < block_->n ? Look::near : Look::wide;
+        if (n_far * kTokensPerWide < block_->n) return Look::wide;
+        return divergence < kExponentialsFrom ? Look::far : Look::exponentials;
     }
 
     float base() const { return block_->max - float(guess_); }
