@@ -224,25 +224,26 @@ struct Pivot {
     }
 };
 
-// Look 2: the divergence without cancellation. Tokens with |d| >= kReach, and those without reference
+// Look 2: the divergence without cancellation. Tokens with |d| >= reach, and those without reference
 // mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. Where m_p less a float32 base is a
 // float32 too, as mostly, that is the pivot. Elsewhere the rounding of base, by 4e-6 where logits are 100,
-// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it.
-template <Look LOOK> struct DivergenceSums {
-    static constexpr bool kIsWide = LOOK != Look::near;
-    static constexpr float kReach = kIsWide ? kWide : kNear;
-
+// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it. Where tokens are
+// OFTEN_FAR there is no branch on whether a group has such.
+template <bool OFTEN_FAR> struct DivergenceSums {
     const float *p, *w;
     Pivot c;
     float top, base, lost_by_base;  // the base is one for q + c.of_q
     bool corrected;                 // by any of these
+    bool wide;                      // the polynomial's reach is kWide, not kNear
+    float far_from;                 // its square
     Sum s, h;
     vi n_far;
 
     DivergenceSums() = default;
-    DivergenceSums(const Block& block, double pivot)
+    DivergenceSums(const Block& block, double pivot, Look look)
         : p(block.p), w(block.w), c(block.max, pivot), top(block.max), base(0), lost_by_base(0),
-          corrected(true), s{}, h{}, n_far{} {
+          corrected(true), wide(look != Look::near),
+          far_from(wide ? kWide * kWide : kNear * kNear), s{}, h{}, n_far{} {
         if (block.max == -__builtin_inff()) return;
         const double moved = double(block.max) - c.of_p;
         const double left = pivot - c.of_p - c.of_q;
@@ -267,11 +268,10 @@ template <Look LOOK> struct DivergenceSums {
             if constexpr (MASKED) d[u] = logit == -inf ? vf{} : d[u];
             square[u] = d[u] * d[u];
             vf extent = square[u];
-            if constexpr (MASKED) extent = logit == -inf ? splat(kReach * kReach) : extent;
+            if constexpr (MASKED) extent = logit == -inf ? splat(far_from) : extent;
             largest_square = u == 0 ? extent : max(extent, largest_square);
         }
-        if (LOOK == Look::far ||
-            __builtin_expect(any_at_least(largest_square, kReach * kReach), 0)) {
+        if (OFTEN_FAR || __builtin_expect(any_at_least(largest_square, far_from), 0)) {
             for (int u = 0; u < U; ++u) {
                 const vf q = load(from + u * W), logit = load(p + i + u * W);
                 const vf weight = load(w + i + u * W);
@@ -288,19 +288,21 @@ template <Look LOOK> struct DivergenceSums {
                 }
                 vf e = exponential<MASKED>(x);
                 if constexpr (MASKED) e = q == -inf ? vf{} : e;
-                vi far = square[u] >= kReach * kReach;
+                vi far = square[u] >= far_from;
                 if constexpr (MASKED) far |= logit == -inf;
                 n_far -= far;
                 const vf t = weight * d[u];
-                const vf near = weight * (square[u] * phi_over_square<kIsWide>(d[u]));
+                const vf near = weight * (square[u] * phi_over_square<true>(d[u]));
                 s.part[u] += t;
                 h.part[u] += far ? e + (t - weight) : near;
             }
         } else {
             for (int u = 0; u < U; ++u) {
                 const vf weight = load(w + i + u * W);
+                // Neighbors may differ in this: it is the same from token to token, and well predicted.
+                const vf series = wide ? phi_over_square<true>(d[u]) : phi_over_square<false>(d[u]);
                 s.part[u] = fma(weight, d[u], s.part[u]);
-                h.part[u] = fma(weight, square[u] * phi_over_square<kIsWide>(d[u]), h.part[u]);
+                h.part[u] = fma(weight, square[u] * series, h.part[u]);
             }
         }
     }

@@ -36,12 +36,18 @@ inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0;
 constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 
 // From one token beyond kNear, or kWide, in so many on, a wider look is faster.
-constexpr int64_t kTokensPerNear = 256, kTokensPerWide = 64;
+constexpr int64_t kTokensPerNear = 512, kTokensPerWide = 64;
 // A divergence from which on so many tokens are beyond kNear, if all move alike.
-constexpr double kWideFrom = 0.016;
-// A divergence from which on few blocks have one below kAccurateBelow, and need a second look after that at
-// exponentials; they vary from block to block, by half where a few tokens have most of the mass.
+constexpr double kWideFrom = 0.01;
+// A divergence from which on few blocks are below kAccurateBelow, where exponentials are not enough: a row's
+// blocks differ from each other, the more so the fewer tokens have most of its mass.
 constexpr double kExponentialsFrom = 0.35;
+
+// Whether circuits that need these looks can be looked at together.
+inline bool shared(Look a, Look b) {
+    const auto by_polynomial = [](Look look) { return look == Look::near || look == Look::wide; };
+    return a == b || (by_polynomial(a) && by_polynomial(b));
+}
 
 // A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is the
 // look that is likely to be enough, and becomes the next block's.
@@ -66,12 +72,10 @@ template <class T, class Ahead> class CircuitBlock {
 
     // The look at so many circuits, of which this is the first, and their states.
     template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
-        if (first == Look::near) {
-            divergences_together<Look::near, G>(blocks, states);
-        } else if (first == Look::wide) {
-            divergences_together<Look::wide, G>(blocks, states);
+        if (shared(first, Look::near)) {
+            divergences_together<false, G>(blocks, states);
         } else if (first == Look::far) {
-            divergences_together<Look::far, G>(blocks, states);
+            divergences_together<true, G>(blocks, states);
         } else {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
                 return ExponentialSums(*block.block_, block.base());
@@ -88,10 +92,10 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
   private:
-    template <Look LOOK, int G>
+    template <bool OFTEN_FAR, int G>
     static void divergences_together(CircuitBlock* blocks, State* states) {
         look_together<G>(blocks, states, [](const CircuitBlock& block) {
-            return DivergenceSums<LOOK>(*block.block_, block.guess_);
+            return DivergenceSums<OFTEN_FAR>(*block.block_, block.guess_, *block.next_);
         });
     }
 
@@ -108,7 +112,7 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
     // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
-    template <Look LOOK> State state(const DivergenceSums<LOOK>& look) {
+    template <bool OFTEN_FAR> State state(const DivergenceSums<OFTEN_FAR>& look) {
         const Divergence sums = look.value();
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
         const double ratio = 1 + (sums.h - sums.s) / block_->sum;
@@ -119,7 +123,7 @@ template <class T, class Ahead> class CircuitBlock {
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
         const double kl = change > accurate / 2 ? at_pivot(look.c.value() + x, accurate - change)
                                                 : accurate - change;
-        *next_ = next_look<LOOK>(kl, sums.n_far);
+        *next_ = next_look(kl, sums.n_far);
         const double max_q = block_->max - look.c.value();
         // What a float64 loses of the pivot beside logits beyond 1e9.
         const double left = (block_->max - max_q) - look.c.value();
@@ -132,14 +136,12 @@ template <class T, class Ahead> class CircuitBlock {
     // The look for blocks of a divergence, if all tokens move alike.
     static Look look_for(double divergence) {
         if (divergence >= kExponentialsFrom) return Look::exponentials;
-        // Circuits in float32 come from memory no faster than AVX-512 looks at them, by either polynomial.
-        constexpr bool kAlwaysWide = W == 16 && sizeof(T) == 4;
-        return kAlwaysWide || divergence >= kWideFrom ? Look::wide : Look::near;
+        return divergence >= kWideFrom ? Look::wide : Look::near;
     }
 
     // The look after one that found so many tokens beyond its reach.
-    template <Look LOOK> Look next_look(double divergence, int64_t n_far) const {
-        if (LOOK == Look::near)
+    Look next_look(double divergence, int64_t n_far) const {
+        if (*next_ == Look::near)
             return n_far * kTokensPerNear < block_->n ? Look::near : Look::wide;
         if (n_far * kTokensPerWide < block_->n) return Look::wide;
         return divergence < kExponentialsFrom ? Look::far : Look::exponentials;
@@ -231,7 +233,7 @@ template <class T, class Ahead> class CircuitBlock {
     // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
-        DivergenceSums<Look::far> sums(*block_, pivot);
+        DivergenceSums<true> sums(*block_, pivot, Look::far);
         if (sums.c.lost) return known;
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
@@ -282,7 +284,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         Circuit<L, T> q;
         if constexpr (COOL) {
             // One that another look waits for is not divided yet.
-            if (n > 0 && __builtin_isfinite(guess) && looks[k + n] != first)
+            if (n > 0 && __builtin_isfinite(guess) && !shared(looks[k + n], first))
                 break;
             float* cooled = scratch.cooled[n];
             taken[n] = cool(logits, block.n, problem.temperature, cooled);
@@ -294,7 +296,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         blocks[n] = CircuitBlock(block, q, guess, looks[k + n]);
         const Look look = blocks[n].first_look();
         if (n == 0) first = look;
-        if (first == Look::alone || look != first) break;
+        if (first == Look::alone || !shared(look, first)) break;
     }
     int64_t count = 1;
     if (first == Look::alone) {
