@@ -233,7 +233,8 @@ template <class T, class Ahead> class CircuitBlock {
     // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
-        DivergenceSums<true> sums(*block_, pivot, Look::far);
+        const Look look = look_for(known) == Look::near ? Look::near : Look::wide;
+        DivergenceSums<false> sums(*block_, pivot, look);
         if (sums.c.lost) return known;
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
