@@ -127,9 +127,9 @@ struct SummaryProblem {
     float inverse_temperature;
 };
 
-// How a circuit's block is looked at: see looks.hpp. The middle three are of small divergences, where hardly
-// any token has |d| >= kNear, or kWide, or so many have that a branch on it would be mispredicted; blocks that
-// need several looks are looked at `alone`.
+// How a circuit's block is looked at: see looks.hpp. `exponentials` are enough for large divergences
+// alone. The next three are for others: hardly any token has |d| >= kNear, or kWide, or so many have that
+// a branch on it would be mispredicted. Blocks that need several looks are looked at `alone`.
 enum class Look : uint8_t { exponentials, near, wide, far, alone };
 
 // Circuits whose blocks are looked at together, at the most.

@@ -39,8 +39,8 @@ constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 constexpr int64_t kTokensPerNear = 512, kTokensPerWide = 64;
 // A divergence from which on so many tokens are beyond kNear, if all move alike.
 constexpr double kWideFrom = 0.01;
-// A divergence from which on few blocks are below kAccurateBelow, where exponentials are not enough: a row's
-// blocks differ from each other, the more so the fewer tokens have most of its mass.
+// A divergence from which on few blocks are below kAccurateBelow, where exponentials are not enough: a
+// row's blocks differ from each other, the more so the fewer tokens have most of its mass.
 constexpr double kExponentialsFrom = 0.35;
 
 // Whether circuits that need these looks can be looked at together.
@@ -49,8 +49,8 @@ inline bool shared(Look a, Look b) {
     return a == b || (by_polynomial(a) && by_polynomial(b));
 }
 
-// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is the
-// look that is likely to be enough, and becomes the next block's.
+// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is
+// the look that is likely to be enough, and becomes the next block's.
 template <class T, class Ahead> class CircuitBlock {
   public:
     CircuitBlock() = default;
@@ -233,8 +233,7 @@ template <class T, class Ahead> class CircuitBlock {
     // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
-        const Look look = look_for(known) == Look::near ? Look::near : Look::wide;
-        DivergenceSums<false> sums(*block_, pivot, look);
+        DivergenceSums<false> sums(*block_, pivot, look_for(known));
         if (sums.c.lost) return known;
         look_alone(sums);
         const double accurate = sums.value().h / block_->sum;
