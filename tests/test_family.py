@@ -368,10 +368,10 @@ def assert_rows_match(found, circuits, reference, temperature=1):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n_cols", [1, 15, 16, 17, 8193, 50257])
+@pytest.mark.parametrize("n_cols", [1, 15, 16, 17, 12289, 50257])
 @pytest.mark.parametrize("implementation", LEVELS, indirect=True)
 def test_native_statistics(generator, implementation, dtype, n_cols):
-    """Groups of 16 tokens and blocks of 8192, and what is left of them; bits of rows and of threads."""
+    """Groups of 16 tokens and blocks of 12288, and what is left of them; bits of rows and of threads."""
     wide = torch.randn(4, 5, n_cols + 3, generator=generator).to(dtype) * 3
     reference, *circuits = wide[..., :n_cols]
     circuits[2] = circuits[2].float()
@@ -381,7 +381,7 @@ def test_native_statistics(generator, implementation, dtype, n_cols):
     circuits[0][2, -1] = circuits[1][2, first] = 40
     # An odd logit in a block before the last one, and the same place in two blocks.
     circuits[0][3, first], circuits[1][3, first] = NAN, INF
-    block = 64 * math.ceil(n_cols / math.ceil(n_cols / 8192) / 64)
+    block = 64 * math.ceil(n_cols / math.ceil(n_cols / 12288) / 64)
     reference[4, first], circuits[0][4, (first + block) % n_cols] = 40, 40
     measure = backends.backend_by_name(implementation).row_statistics
     for temperature in (2.0, 1.0):

@@ -134,9 +134,9 @@ def test_next_to_no_weight(js_rows, gradients, generator, beta):
     assert all(gradient.isfinite().all() for gradient in gradients(circuit, reference, beta))
 
 
-@pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 8193])
+@pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 12289])
 def test_vocabularies(js_rows, generator, n_cols):
-    """Groups of 16 tokens and blocks of 8192, and what is left of them."""
+    """Groups of 16 tokens and blocks of 12288, and what is left of them."""
     for noise in (1e-3, 0.3, 3):
         circuit, reference = make(generator, 4, n_cols, noise)
         wide = jensen_shannon.js_rows(circuit.double(), reference.double(), 0.3, 1.0)

@@ -213,6 +213,8 @@ def test_bits_do_not_depend_on_who_shares_a_look(monkeypatch, generator, level):
         reference + noise * torch.randn(reference.shape, generator=generator) for noise in noises
     ]
     circuits[4] = circuits[4].bfloat16()
+    circuits[6] += 10
+    circuits[15] += 10
     together = native.kl_rows(circuits, reference)
     for n in (1, 2, 3):
         for k in range(len(circuits) - n + 1):
@@ -270,7 +272,9 @@ def test_a_huge_logit_in_the_last_tokens(generator, n_cols):
 @given(
     seed=st.integers(0, 2**32),
     n_rows=st.integers(1, 4),
-    n_cols=st.one_of(st.integers(1, 70), st.integers(71, 3000), st.sampled_from([8192, 32769])),
+    n_cols=st.one_of(
+        st.integers(1, 70), st.integers(71, 3000), st.sampled_from([12288, 12289, 32769])
+    ),
     scale=st.sampled_from([1.0, 3.0]),
     noises=st.lists(st.sampled_from([0.0, 1e-5, 1e-3, 0.1, 1.0, 5.0]), min_size=1, max_size=4),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
@@ -516,9 +520,28 @@ def test_each_file_compiles_by_itself(tmp_path, compiler):
     assert result.returncode == 0, result.stderr
 
 
+reads_machine_code = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("objdump") is None,
+    reason="reads x86-64 machine code, as objdump prints it",
+)
+
+
+def inner_loops(circuits):
+    """The machine code of short loops that prefetch for so many circuits."""
+    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
+    for i, line in enumerate(lines):
+        jump = re.match(r" *[0-9a-f]+:\tj\w+ +([0-9a-f]+)", line)
+        start = where.get(jump[1], i) if jump else i
+        if i - 120 < start < i:
+            loop = "\n".join(lines[start : i + 1])
+            if loop.count("prefetch") == circuits:
+                yield loop
+
+
 @needs_native
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86-64 machine code")
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+@reads_machine_code
 @pytest.mark.parametrize(
     ("register", "circuits", "step"), [("ymm", 1, 2), ("zmm", 1, 1), ("zmm", 4, 4)]
 )
@@ -527,23 +550,13 @@ def test_inner_loops_are_vectors(register, circuits, step):
 
     Of one circuit and of as many as share a look.
     """
-    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
-    loops = []
-    for i, line in enumerate(lines):
-        jump = re.match(r" *[0-9a-f]+:\tj\w+ +([0-9a-f]+)", line)
-        start = where.get(jump[1], i) if jump else i
-        if i - 120 < start < i:
-            loops.append("\n".join(lines[start : i + 1]))
     # Circuits' exponentials: 2^n by a shift into the exponent or by an instruction of its own, and
     # the prefetch of what is next, of each circuit.
     power = {"ymm": r"vpslld +\$0x17,", "zmm": "vscalefps "}[register]
     exponential = [
         loop
-        for loop in loops
-        if loop.count("prefetch") == circuits
-        and len(re.findall(rf"{power}.*%{register}", loop)) == step
+        for loop in inner_loops(circuits)
+        if len(re.findall(rf"{power}.*%{register}", loop)) == step
         and len(re.findall(rf"vfn?madd\w+ps .*%{register}", loop)) == 8 * step
     ]
     assert exponential
@@ -551,3 +564,28 @@ def test_inner_loops_are_vectors(register, circuits, step):
     assert "call" not in shortest
     assert not re.search(rf"vmov\w+ +%{register}\d+,.*\(", shortest)
     assert shortest.count("\n") < 26 * step + 8
+
+
+@needs_native
+@reads_machine_code
+@pytest.mark.parametrize(("degree", "bits"), [(4, 32), (9, 32), (4, 16), (9, 16)])
+def test_polynomials_take_few_instructions(degree, bits):
+    """Four circuits: a polynomial and two sums each, and one branch for all.
+
+    The longer polynomial may leave no register for one of the sums.
+    """
+    loops = [
+        loop
+        for loop in inner_loops(4)
+        if len(re.findall(r"vfn?madd\w+ps .*%zmm", loop)) == 4 * (degree + 2)
+        and loop.count("vpmovzxwd") == (4 if bits == 16 else 0)
+        and "vcvtph2ps" not in loop
+    ]
+    assert loops
+    shortest = min(loops, key=len)
+    assert len(re.findall(r"vcmp\w+ .*%zmm", shortest)) == 4
+    assert len(re.findall(r"\tj\w+ ", shortest)) == 2
+    assert len(re.findall(r"vmov\w+ +%zmm\d+,.*\(", shortest)) <= (degree > 4)
+    # Two differences, a square and a comparison, and a product; half precision is converted by two.
+    arithmetic = degree + 2 + 5 + (2 if bits == 16 else 0)
+    assert shortest.count("\n") < 4 * (arithmetic + 3) + 16

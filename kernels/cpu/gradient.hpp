@@ -6,9 +6,10 @@
 #include <cstdint>
 
 #include "functions.hpp"
+#include "groups.hpp"
 #include "kl.hpp"
-#include "looks.hpp"
 #include "matrix.hpp"
+#include "pivot.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
 

@@ -20,8 +20,8 @@
 #include <cstdint>
 
 #include "functions.hpp"
+#include "groups.hpp"
 #include "kl.hpp"
-#include "looks.hpp"
 #include "rows.hpp"
 #include "simd.hpp"
 #include "summary.hpp"

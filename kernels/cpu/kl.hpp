@@ -9,10 +9,10 @@
 
 namespace fastkl {
 
-// Elements of a block: what is kept of the reference, 96 KiB, stays in the second level cache while
-// all circuits of the block stream past it.
-constexpr int64_t kBlock = 8192;
-constexpr int64_t kSlice = 4 * kBlock;
+// Elements of a block, at the most: what is kept of the reference, 144 KiB, stays in the second level cache
+// while all circuits of the block stream past it.
+constexpr int64_t kBlock = 12288;
+constexpr int64_t kSlice = 32768;
 
 enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 

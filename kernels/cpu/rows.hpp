@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "functions.hpp"
+#include "groups.hpp"
 #include "kl.hpp"
-#include "looks.hpp"
 #include "matrix.hpp"
 #include "simd.hpp"
 

@@ -114,6 +114,26 @@ inline bool any_at_least(vf x, float bound) {
 #endif
 }
 
+// Whether all vectors are below their bounds in all lanes; a NaN is not.
+class Below {
+  public:
+#if defined(__AVX512F__)
+    INLINE void add(vf x, float bound) {
+        below_ = _mm512_mask_cmp_ps_mask(below_, x, _mm512_set1_ps(bound), _CMP_LT_OQ);
+    }
+    INLINE bool all() const { return below_ == 0xffff; }
+
+  private:
+    __mmask16 below_ = 0xffff;
+#else
+    INLINE void add(vf x, float bound) { not_below_ |= ~(x < bound); }
+    INLINE bool all() const { return !any(not_below_); }
+
+  private:
+    vi not_below_ = {};
+#endif
+};
+
 // a 2^n for integers n of any size, where the level has the instruction: inf or 0 beyond float's range.
 #if defined(__AVX512F__)
 constexpr bool kScales = true;
@@ -127,6 +147,12 @@ inline float largest(vf x) {
     float result = x[0];
     for (int i = 1; i < W; ++i) result = x[i] > result ? x[i] : result;
     return result;
+}
+
+inline int64_t total(vi x) {
+    int64_t sum = 0;
+    for (int i = 0; i < W; ++i) sum += x[i];
+    return sum;
 }
 
 inline void store(float* to, vf x) { __builtin_memcpy(to, &x, sizeof x); }

@@ -22,11 +22,17 @@ constexpr double kLeastSum = 1e-12;
 constexpr double kLargestSum = 1e30;
 // A mean of φ(d) from which on a block's pivot was a wrong guess, and Σ w (e^(-d) - 1) is lost in rounding.
 constexpr double kLargestMean = 16;
+// A slice's first block, where neither the pivot nor the look are well known: a short one, so that little
+// is looked at twice.
+constexpr int64_t kFirstBlock = 2048;
 // How many tokens are asked for a first guess of lse_p - lse_q.
 constexpr int64_t kSample = 256;
 
+// |x| up to which e^(-x) - 1 and x cancel.
+constexpr double kSmall = 1e-2;
+
 inline double phi(double x) {
-    return __builtin_fabs(x) < 1e-2 ? x * x * (1.0 / 2 - x * (1.0 / 6 - x / 24)) : ::expm1(-x) + x;
+    return __builtin_fabs(x) < kSmall ? x * x * (1.0 / 2 - x * (1.0 / 6 - x / 24)) : ::expm1(-x) + x;
 }
 
 inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0; }
@@ -72,13 +78,13 @@ template <class T, class Ahead> class CircuitBlock {
 
     // The look at so many circuits, of which this is the first, and their states.
     template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
-        if (shared(first, Look::near)) {
-            divergences_together<false, G>(blocks, states);
-        } else if (first == Look::far) {
-            divergences_together<true, G>(blocks, states);
+        if (first == Look::exponentials) {
+            look_together<G>(blocks, states, [](const CircuitBlock& block) {
+                return ExponentialPass{block.base()};
+            });
         } else {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
-                return ExponentialSums(*block.block_, block.base());
+                return DivergencePass(*block.block_, block.guess_, *block.next_);
             });
         }
     }
@@ -92,46 +98,42 @@ template <class T, class Ahead> class CircuitBlock {
     }
 
   private:
-    template <bool OFTEN_FAR, int G>
-    static void divergences_together(CircuitBlock* blocks, State* states) {
-        look_together<G>(blocks, states, [](const CircuitBlock& block) {
-            return DivergenceSums<OFTEN_FAR>(*block.block_, block.guess_, *block.next_);
-        });
-    }
-
     template <int G, class Begin>
     static void look_together(CircuitBlock* blocks, State* states, Begin begin) {
+        using Pass = decltype(begin(*blocks));
         Circuit<T, Ahead> circuits[G];
-        decltype(begin(*blocks)) sums[G];
+        Pass passes[G];
+        typename Pass::Result results[G];
         for (int g = 0; g < G; ++g) {
             circuits[g] = blocks[g].circuit_;
-            sums[g] = begin(blocks[g]);
+            passes[g] = begin(blocks[g]);
         }
-        look<false, G>(*blocks->block_, circuits, sums);
-        for (int g = 0; g < G; ++g) states[g] = blocks[g].state(sums[g]);
+        look<false, G>(*blocks->block_, circuits, passes, results);
+        for (int g = 0; g < G; ++g) states[g] = blocks[g].state(passes[g], results[g]);
     }
 
     // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
-    template <bool OFTEN_FAR> State state(const DivergenceSums<OFTEN_FAR>& look) {
-        const Divergence sums = look.value();
+    State state(const DivergencePass& pass, const DivergencePass::Result& sums) {
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
-        const double ratio = 1 + (sums.h - sums.s) / block_->sum;
+        const double rise = (sums.h - sums.s) / block_->sum, ratio = 1 + rise;
         if (!(ratio > 0.4 && ratio < 2.5 && sums.h < kLargestMean * block_->sum)) return state();
-        const double x = -::log1p((sums.h - sums.s) / block_->sum);
+        const double x = -::log1p(rise);
         const double accurate = sums.h / block_->sum;
-        const double change = phi(x);
+        const double change = __builtin_fabs(x) < kSmall ? phi(x) : rise + x;
         // Half of it may cancel; more, and the block is looked at again, from a better pivot.
-        const double kl = change > accurate / 2 ? at_pivot(look.c.value() + x, accurate - change)
+        const double kl = change > accurate / 2 ? at_pivot(pass.c.value() + x, accurate - change)
                                                 : accurate - change;
         *next_ = next_look(kl, sums.n_far);
-        const double max_q = block_->max - look.c.value();
+        const double max_q = block_->max - pass.c.value();
         // What a float64 loses of the pivot beside logits beyond 1e9.
-        const double left = (block_->max - max_q) - look.c.value();
+        const double left = (block_->max - max_q) - pass.c.value();
         const double sum_q = block_->sum * ratio * (left == 0 ? 1.0 : ::exp(left));
         return {{block_->max, block_->sum}, {max_q, sum_q}, kl};
     }
 
-    State state(const ExponentialSums& look) { return state(look.base, look.value()); }
+    State state(const ExponentialPass& pass, const ExponentialPass::Result& sums) {
+        return state(pass.base, sums);
+    }
 
     // The look for blocks of a divergence, if all tokens move alike.
     static Look look_for(double divergence) {
@@ -149,7 +151,7 @@ template <class T, class Ahead> class CircuitBlock {
 
     float base() const { return block_->max - float(guess_); }
 
-    State state(float base, Exponentials sums) {
+    State state(float base, ExponentialPass::Result sums) {
         const Mass p{block_->max, block_->sum};
         sums = finite_or_masked(base, sums);
         if (!(sums.y >= kLeastSum && sums.y <= kLargestSum)) {
@@ -193,9 +195,7 @@ template <class T, class Ahead> class CircuitBlock {
     bool guess_from_first_chunk() {
         Block chunk = *block_;
         chunk.n = kChunk;
-        ExponentialSums of_chunk(chunk, base());
-        look<false, 1>(chunk, &circuit_, &of_chunk);
-        const Exponentials sums = of_chunk.value();
+        const ExponentialPass::Result sums = look_alone<false>(chunk, ExponentialPass{base()});
         // Tokens so far below the others that their weights may be cut off to 0 below different logits
         // on each side: then even identical rows would seem to differ.
         if (!(block_->first >= kLeastSum)) return false;
@@ -207,22 +207,23 @@ template <class T, class Ahead> class CircuitBlock {
         return true;
     }
 
-    template <class Sums> void look_alone(Sums& sums) const {
-        if (masked_) {
-            look<true, 1>(*block_, &circuit_, &sums);
-        } else {
-            look<false, 1>(*block_, &circuit_, &sums);
-        }
+    template <bool MASKED, class Pass>
+    typename Pass::Result look_alone(const Block& block, const Pass& pass) const {
+        typename Pass::Result result;
+        look<MASKED, 1>(block, &circuit_, &pass, &result);
+        return result;
     }
 
-    Exponentials exponentials(float base) const {
-        ExponentialSums sums(*block_, base);
-        look_alone(sums);
-        return sums.value();
+    template <class Pass> typename Pass::Result look_alone(const Pass& pass) const {
+        return masked_ ? look_alone<true>(*block_, pass) : look_alone<false>(*block_, pass);
+    }
+
+    ExponentialPass::Result exponentials(float base) const {
+        return look_alone(ExponentialPass{base});
     }
 
     // These sums, or, where they are not finite, those of a look that takes any logits.
-    Exponentials finite_or_masked(float base, const Exponentials& sums) {
+    ExponentialPass::Result finite_or_masked(float base, const ExponentialPass::Result& sums) {
         if (masked_ || (__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) return sums;
         masked_ = true;
         return exponentials(base);
@@ -233,12 +234,11 @@ template <class T, class Ahead> class CircuitBlock {
     // `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
-        DivergenceSums<false> sums(*block_, pivot, look_for(known));
-        if (sums.c.lost) return known;
-        look_alone(sums);
-        const double accurate = sums.value().h / block_->sum;
+        const DivergencePass pass(*block_, pivot, look_for(known));
+        if (pass.c.lost) return known;
+        const double accurate = look_alone(pass).h / block_->sum;
         if (!__builtin_isfinite(accurate)) return known;
-        const double change = phi(pivot - sums.c.value());
+        const double change = phi(pivot - pass.c.value());
         return change > accurate / 2 ? accurate : accurate - change;
     }
 
@@ -340,10 +340,11 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
         looks[k] = Look::exponentials;
     }
     Mass reference = nothing;
-    const int64_t length = piece_length(end - begin, kBlock);
-    for (int64_t start = begin; start < end; start += length) {
+    const int64_t n_cols = end - begin, first = n_cols > kBlock ? kFirstBlock : n_cols;
+    const int64_t length = n_cols > first ? piece_length(n_cols - first, kBlock) : 0;
+    for (int64_t start = begin, n = first; start < end;
+         start += n, n = end - start < length ? end - start : length) {
         if (!poll.keep_going(poll.context)) return false;
-        const int64_t n = end - start < length ? end - start : length;
         double taken;
         const Block block =
             with_dtype(problem.reference.dtype, address(problem.reference, row, start), [&](auto p) {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "groups.hpp"
 #include "kl.hpp"
-#include "looks.hpp"
 #include "simd.hpp"
 
 namespace fastkl {

@@ -1,0 +1,74 @@
+// A block of the reference, and the pass over it.
+#pragma once
+
+#include <cstdint>
+
+#include "functions.hpp"
+#include "groups.hpp"
+#include "kl.hpp"
+#include "simd.hpp"
+
+namespace fastkl {
+namespace {
+
+// p, a = p - m_p and w = e^a are float32, and padded to whole groups with tokens that have no mass.
+struct Block {
+    const float* p;
+    const float* a;
+    const float* w;
+    int64_t n;
+    float max;    // m_p; -inf without mass
+    double sum;   // Σ w; NaN if a logit is NaN or +inf
+    double first; // Σ w of the first kChunk tokens
+    bool masked;  // a logit is -inf
+};
+
+// Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to, counted
+// from `base`, a finite guess of its largest logit.
+template <class T> Block read_reference(const T* p, int64_t n, float base, Scratch& scratch) {
+    constexpr float inf = __builtin_inff();
+    vf high = splat(-inf);
+    vi undefined = {}, masked = {};
+    // The same exponentials in the same order as a circuit's: identical rows have identical sums.
+    Sum z;
+    double first = 0.0;
+    bool is_first = true;
+    const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
+        // The next block of the row: the circuits' come by their own looks.
+        __builtin_prefetch(p + n + i, 0, 3);
+        for (int u = 0; u < U; ++u) {
+            const vf x = load(from + u * W);
+            high = max(x, high);
+            undefined |= ~(x < inf);
+            const vi none = x == -inf;
+            // A finite logit keeps a finite a, or its weight of 0 would not take it out of a sum.
+            const vf a = none ? x : max(x - base, splat(-__FLT_MAX__));
+            const vf e = none ? vf{} : exponential<true>(a);
+            masked |= i + (u + 1) * W <= n ? none : vi{};
+            z.part[u] += e;
+            store(scratch.p + i + u * W, x);
+            store(scratch.a + i + u * W, a);
+            store(scratch.w + i + u * W, a < kLowest ? vf{} : e);
+        }
+    };
+    for_groups(p, n, weigh, [&]() INLINE_LAMBDA {
+        z.fold();
+        if (is_first) first = z.value();
+        is_first = false;
+    });
+    // Weights much above 1 overflow the sooner where a logit is huge; much below, too many are 0.
+    constexpr float kAbove = 4.0f, kBelow = -16.0f;
+    const float max = largest(high), off = max - base;
+    if (max > -inf && !any(undefined) && !(kBelow < off && off < kAbove))
+        return read_reference(p, n, max, scratch);
+
+    Block block{scratch.p, scratch.a, scratch.w, n, max == -inf ? -inf : base, z.value(), first,
+                any(masked)};
+    // The last group may be padding for the most part: its own tokens are asked one by one.
+    for (int64_t i = n - n % kGroup; i < n; ++i) block.masked |= scratch.p[i] == -inf;
+    if (any(undefined)) block.sum = __builtin_nan("");
+    return block;
+}
+
+}  // namespace
+}  // namespace fastkl
