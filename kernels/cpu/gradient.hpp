@@ -60,9 +60,6 @@ struct Center {
     bool often_far;
 };
 
-// Logits are prefetched this many tokens ahead.
-constexpr int64_t kAhead = 128 * kGroup;
-
 struct Moments {
     Sum t, d;
 };

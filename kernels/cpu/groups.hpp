@@ -13,6 +13,9 @@ constexpr int64_t kGroup = kLanes;
 // terms is off by less than 32 half ulps, 2e-6, whatever the terms, and by about 5e-8 typically.
 constexpr int64_t kChunk = 32 * kGroup;
 
+// Logits of one row are prefetched this many tokens ahead.
+constexpr int64_t kAhead = 128 * kGroup;
+
 // A sum in 16 float32 lanes, and in as many float64 lanes beyond a chunk.
 struct Sum {
     vf part[U] = {};

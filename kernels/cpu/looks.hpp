@@ -15,11 +15,12 @@
 namespace fastkl {
 namespace {
 
-// A circuit's logits, and where in memory, in a dtype of their own, the ones lie that are looked at after
-// them.
+// A circuit's logits, and where in memory, in a dtype of their own, the ones lie that are prefetched
+// meanwhile: one for each token that is looked at, or for 2^pace where one circuit is looked at alone.
 template <class T, class Ahead = T> struct Circuit {
     const T* q;
     const Ahead* ahead;
+    int pace;
 };
 
 // Look 1: the circuit's exponentials, and the first moment of d. One exponential a token.
@@ -277,7 +278,8 @@ __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ah
         [&](int64_t i) INLINE_LAMBDA {
             unrolled<G>([&](auto g) INLINE_LAMBDA {
                 // Elsewhere in memory: no prefetcher guesses that.
-                __builtin_prefetch(circuits[g].ahead + i, 0, 3);
+                const int64_t so_far = G == 1 ? i >> circuits[g].pace : i;
+                __builtin_prefetch(circuits[g].ahead + so_far, 0, 3);
             });
             How::template add<MASKED, G>(block, i, circuits, passes, sums);
         },

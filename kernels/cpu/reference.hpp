@@ -24,8 +24,10 @@ struct Block {
 };
 
 // Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to, counted
-// from `base`, a finite guess of its largest logit.
-template <class T> Block read_reference(const T* p, int64_t n, float base, Scratch& scratch) {
+// from `base`, a finite guess of its largest logit. Exponentials take longer than memory, and so half of
+// what is looked at next, which is at `next`, is asked for meanwhile.
+template <class T>
+Block read_reference(const T* p, int64_t n, float base, const char* next, Scratch& scratch) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
     vi undefined = {}, masked = {};
@@ -34,8 +36,8 @@ template <class T> Block read_reference(const T* p, int64_t n, float base, Scrat
     double first = 0.0;
     bool is_first = true;
     const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
-        // The next block of the row: the circuits' come by their own looks.
-        __builtin_prefetch(p + n + i, 0, 3);
+        __builtin_prefetch(p + i + kAhead, 0, 3);
+        __builtin_prefetch(next + i / 2 * int64_t(sizeof *p), 0, 3);
         for (int u = 0; u < U; ++u) {
             const vf x = load(from + u * W);
             high = max(x, high);
@@ -60,7 +62,7 @@ template <class T> Block read_reference(const T* p, int64_t n, float base, Scrat
     constexpr float kAbove = 4.0f, kBelow = -16.0f;
     const float max = largest(high), off = max - base;
     if (max > -inf && !any(undefined) && !(kBelow < off && off < kAbove))
-        return read_reference(p, n, max, scratch);
+        return read_reference(p, n, max, next, scratch);
 
     Block block{scratch.p, scratch.a, scratch.w, n, max == -inf ? -inf : base, z.value(), first,
                 any(masked)};

@@ -275,11 +275,14 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         const Matrix& circuit = problem.circuits[k + n];
         if (circuit.dtype != problem.circuits[k].dtype) break;
         const T* logits = reinterpret_cast<const T*>(address(circuit, row, start));
-        // Prefetched meanwhile: the circuit that is kTogether further on, perhaps in the next block.
+        // Prefetched meanwhile: the circuit that is kTogether further on, perhaps in the next block. A
+        // single one's first half came while the reference was read: only the second half is missing.
         const int64_t after = k + n + kTogether;
+        const bool single = !COOL && problem.n_circuits == 1;
         const T* ahead = reinterpret_cast<const T*>(
             address(problem.circuits[after % problem.n_circuits], row,
-                    after < problem.n_circuits ? start : start + block.n));
+                    after < problem.n_circuits ? start
+                                               : start + (single ? block.n / 2 : block.n)));
         double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
         Circuit<L, T> q;
         if constexpr (COOL) {
@@ -289,9 +292,9 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
             float* cooled = scratch.cooled[n];
             taken[n] = cool(logits, block.n, problem.temperature, cooled);
             guess -= taken_p - taken[n];
-            q = {cooled, ahead};
+            q = {cooled, ahead, single};
         } else {
-            q = {logits, ahead};
+            q = {logits, ahead, single};
         }
         blocks[n] = CircuitBlock(block, q, guess, looks[k + n]);
         const Look look = blocks[n].first_look();
@@ -317,16 +320,16 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
 // from it.
 template <bool COOL, class T>
 Block read_reference_block(const T* p, int64_t n, double temperature, const Mass& so_far,
-                           Scratch& scratch, double& taken) {
+                           const char* next, Scratch& scratch, double& taken) {
     if constexpr (COOL) {
         float* cooled = scratch.cooled[0];
         taken = cool(p, n, temperature, cooled);
         // The largest is 0, or there is none.
-        return read_reference(cooled, n, 0.0f, scratch);
+        return read_reference(cooled, n, 0.0f, next, scratch);
     } else {
         taken = 0;
         const float guess = so_far.sum > 0 ? float(so_far.max) : maximum(p, n < kSample ? n : kSample);
-        return read_reference(p, n, float(finite_or_zero(guess)), scratch);
+        return read_reference(p, n, float(finite_or_zero(guess)), next, scratch);
     }
 }
 
@@ -348,7 +351,8 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
         double taken;
         const Block block =
             with_dtype(problem.reference.dtype, address(problem.reference, row, start), [&](auto p) {
-                return read_reference_block<COOL>(p, n, problem.temperature, reference, scratch,
+                return read_reference_block<COOL>(p, n, problem.temperature, reference,
+                                                  address(*problem.circuits, row, start), scratch,
                                                   taken);
             });
         const Shares share = shares(reference, {block.max + taken, block.sum});
