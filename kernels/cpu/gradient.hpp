@@ -22,8 +22,9 @@ struct Center {
     Center(const State& state, double temperature)
         : inverse(inverse_of(temperature)), m_p(float(state.p.max * temperature)),
           m_q(float(state.q.max * temperature)),
-          more_p(float(m_p / temperature - state.p.max)),
-          more_q(float((m_q / temperature - state.q.max) + ::log(state.p.sum / state.q.sum))),
+          more_p(float(apart(m_p / temperature, state.p.max))),
+          more_q(float(apart(m_q / temperature, state.q.max) +
+                       ::log(state.p.sum / state.q.sum))),
           c(state.p.max * temperature, log_ratio(state.p, state.q) * temperature), rest(0), kl(0),
           near(0), wide(false), often_far(true) {
         if (c.lost) {
@@ -40,6 +41,12 @@ struct Center {
             often_far = !(state.kl < kOftenFarFrom);
         }
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
+    }
+
+    // How far two maxima are apart: not at all if no more than one of them is rounded by.
+    static double apart(double max, double of_state) {
+        const double difference = max - of_state;
+        return __builtin_fabs(difference) <= 0x1p-51 * __builtin_fabs(max) ? 0.0 : difference;
     }
 
     // The pivot's square over KL: of sides 50 times as far apart as tokens typically move (d² is about

@@ -12,6 +12,8 @@ constexpr int64_t kGroup = kLanes;
 // Elements summed in float32 before the lanes go to float64: 32 a lane, so that a sum of positive
 // terms is off by less than 32 half ulps, 2e-6, whatever the terms, and by about 5e-8 typically.
 constexpr int64_t kChunk = 32 * kGroup;
+// The same where what is wanted is the small difference of two sums.
+constexpr int64_t kShortChunk = kChunk / 2;
 
 // Logits of one row are prefetched this many tokens ahead.
 constexpr int64_t kAhead = 128 * kGroup;
@@ -60,12 +62,13 @@ template <int N, class Body> INLINE void unrolled(Body body) {
     }
 }
 
-// Calls body(offset) for whole groups of kGroup tokens, and fold() after each chunk. Returns where
+// Calls body(offset) for whole groups of kGroup tokens, and fold() after each CHUNK. Returns where
 // they end.
-template <class Body, class Fold> INLINE int64_t for_whole_groups(int64_t n, Body body, Fold fold) {
+template <int64_t CHUNK = kChunk, class Body, class Fold>
+INLINE int64_t for_whole_groups(int64_t n, Body body, Fold fold) {
     const int64_t whole = n - n % kGroup;
     for (int64_t i = 0; i < whole;) {
-        const int64_t end = i + kChunk < whole ? i + kChunk : whole;
+        const int64_t end = i + CHUNK < whole ? i + CHUNK : whole;
         for (; i < end; i += kGroup) body(i);
         fold();
     }
@@ -83,10 +86,10 @@ template <class T> struct Rest {
 };
 
 // Calls body(offset, pointer to q) for groups of kGroup tokens, the last one padded, and fold() after
-// each chunk.
-template <class T, class Body, class Fold>
+// each CHUNK.
+template <int64_t CHUNK = kChunk, class T, class Body, class Fold>
 INLINE void for_groups(const T* q, int64_t n, Body body, Fold fold) {
-    const int64_t whole = for_whole_groups(n, [&](int64_t i) { body(i, q + i); }, fold);
+    const int64_t whole = for_whole_groups<CHUNK>(n, [&](int64_t i) { body(i, q + i); }, fold);
     if (whole < n) {
         const Rest<T> rest(q, whole, n);
         body(whole, rest.logits);

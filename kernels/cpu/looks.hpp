@@ -36,6 +36,8 @@ struct ExponentialPass {
         Sum y, s;
         vi undefined = {}, infinite = {};
 
+        // As the reference's: identical rows have identical sums.
+        static constexpr int64_t kSummed = kShortChunk;
         INLINE void fold() { y.fold(), s.fold(); }
         Result value() const { return {y.value(), s.value(), any(undefined), any(infinite)}; }
     };
@@ -81,6 +83,7 @@ struct DivergencePass {
         Sum s, h;
         vi n_far = {};
 
+        static constexpr int64_t kSummed = kChunk;
         INLINE void fold() { s.fold(), h.fold(); }
         Result value() const { return {s.value(), h.value(), total(n_far)}; }
     };
@@ -273,7 +276,7 @@ __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ah
     // Local copies, whose address nobody has: the compiler keeps them in registers.
     const Block block = shared;
     typename Pass::Sums sums[G];
-    const int64_t whole = for_whole_groups(
+    const int64_t whole = for_whole_groups<Pass::Sums::kSummed>(
         block.n,
         [&](int64_t i) INLINE_LAMBDA {
             unrolled<G>([&](auto g) INLINE_LAMBDA {

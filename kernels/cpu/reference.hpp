@@ -34,7 +34,7 @@ Block read_reference(const T* p, int64_t n, float base, const char* next, Scratc
     // The same exponentials in the same order as a circuit's: identical rows have identical sums.
     Sum z;
     double first = 0.0;
-    bool is_first = true;
+    int64_t summed = 0;
     const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
         __builtin_prefetch(p + i + kAhead, 0, 3);
         __builtin_prefetch(next + i / 2 * int64_t(sizeof *p), 0, 3);
@@ -53,10 +53,10 @@ Block read_reference(const T* p, int64_t n, float base, const char* next, Scratc
             store(scratch.w + i + u * W, a < kLowest ? vf{} : e);
         }
     };
-    for_groups(p, n, weigh, [&]() INLINE_LAMBDA {
+    for_groups<kShortChunk>(p, n, weigh, [&]() INLINE_LAMBDA {
         z.fold();
-        if (is_first) first = z.value();
-        is_first = false;
+        summed += kShortChunk;
+        if (summed <= kChunk) first = z.value();
     });
     // Weights much above 1 overflow the sooner where a logit is huge; much below, too many are 0.
     constexpr float kAbove = 4.0f, kBelow = -16.0f;
