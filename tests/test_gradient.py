@@ -139,6 +139,16 @@ def test_one_token_of_a_huge_logit(gradients, one, others, temperature):
         assert (ours == 0).all()
 
 
+def test_logits_on_a_coarse_grid(gradients, one):
+    """Of 8e12, whose neighbors are 524288 away: what float32 loses of a maximum is not lost."""
+    if gradients is triton.gradients:
+        pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
+    reference, circuit = torch.full((2, 3100), 8e12), torch.full((2, 3100), 8e12 - 2**20)
+    reference[:, 5] -= 2**20
+    # The other gradient is 0 but for what rounding leaves.
+    assert error(one(circuit, reference)[0], oracle_gradients(circuit, reference)[0]) <= BOUND
+
+
 def test_both_rows_far_from_zero(one, generator, ordinary):
     """Logits of -60 or so, as GPT-2's are: p - q is exact, and nothing is lost."""
     circuit, reference = make(generator, *ordinary, 0, 1)

@@ -216,10 +216,10 @@ def test_odd_tokens(implementation, generator, p_v, q_v):
 @pytest.mark.parametrize("beta", [0.3, 0.5])
 def test_masked_halves(js_rows, gradients, generator, beta):
     """Many tokens masked on one side or both, whole vectors and blocks of them among these."""
-    circuit, reference = make(generator, 4, 20001, 0.5)
-    circuit[0, :9000], reference[1, 9000:] = -INF, -INF
+    circuit, reference = make(generator, 4, 30001, 0.5)
+    circuit[0, :11000], reference[1, 11000:] = -INF, -INF
     circuit[2, ::2], reference[2, 1::2] = -INF, -INF
-    circuit[3, :12000], reference[3, :9000] = -INF, -INF
+    circuit[3, :15000], reference[3, :11000] = -INF, -INF
     found = js_rows(circuit, reference, beta).double()
     torch.testing.assert_close(
         found, definition(circuit, reference, beta), rtol=RELATIVE, atol=ABSOLUTE

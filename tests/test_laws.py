@@ -105,8 +105,8 @@ def test_identical_rows_of_any_size_measure_exactly_zero(
     generator, implementation, scale, n_circuits
 ):
     """The first tokens so far below the others that their weights are next to nothing, too."""
-    reference = torch.randn(12, 9001, generator=generator) * scale
-    reference[0] = torch.linspace(0, 1, 9001)
+    reference = torch.randn(12, 13001, generator=generator) * scale
+    reference[0] = torch.linspace(0, 1, 13001)
     reference[0, :512] = torch.linspace(-89, -86, 512)
     divergence = kl_rows([reference.clone() for _ in range(n_circuits)], reference, implementation)
     assert (divergence == 0).all()
@@ -162,7 +162,7 @@ def test_sides_an_offset_apart(backend, generator, largest_vocabulary, n_cols, s
 @pytest.mark.parametrize("peak", [0.0, 56.0])
 def test_a_row_of_one_huge_logit_is_uniform(implementation, generator, peak, side, huge):
     """Multiples of 8 and more: what the other side's logits are is all rounded away in p - q."""
-    ordinary = torch.randn(3, 12011, generator=generator) * 0.3
+    ordinary = torch.randn(3, 13011, generator=generator) * 0.3
     ordinary[:, 7] += peak
     flat, zero = torch.full_like(ordinary, huge), torch.zeros_like(ordinary)
     circuit, reference = (flat, ordinary) if side == 0 else (ordinary, flat)

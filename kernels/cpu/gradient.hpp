@@ -22,8 +22,8 @@ struct Center {
     Center(const State& state, double temperature)
         : inverse(inverse_of(temperature)), m_p(float(state.p.max * temperature)),
           m_q(float(state.q.max * temperature)),
-          more_p(float(apart(m_p / temperature, state.p.max))),
-          more_q(float(apart(m_q / temperature, state.q.max) +
+          more_p(float(above(m_p, temperature, state.p.max))),
+          more_q(float(above(m_q, temperature, state.q.max) +
                        ::log(state.p.sum / state.q.sum))),
           c(state.p.max * temperature, log_ratio(state.p, state.q) * temperature), rest(0), kl(0),
           near(0), wide(false), often_far(true) {
@@ -43,10 +43,13 @@ struct Center {
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
     }
 
-    // How far two maxima are apart: not at all if no more than one of them is rounded by.
-    static double apart(double max, double of_state) {
-        const double difference = max - of_state;
-        return __builtin_fabs(difference) <= 0x1p-51 * __builtin_fabs(max) ? 0.0 : difference;
+    // How far a logit over the temperature is above a state's maximum. Quotients and products are rounded, and
+    // of maxima of 1e38 by 1e22: a difference of up to 4 units in the last place counts as none.
+    static double above(double logit, double temperature, double max) {
+        const double difference = logit / temperature - max;
+        const bool rounded =
+            temperature != 1 && __builtin_fabs(difference) <= 0x1p-51 * __builtin_fabs(max);
+        return rounded ? 0.0 : difference;
     }
 
     // The pivot's square over KL: of sides 50 times as far apart as tokens typically move (d² is about

@@ -14,6 +14,7 @@ constexpr int64_t kGroup = kLanes;
 constexpr int64_t kChunk = 32 * kGroup;
 // The same where what is wanted is the small difference of two sums.
 constexpr int64_t kShortChunk = kChunk / 2;
+static_assert(kChunk % kShortChunk == 0 && kShortChunk % kGroup == 0);
 
 // Logits of one row are prefetched this many tokens ahead.
 constexpr int64_t kAhead = 128 * kGroup;

@@ -8,6 +8,7 @@
 
 #include "functions.hpp"
 #include "groups.hpp"
+#include "kl.hpp"
 #include "pivot.hpp"
 #include "reference.hpp"
 #include "simd.hpp"
@@ -36,7 +37,7 @@ struct ExponentialPass {
         Sum y, s;
         vi undefined = {}, infinite = {};
 
-        // As the reference's: identical rows have identical sums.
+        // As in read_reference: identical rows have identical sums.
         static constexpr int64_t kSummed = kShortChunk;
         INLINE void fold() { y.fold(), s.fold(); }
         Result value() const { return {y.value(), s.value(), any(undefined), any(infinite)}; }
@@ -219,6 +220,7 @@ struct OftenFar {
     template <bool MASKED, int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
                            const DivergencePass* passes, DivergencePass::Sums* sums) {
+        static_assert(!MASKED);
         unrolled<G>([&](auto g) INLINE_LAMBDA {
             const T* from = circuits[g].q + i;
             passes[g].template add_far<MASKED>(
@@ -233,6 +235,7 @@ template <bool WIDE> struct HardlyFar {
     template <bool MASKED, int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
                            const DivergencePass* passes, DivergencePass::Sums* sums) {
+        static_assert(!MASKED);
         DivergencePass::Moved tokens[G];
         Below near;
         unrolled<G>([&](auto g) INLINE_LAMBDA {
@@ -268,11 +271,11 @@ void add_rest(const Block& block, int64_t begin, const T* q, const Pass& pass,
     sums.fold();
 }
 
-// Looks at G circuits of a block, which share what is read of the reference. A circuit's sums depend
-// neither on the others nor on HOW they are added.
+// Looks at G circuits of a block, which share what is read of the reference. A circuit's sums do not depend
+// on the others. Never inlined: its loop has all registers to itself.
 template <class How, bool MASKED, int G, class T, class Ahead, class Pass>
-__attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ahead>* circuits, const Pass* passes,
-              typename Pass::Result* results) {
+__attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ahead>* circuits,
+                                        const Pass* passes, typename Pass::Result* results) {
     // Local copies, whose address nobody has: the compiler keeps them in registers.
     const Block block = shared;
     typename Pass::Sums sums[G];

@@ -9,9 +9,11 @@
 namespace fastkl {
 namespace {
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 inline const char* address(const Matrix& matrix, int64_t row, int64_t column) {
-    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
-    return static_cast<const char*>(matrix.data) + (row * matrix.row_stride + column) * size;
+    const int64_t offset = (row * matrix.row_stride + column) * size_of(matrix.dtype);
+    return static_cast<const char*>(matrix.data) + offset;
 }
 
 template <class Function> auto with_dtype(Dtype dtype, const char* row, Function function) {

@@ -23,21 +23,27 @@ struct Block {
     bool masked;  // a logit is -inf
 };
 
+// What will be looked at next: where it lies, and the bytes of a logit.
+struct Next {
+    const char* from;
+    int64_t logit_size;
+};
+
 // Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to, counted
-// from `base`, a finite guess of its largest logit. Exponentials take longer than memory, and so half of
-// what is looked at next, which is at `next`, is asked for meanwhile.
+// from `base`, a finite guess of its largest logit. Exponentials take longer than memory does, and so half of
+// what is looked at next is asked for meanwhile.
 template <class T>
-Block read_reference(const T* p, int64_t n, float base, const char* next, Scratch& scratch) {
+Block read_reference(const T* p, int64_t n, float base, const Next& next, Scratch& scratch) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
     vi undefined = {}, masked = {};
-    // The same exponentials in the same order as a circuit's: identical rows have identical sums.
+    // The same exponentials in the same order as in ExponentialPass: identical rows have identical sums.
     Sum z;
     double first = 0.0;
     int64_t summed = 0;
     const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
         __builtin_prefetch(p + i + kAhead, 0, 3);
-        __builtin_prefetch(next + i / 2 * int64_t(sizeof *p), 0, 3);
+        __builtin_prefetch(next.from + i / 2 * next.logit_size, 0, 3);
         for (int u = 0; u < U; ++u) {
             const vf x = load(from + u * W);
             high = max(x, high);
