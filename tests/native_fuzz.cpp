@@ -605,7 +605,7 @@ void try_seed(uint64_t seed) {
     Random random(seed);
     const int64_t n_rows = 1 + random.below(5), n_circuits = 1 + random.below(4);
     const int64_t n_cols =
-        1 + random.below(random.among<int64_t>({4, 40, 40, 700, 700, 9000, 70000}));
+        1 + random.below(random.among<int64_t>({4, 40, 40, 700, 700, 15000, 70000}));
     const auto dtype = [&] {
         return random.among({Dtype::float32, Dtype::bfloat16, Dtype::float16});
     };

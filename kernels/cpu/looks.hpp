@@ -205,8 +205,8 @@ struct DivergencePass {
 };
 
 // Ways to add a group of tokens of G circuits: this one takes any.
-struct OneByOne {
-    template <bool MASKED, int G, class T, class Ahead, class Pass>
+template <bool MASKED> struct OneByOne {
+    template <int G, class T, class Ahead, class Pass>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
                            const Pass* passes, typename Pass::Sums* sums) {
         unrolled<G>([&](auto g) INLINE_LAMBDA {
@@ -217,14 +217,13 @@ struct OneByOne {
 
 // Without a branch on whether a token is far, which would be mispredicted where they often are.
 struct OftenFar {
-    template <bool MASKED, int G, class T, class Ahead>
+    template <int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
                            const DivergencePass* passes, DivergencePass::Sums* sums) {
-        static_assert(!MASKED);
         unrolled<G>([&](auto g) INLINE_LAMBDA {
             const T* from = circuits[g].q + i;
-            passes[g].template add_far<MASKED>(
-                block, i, from, passes[g].template moved<MASKED>(block, i, from), sums[g]);
+            passes[g].template add_far<false>(
+                block, i, from, passes[g].template moved<false>(block, i, from), sums[g]);
         });
     }
 };
@@ -232,19 +231,18 @@ struct OftenFar {
 // Of sides that are not apart, all with the same reach. Where a group is one vector, and its differences stay
 // in registers, there is one branch for all circuits.
 template <bool WIDE> struct HardlyFar {
-    template <bool MASKED, int G, class T, class Ahead>
+    template <int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
                            const DivergencePass* passes, DivergencePass::Sums* sums) {
-        static_assert(!MASKED);
         DivergencePass::Moved tokens[G];
         Below near;
         unrolled<G>([&](auto g) INLINE_LAMBDA {
             const T* from = circuits[g].q + i;
-            tokens[g] = passes[g].template moved<MASKED, false>(block, i, from);
+            tokens[g] = passes[g].template moved<false, false>(block, i, from);
             if constexpr (U == 1) {
                 near.add(tokens[g].extent[0], DivergencePass::reach_squared(WIDE));
             } else {
-                passes[g].template add_moved<MASKED>(block, i, from, tokens[g], WIDE, sums[g]);
+                passes[g].template add_moved<false>(block, i, from, tokens[g], WIDE, sums[g]);
             }
         });
         if constexpr (U == 1) {
@@ -254,8 +252,8 @@ template <bool WIDE> struct HardlyFar {
                 });
             } else {
                 unrolled<G>([&](auto g) INLINE_LAMBDA {
-                    passes[g].template add_moved<MASKED>(block, i, circuits[g].q + i, tokens[g],
-                                                         WIDE, sums[g]);
+                    passes[g].template add_moved<false>(block, i, circuits[g].q + i, tokens[g],
+                                                        WIDE, sums[g]);
                 });
             }
         }
@@ -273,7 +271,7 @@ void add_rest(const Block& block, int64_t begin, const T* q, const Pass& pass,
 
 // Looks at G circuits of a block, which share what is read of the reference. A circuit's sums do not depend
 // on the others. Never inlined: its loop has all registers to itself.
-template <class How, bool MASKED, int G, class T, class Ahead, class Pass>
+template <class How, int G, class T, class Ahead, class Pass>
 __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ahead>* circuits,
                                         const Pass* passes, typename Pass::Result* results) {
     // Local copies, whose address nobody has: the compiler keeps them in registers.
@@ -287,7 +285,7 @@ __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ah
                 const int64_t so_far = G == 1 ? i >> circuits[g].pace : i;
                 __builtin_prefetch(circuits[g].ahead + so_far, 0, 3);
             });
-            How::template add<MASKED, G>(block, i, circuits, passes, sums);
+            How::template add<G>(block, i, circuits, passes, sums);
         },
         [&]() INLINE_LAMBDA { unrolled<G>([&](auto g) INLINE_LAMBDA { sums[g].fold(); }); });
     unrolled<G>([&](auto g) INLINE_LAMBDA {
@@ -300,7 +298,7 @@ __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ah
 template <bool MASKED, int G, class T, class Ahead>
 void look(const Block& block, const Circuit<T, Ahead>* circuits, const ExponentialPass* passes,
           ExponentialPass::Result* results) {
-    look_how<OneByOne, MASKED, G>(block, circuits, passes, results);
+    look_how<OneByOne<MASKED>, G>(block, circuits, passes, results);
 }
 
 // Circuits whose tokens are often far are looked at together with their like.
@@ -309,15 +307,15 @@ void look(const Block& block, const Circuit<T, Ahead>* circuits, const Divergenc
           DivergencePass::Result* results) {
     if constexpr (!MASKED) {
         if (passes->often_far)
-            return look_how<OftenFar, false, G>(block, circuits, passes, results);
+            return look_how<OftenFar, G>(block, circuits, passes, results);
         bool alike = true;
         for (int g = 0; g < G; ++g)
             alike &= !passes[g].c.apart && passes[g].wide == passes->wide;
         if (alike && passes->wide)
-            return look_how<HardlyFar<true>, false, G>(block, circuits, passes, results);
-        if (alike) return look_how<HardlyFar<false>, false, G>(block, circuits, passes, results);
+            return look_how<HardlyFar<true>, G>(block, circuits, passes, results);
+        if (alike) return look_how<HardlyFar<false>, G>(block, circuits, passes, results);
     }
-    look_how<OneByOne, MASKED, G>(block, circuits, passes, results);
+    look_how<OneByOne<MASKED>, G>(block, circuits, passes, results);
 }
 
 }  // namespace
