@@ -22,11 +22,12 @@ constexpr int64_t kAhead = 128 * kGroup;
 // A sum in 16 float32 lanes, and in as many float64 lanes beyond a chunk.
 struct Sum {
     vf part[U] = {};
-    vd total[U] = {};
+    vd total[2 * U] = {};
 
     INLINE void fold() {
         for (int u = 0; u < U; ++u) {
-            total[u] += __builtin_convertvector(part[u], vd);
+            total[2 * u] += first_half(part[u]);
+            total[2 * u + 1] += last_half(part[u]);
             part[u] = vf{};
         }
     }

@@ -34,7 +34,7 @@ constexpr int kLanes = 16;
 constexpr int U = kLanes / W;
 
 typedef float vf __attribute__((vector_size(4 * W)));
-typedef double vd __attribute__((vector_size(8 * W)));
+typedef double vd __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
@@ -86,6 +86,36 @@ inline vf min(vf a, vf b) {
     return (vf)vminnmq_f32((float32x4_t)a, (float32x4_t)b);
 #else
     return a < b ? a : b;
+#endif
+}
+
+// The first and the last W / 2 lanes. Of vectors twice as long as the level's own, GCC copies the pieces about
+// in general registers.
+inline vd first_half(vf x) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+#elif defined(__AVX2__)
+    return (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+#elif defined(__SSE2__)
+    return (vd)_mm_cvtps_pd((__m128)x);
+#elif defined(__aarch64__)
+    return (vd)vcvt_f64_f32(vget_low_f32((float32x4_t)x));
+#else
+    return vd{x[0], x[1]};
+#endif
+}
+
+inline vd last_half(vf x) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+#elif defined(__AVX2__)
+    return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#elif defined(__SSE2__)
+    return (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#elif defined(__aarch64__)
+    return (vd)vcvt_high_f64_f32((float32x4_t)x);
+#else
+    return vd{x[2], x[3]};
 #endif
 }
 
@@ -178,9 +208,11 @@ inline vh load_bits(const void* from) {
 }
 
 inline vf load(const BFloat16* from) {
-#if defined(__AVX512F__)
     // The compiler's own way takes three instructions, of halves that it puts together.
+#if defined(__AVX512F__)
     return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)load_bits(from)) << 16);
+#elif defined(__AVX2__)
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)load_bits(from)) << 16);
 #else
     return (vf)(__builtin_convertvector(load_bits(from), vu) << 16);
 #endif
