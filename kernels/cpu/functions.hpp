@@ -67,23 +67,33 @@ inline vf logarithm(vf x, vf rest) {
     return fma(__builtin_convertvector(exponent, vf), splat(0x1.62e430p-1f), log_m);
 }
 
-// φ(d) / d² for |d| < kNear, or kWide if WIDE: relative error 9e-7.
-template <bool WIDE = false> inline vf phi_over_square(vf d) {
-    if constexpr (WIDE) {
-        vf series = fma(splat(-2.61697579e-08f), d, splat(3.23856739e-07f));
-        series = fma(series, d, splat(-2.77858612e-06f));
-        series = fma(series, d, splat(2.44370804e-05f));
-        series = fma(series, d, splat(-0.000198164897f));
-        series = fma(series, d, splat(0.00138997007f));
-        series = fma(series, d, splat(-0.00833403878f));
-        series = fma(series, d, splat(0.041665595f));
-        series = fma(series, d, splat(-0.16666618f));
-        return fma(series, d, splat(0.500000179f));
+// c[0] + c[1] x + ... by as many operations in either way: pairs of terms take half as many steps that wait for
+// each other. AVX-512 has the registers to take other sums meanwhile, and none for the copies that pairs need.
+template <int N> INLINE vf polynomial(const float (&c)[N], vf x, vf square) {
+    constexpr bool kPairs = W < 16;
+    if constexpr (kPairs) {
+        vf sum = N % 2 ? splat(c[N - 1]) : fma(splat(c[N - 1]), x, splat(c[N - 2]));
+        for (int i = (N - 1) / 2 * 2 - 2; i >= 0; i -= 2)
+            sum = fma(sum, square, fma(splat(c[i + 1]), x, splat(c[i])));
+        return sum;
     }
-    vf series = fma(splat(0.00139237079f), d, splat(-0.00839478616f));
-    series = fma(series, d, splat(0.0416670814f));
-    series = fma(series, d, splat(-0.166662931f));
-    return fma(series, d, splat(0.5f));
+    vf sum = splat(c[N - 1]);
+    for (int i = N - 2; i >= 0; --i) sum = fma(sum, x, splat(c[i]));
+    return sum;
+}
+
+// φ(d) / d² for |d| < kNear, or kWide if WIDE: relative error 9e-7.
+template <bool WIDE> INLINE vf phi_over_square(vf d, vf square) {
+    if constexpr (WIDE) {
+        constexpr float kSeries[] = {
+            0.500000179f,    -0.16666618f,    0.041665595f,   -0.00833403878f,  0.00138997007f,
+            -0.000198164897f, 2.44370804e-05f, -2.77858612e-06f, 3.23856739e-07f, -2.61697579e-08f,
+        };
+        return polynomial(kSeries, d, square);
+    }
+    constexpr float kSeries[] = {0.5f, -0.166662931f, 0.0416670814f, -0.00839478616f,
+                                 0.00139237079f};
+    return polynomial(kSeries, d, square);
 }
 
 }  // namespace

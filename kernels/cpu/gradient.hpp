@@ -106,7 +106,7 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
             d[u] = fma(difference, splat(of.inverse), splat(-of.rest));
             w[u] = weight_of(fma(logit_p - of.m_p, splat(of.inverse), splat(of.more_p)));
             const vf square = d[u] * d[u];
-            t[u] = w[u] * fma(square, phi_over_square<WIDE>(d[u]), -d[u]);
+            t[u] = w[u] * fma(square, phi_over_square<WIDE>(d[u], square), -d[u]);
             // In this order a NaN is far.
             largest_square = max(largest_square, square < of.near ? vf{} : splat(1.0f));
         }

@@ -149,9 +149,11 @@ struct DivergencePass {
     INLINE void add_near(const Block& block, int64_t i, const Moved& tokens, Sums& sums) const {
         for (int u = 0; u < U; ++u) {
             const vf weight = load(block.w + i + u * W), d = tokens.d[u];
+            const vf square = tokens.square[u];
             sums.s.part[u] = fma(weight, d, sums.s.part[u]);
+            // In this order the weight does not wait for the series.
             sums.h.part[u] =
-                fma(weight, tokens.square[u] * phi_over_square<WIDE>(d), sums.h.part[u]);
+                fma(weight * square, phi_over_square<WIDE>(d, square), sums.h.part[u]);
         }
     }
 
@@ -180,7 +182,7 @@ struct DivergencePass {
             if constexpr (MASKED) far |= logit == -inf;
             sums.n_far -= far;
             const vf first = weight * d;
-            const vf near = weight * (square * phi_over_square<true>(d));
+            const vf near = weight * square * phi_over_square<true>(d, square);
             sums.s.part[u] += first;
             sums.h.part[u] += far ? e + (first - weight) : near;
         }

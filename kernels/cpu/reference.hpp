@@ -36,45 +36,56 @@ template <class T>
 Block read_reference(const T* p, int64_t n, float base, const Next& next, Scratch& scratch) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
-    vi undefined = {}, masked = {};
+    // 0 while all logits are finite: any other times 0 is NaN.
+    vf finite = {};
     // The same exponentials in the same order as in ExponentialPass: identical rows have identical sums.
     Sum z;
     double first = 0.0;
     int64_t summed = 0;
-    const auto weigh = [&](int64_t i, const T* from) INLINE_LAMBDA {
+    const auto weigh = [&](int64_t i, const T* from, auto padded) INLINE_LAMBDA {
         __builtin_prefetch(p + i + kAhead, 0, 3);
         __builtin_prefetch(next.from + i / 2 * next.logit_size, 0, 3);
         for (int u = 0; u < U; ++u) {
-            const vf x = load(from + u * W);
+            const vf x = load(from + u * W), below = x - base;
             high = max(x, high);
-            undefined |= ~(x < inf);
-            const vi none = x == -inf;
-            // A finite logit keeps a finite a, or its weight of 0 would not take it out of a sum.
-            const vf a = none ? x : max(x - base, splat(-__FLT_MAX__));
-            const vf e = none ? vf{} : exponential<true>(a);
-            masked |= i + (u + 1) * W <= n ? none : vi{};
+            if constexpr (!padded) finite = fma(x, vf{}, finite);
+            // Of a token without mass it is 2e-38, which no sum notices but one of nothing else.
+            const vf e = exponential<true>(below);
+            // Finite, or its weight of 0 would not take it out of a sum.
+            const vf a = max(below, splat(-__FLT_MAX__));
             z.part[u] += e;
             store(scratch.p + i + u * W, x);
             store(scratch.a + i + u * W, a);
             store(scratch.w + i + u * W, a < kLowest ? vf{} : e);
         }
     };
-    for_groups<kShortChunk>(p, n, weigh, [&]() INLINE_LAMBDA {
+    const auto fold = [&]() INLINE_LAMBDA {
         z.fold();
         summed += kShortChunk;
         if (summed <= kChunk) first = z.value();
-    });
+    };
+    const int64_t whole = for_whole_groups<kShortChunk>(
+        n, [&](int64_t i) INLINE_LAMBDA { weigh(i, p + i, Index<0>{}); }, fold);
+    if (whole < n) {
+        const Rest<T> rest(p, whole, n);
+        weigh(whole, rest.logits, Index<1>{});
+        fold();
+    }
+    // The last group may be padding for the most part.
+    int32_t masked = 0, undefined = 0;
+    for (int64_t i = any(finite != finite) ? 0 : whole; i < n; ++i) {
+        masked |= scratch.p[i] == -inf;
+        undefined |= !(scratch.p[i] < inf);
+    }
     // Weights much above 1 overflow the sooner where a logit is huge; much below, too many are 0.
     constexpr float kAbove = 4.0f, kBelow = -16.0f;
     const float max = largest(high), off = max - base;
-    if (max > -inf && !any(undefined) && !(kBelow < off && off < kAbove))
+    if (max > -inf && !undefined && !(kBelow < off && off < kAbove))
         return read_reference(p, n, max, next, scratch);
 
-    Block block{scratch.p, scratch.a, scratch.w, n, max == -inf ? -inf : base, z.value(), first,
-                any(masked)};
-    // The last group may be padding for the most part: its own tokens are asked one by one.
-    for (int64_t i = n - n % kGroup; i < n; ++i) block.masked |= scratch.p[i] == -inf;
-    if (any(undefined)) block.sum = __builtin_nan("");
+    Block block{scratch.p, scratch.a, scratch.w, n, base, z.value(), first, masked != 0};
+    if (max == -inf) block.max = -inf, block.sum = block.first = 0.0;
+    if (undefined) block.sum = __builtin_nan("");
     return block;
 }
 
