@@ -1,8 +1,9 @@
 """Bring the README's tables up to date with bench/results: `python -m bench.report`.
 
 What stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` is replaced by what
-`bench.NAME.markdown` makes of bench/results/NAME.json; NAME_gpu is NAME measured on a card. With
---check nothing is written; the exit status is 1 if the README is stale.
+`bench.NAME.markdown` makes of bench/results/NAME.json; NAME_gpu is NAME measured on a card, and
+FOLDER/NAME what another machine's processor measured, in a folder of bench/results. With --check
+nothing is written; the exit status is 1 if the README is stale.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 README = _ROOT / "README.md"
 RESULTS = _ROOT / "bench" / "results"
-_REGION = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
-_MARKER = re.compile(r"<!-- /?bench:(\w+) -->")
+_REGION = re.compile(r"(<!-- bench:([\w/]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- /?bench:([\w/]+) -->")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -40,7 +41,8 @@ def render(name: str, results: Path = RESULTS) -> str:
     if not path.exists():
         return "Not measured yet."
     document = json.loads(path.read_text())
-    text: str = importlib.import_module(f"bench.{name.removesuffix('_gpu')}").markdown(document)
+    module = importlib.import_module(f"bench.{path.stem.removesuffix('_gpu')}")
+    text: str = module.markdown(document)
     return text
 
 

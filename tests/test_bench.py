@@ -537,6 +537,16 @@ def test_report_rewrites_what_is_between_the_markers_alone(readme, document):
     assert report.main([*arguments, "--check"]) == 0
 
 
+def test_report_shows_another_machine_beside(tmp_path, document):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cpu.json").write_text(json.dumps(document))
+    text = "".join(f"<!-- bench:{n} -->\n<!-- /bench:{n} -->\n" for n in ("cpu", "other/cpu"))
+    assert report.update(text, tmp_path) == (
+        "<!-- bench:cpu -->\n\nNot measured yet.\n\n<!-- /bench:cpu -->\n"
+        f"<!-- bench:other/cpu -->\n\n{cpu_report.markdown(document)}\n\n<!-- /bench:other/cpu -->\n"
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [
