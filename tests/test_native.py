@@ -553,6 +553,16 @@ def inner_loops(circuits):
 
 @needs_native
 @reads_machine_code
+def test_vectors_are_not_put_together_in_general_registers():
+    """As GCC does with vectors longer than the level's own: 1716 times in sums of float64, once."""
+    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert code.count("vaddpd") > 100
+    assert "vpinsrq" not in code
+
+
+@needs_native
+@reads_machine_code
 @pytest.mark.parametrize(
     ("register", "circuits", "step"), [("ymm", 1, 2), ("zmm", 1, 1), ("zmm", 4, 4)]
 )
