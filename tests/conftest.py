@@ -227,10 +227,15 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return use(request.param, monkeypatch)
 
 
+def interpreted(backend: str) -> bool:
+    """Whether a backend is run by Triton's interpreter, which takes a tenth of a second a row."""
+    return backend == "triton" and not ON_GPU
+
+
 @pytest.fixture
 def largest_vocabulary(backend: str) -> int:
     """The largest vocabulary that a test of many cases can afford: the interpreter is slow."""
-    return 1600 if backend == "triton" and not ON_GPU else 50257
+    return 1600 if interpreted(backend) else 50257
 
 
 @pytest.fixture
