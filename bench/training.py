@@ -180,8 +180,14 @@ def _weighted(log_mass: Tensor, worth: Tensor) -> Tensor:
     return mass * (worth - (mass * worth).sum(-1, keepdim=True))
 
 
-def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> dict[str, Any]:
-    """Check and time all peers on one case."""
+def run_case(
+    case: Training,
+    device: str,
+    seconds: float,
+    seed: int = SEED,
+    remember: Callable[[str], bool] = lambda _: True,
+) -> dict[str, Any]:
+    """Check and time all peers on one case; `remember` says whose memory is measured, by name."""
     torch.compiler.reset()
     leaves = case.logits(device, seed)
     steps, entries = {}, {}
@@ -211,7 +217,7 @@ def run_case(case: Training, device: str, seconds: float, seed: int = SEED) -> d
     for name in steps:
         entries[name] |= summarize(times[name])
         entries[name]["times_faster"] = ratio(baseline, times[name]) if baseline else None
-        entries[name]["peak_bytes"] = _peak(name, case, device, seed)
+        entries[name]["peak_bytes"] = _peak(name, case, device, seed) if remember(name) else None
     return asdict(case) | {"peers": entries}
 
 
@@ -291,7 +297,13 @@ def _cell(entry: dict[str, Any] | None) -> str:
     return f"{entry['ms']:.1f}{peak}"
 
 
-def run(cases: Sequence[Training], device: str, seconds: float, seed: int) -> dict[str, Any]:
+def run(
+    cases: Sequence[Training],
+    device: str,
+    seconds: float,
+    seed: int,
+    remember: Callable[[str], bool],
+) -> dict[str, Any]:
     """Run all cases; return the JSON document."""
     document = facts.heading("python -m bench.training", seed)
     on_cpu = device == "cpu"
@@ -300,7 +312,7 @@ def run(cases: Sequence[Training], device: str, seconds: float, seed: int) -> di
     )
     document["cases"] = []
     for case in cases:
-        result = run_case(case, device, seconds, seed)
+        result = run_case(case, device, seconds, seed, remember)
         document["cases"].append(result)
         cells = ", ".join(f"{name} {_cell(entry)}" for name, entry in result["peers"].items())
         print(f"{case}: {cells}", flush=True)
@@ -323,7 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     cases, seconds = (QUICK_GRID, _QUICK_SECONDS) if options.quick else (GRID, _SECONDS)
-    document = run(cases, options.device, seconds, options.seed)
+    document = run(
+        cases,
+        options.device,
+        seconds,
+        options.seed,
+        lambda name: not options.quick or name.startswith("fastkl "),
+    )
     document["command"] += " --quick" if options.quick else ""
     document["command"] += f" --device {options.device}" if options.device != "cpu" else ""
     document["command"] += f" --seed {options.seed}" if options.seed != SEED else ""

@@ -91,6 +91,8 @@ def test_the_command(quick, tmp_path, capsys):
     assert training.main(["--quick", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "training.json").read_text())
     assert document["command"] == "python -m bench.training --quick"
+    for name, entry in document["cases"][0]["peers"].items():
+        assert entry["peak_bytes"] == (2**20 if name in quick else None)
     table = training.markdown(document)
     assert table in capsys.readouterr().out
     assert all(name in table for name in ("eager torch", *quick))
