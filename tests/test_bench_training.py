@@ -87,6 +87,15 @@ def test_a_peer_that_fails_ends_nothing(quick, monkeypatch, tmp_path, capsys):
     assert "relative to torch.compile in the first row: not known." in table.replace("\n", " ")
 
 
+def test_a_full_run_measures_everyones_memory(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "GRID", (CASE, CASE))
+    monkeypatch.setattr(training, "_SECONDS", 0.01)
+    assert training.main(["--out", str(tmp_path)]) == 0
+    for case in json.loads((tmp_path / "training.json").read_text())["cases"]:
+        assert len(case["peers"]) == 1 + len(quick)
+        assert {entry["peak_bytes"] for entry in case["peers"].values()} == {2**20}
+
+
 def test_the_command(quick, tmp_path, capsys):
     assert training.main(["--quick", "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "training.json").read_text())

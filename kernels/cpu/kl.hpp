@@ -167,9 +167,11 @@ struct Level {
                         const JsRoom (&)[2]);
     // Returns the summary of one row of one side.
     Summary (*summarize)(const SummaryProblem&, int64_t side, int64_t row, Scratch&);
-    // y = e^x and y = log x, for the tests of their error bounds.
+    // y = e^x, y = log x, and y = φ(d) / d² by the shorter or the longer series, for the tests of their error
+    // bounds.
     void (*exponential)(const float* x, float* y, int64_t n);
     void (*logarithm)(const float* x, const float* rest, float* y, int64_t n);
+    void (*phi_over_square)(const float* d, float* y, int64_t n, bool wide);
 };
 
 // A temperature's inverse as a float32 that is not rounded to 0 or inf, by which -inf stays what it is.

@@ -24,9 +24,17 @@ void logarithm_of(const float* x, const float* rest, float* y, int64_t n) {
     for (int64_t i = 0; i + W <= n; i += W) store(y + i, logarithm(load(x + i), load(rest + i)));
 }
 
+void phi_over_square_of(const float* d, float* y, int64_t n, bool wide) {
+    for (int64_t i = 0; i + W <= n; i += W) {
+        const vf x = load(d + i), square = x * x;
+        store(y + i, wide ? phi_over_square<true>(x, square) : phi_over_square<false>(x, square));
+    }
+}
+
 // A constant, since code that fills it in at run time could have instructions that the processor lacks.
 constexpr Level level_table(const char* name, bool (*supported)()) {
-    return {name, supported, slice, gradient, js, js_gradient, summarize, exponential_of, logarithm_of};
+    return {name,      supported,      slice,        gradient,          js, js_gradient,
+            summarize, exponential_of, logarithm_of, phi_over_square_of};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The two passes ("looks") that a circuit's block may need, while the reference's is in the cache.
 //
 // q is a circuit's logits, in its own dtype and of any alignment. Looks that are MASKED take any logits,
-// others only finite ones: with any other logit one of their sums is not finite.
+// others only finite ones: with any other logit of the circuit one of their sums is not finite.
 #pragma once
 
 #include <cstdint>

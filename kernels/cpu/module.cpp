@@ -251,6 +251,17 @@ PyObject* logarithm(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+PyObject* phi_over_square(PyObject*, PyObject* args) {
+    const char* level_name;
+    Py_ssize_t d, y, n;
+    int wide;
+    if (!PyArg_ParseTuple(args, "snnnp", &level_name, &d, &y, &n, &wide)) return nullptr;
+    const Level* level = find_level(level_name);
+    if (!level) return nullptr;
+    level->phi_over_square(reinterpret_cast<const float*>(d), reinterpret_cast<float*>(y), n, wide);
+    Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"levels", levels, METH_NOARGS,
      "levels()\n--\n\nNames of the instruction-set levels this machine can run, best first."},
@@ -285,6 +296,10 @@ PyMethodDef methods[] = {
     {"logarithm", logarithm, METH_VARARGS,
      "logarithm(level, x, rest, y, n)\n--\n\n"
      "Set y = log x where rest is x - 1, for tests: see exponential()."},
+    {"phi_over_square", phi_over_square, METH_VARARGS,
+     "phi_over_square(level, d, y, n, wide)\n--\n\n"
+     "Set y = (e^-d - 1 + d) / d^2, for |d| < 3 where wide and for |d| < 0.5 elsewhere, for tests: see\n"
+     "exponential()."},
     {nullptr, nullptr, 0, nullptr},
 };
 

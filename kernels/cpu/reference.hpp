@@ -11,7 +11,8 @@
 namespace fastkl {
 namespace {
 
-// p, a = p - m_p and w = e^a are float32, and padded to whole groups with tokens that have no mass.
+// p, a = p - m_p and w = e^a are float32, and padded to whole groups with tokens that have no mass: a finite
+// a, and w = 0.
 struct Block {
     const float* p;
     const float* a;
