@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import fastkl
 from bench import facts, memory
 from bench.cases import SEED
+from bench.peers import OURS
 from bench.report import RESULTS, paragraph, table
 from bench.timing import interleave, keep_freed_memory, ratio, seconds_after_pause, summarize
 
@@ -131,7 +132,7 @@ def losses(device: str, js: bool = False, temperature: float = 1.0) -> dict[str,
         found["Liger-Kernel"] = partial(liger, temperature=temperature)
     for backend in fastkl.available_backends():
         if backend == "eager" or (backend == "native") == (device == "cpu"):
-            found[f"fastkl {backend}"] = _fastkl(backend, js, temperature)
+            found[f"{OURS}{backend}"] = _fastkl(backend, js, temperature)
     return found
 
 
@@ -200,11 +201,11 @@ def run_case(
             entries[name] = {"failed": f"{name}: {type(raised).__name__} on {case}: {raised}"}
             continue
         error = errors(leaves, case.js, case.temperature)
-        limit = _TOLERANCE if name.startswith("fastkl ") else _TEXTBOOK
+        limit = _TOLERANCE if name.startswith(OURS) else _TEXTBOOK
         if case.dtype != "float32":
             # The gradient is rounded to it, and what is not ours computes in it.
-            limit = 2**-8 if name.startswith("fastkl ") else 0.1
-        if case.noise < 1e-2 and not name.startswith("fastkl "):
+            limit = 2**-8 if name.startswith(OURS) else 0.1
+        if case.noise < 1e-2 and not name.startswith(OURS):
             limit = 1.0
         if not error <= limit:
             entries[name] = {"wrong": f"{name}: relative error {error:.1e} on {case}"}
@@ -340,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.device,
         seconds,
         options.seed,
-        lambda name: not options.quick or name.startswith("fastkl "),
+        lambda name: not options.quick or name.startswith(OURS),
     )
     document["command"] += " --quick" if options.quick else ""
     document["command"] += f" --device {options.device}" if options.device != "cpu" else ""
@@ -359,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if word in entry
     ]
     print("".join(f"{word.upper()}: {text}\n" for word, text in problems), file=sys.stderr, end="")
-    return 1 if any(text.startswith("fastkl ") for _, text in problems) else 0
+    return 1 if any(text.startswith(OURS) for _, text in problems) else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The compiled kernel: its levels, its threads, its exponential, interruption and memory."""
 
 import ctypes
+import functools
 import math
 import os
 import platform
@@ -551,10 +552,15 @@ reads_machine_code = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def machine_code():
+    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def inner_loops(circuits):
     """The machine code of short loops that prefetch for so many circuits."""
-    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = machine_code().splitlines()
     where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
     for i, line in enumerate(lines):
         jump = re.match(r" *[0-9a-f]+:\tj\w+ +([0-9a-f]+)", line)
@@ -569,11 +575,9 @@ def inner_loops(circuits):
 @reads_machine_code
 def test_vectors_are_not_put_together_in_general_registers():
     """As GCC does with vectors longer than the level's own: 1716 times in sums of float64, once."""
-    command = ["objdump", "-d", "--no-show-raw-insn", native._extension().__file__]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert code.count("vaddpd") > 100
+    assert machine_code().count("vaddpd") > 100
     # A few may put pointers together.
-    assert code.count("vpinsrq") < 100
+    assert machine_code().count("vpinsrq") < 100
 
 
 @needs_native
