@@ -5,8 +5,10 @@ The device code lives in kernels/triton and installs as fastkl._triton: a top-le
 all Pythons from 3.10 on; where it cannot be built, the package works without it.
 """
 
+import os
 import platform
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,7 +36,7 @@ FLAGS = [
 
 
 class BuildNative(build_ext):
-    """Compiles every level with its own flags, and carries on without a compiler."""
+    """Compiles every level with its own flags, side by side, and carries on without a compiler."""
 
     def build_extension(self, ext):
         """Build it or say, once, what its absence means."""
@@ -43,14 +45,9 @@ class BuildNative(build_ext):
         try:
             if compiler.compiler_type != "unix" or compile_one is None:
                 raise RuntimeError(f"the kernel needs GCC or Clang, not {compiler.compiler_type}")
-
-            def with_level_flags(obj, src, suffix, cc_args, postargs, pp_opts):
-                flags = next((f for name, f in LEVEL_FLAGS.items() if src.endswith(name)), [])
-                args = [*postargs, *(flags if X86 else [])]
-                compile_one(obj, src, suffix, cc_args, args, pp_opts)
-
-            compiler._compile = with_level_flags
-            super().build_extension(ext)
+            with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+                self._compile_in(pool)
+                super().build_extension(ext)
         except Exception as error:
             reason = " ".join(str(error).split())
             self.warn(
@@ -59,8 +56,25 @@ class BuildNative(build_ext):
                 "and reinstall fastkl for the fast one."
             )
         finally:
-            if compile_one is not None:
-                compiler._compile = compile_one
+            for name in ("_compile", "link_shared_object"):
+                vars(compiler).pop(name, None)
+
+    def _compile_in(self, pool):
+        """Have the compiler's jobs run in a pool, and the link wait for them."""
+        compiler, jobs = self.compiler, []
+        compile_one, link = compiler._compile, compiler.link_shared_object
+
+        def with_level_flags(obj, src, suffix, cc_args, postargs, pp_opts):
+            flags = next((f for name, f in LEVEL_FLAGS.items() if src.endswith(name)), [])
+            args = [*postargs, *(flags if X86 else [])]
+            jobs.append(pool.submit(compile_one, obj, src, suffix, cc_args, args, pp_opts))
+
+        def link_when_compiled(*args, **kwargs):
+            for job in jobs:
+                job.result()
+            link(*args, **kwargs)
+
+        compiler._compile, compiler.link_shared_object = with_level_flags, link_when_compiled
 
 
 NATIVE = Extension(

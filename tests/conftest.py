@@ -33,6 +33,7 @@ if NO_TRITON and "cannot be imported" in NO_TRITON:
 if not NO_TRITON and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
     import ptx_emulator  # noqa: F401
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def fused(self, x, y, z):
@@ -57,6 +58,25 @@ if not NO_TRITON and not ON_GPU:
 
     InterpreterBuilder.create_fma = fused
     InterpreterBuilder.create_exp2 = flushed_exp2
+
+    # The interpreter replaces the functions of triton.language by its own at a launch and, though it
+    # has done so already, at each call of another jitted function: half of the time of a launch.
+    if hasattr(interpreter, "_LangPatchScope"):
+        replace, scope = interpreter._patch_lang, interpreter._LangPatchScope
+        restore, replaced = scope.restore, set()
+
+        def replace_once(fn):
+            """Replace what a module's functions call, once a launch."""
+            if fn.__module__ in replaced:
+                return scope()
+            replaced.add(fn.__module__)
+            return replace(fn)
+
+        def restore_all(self):
+            replaced.clear()
+            restore(self)
+
+        interpreter._patch_lang, scope.restore = replace_once, restore_all
 
 # These import Triton's compiler, which exists for Linux only.
 collect_ignore = (
