@@ -282,10 +282,11 @@ def _find_sites() -> list[_Site]:
 
 def _copies(name: str, function: _Function) -> Iterator[_Site]:
     """Yield every attribute of a module of auto_circuit that is this very function."""
-    for module_name, module in sorted(sys.modules.items()):
+    # Copies, since another thread may be importing.
+    for module_name, module in sorted(sys.modules.copy().items()):
         if module_name.partition(".")[0] != "auto_circuit" or not isinstance(module, ModuleType):
             continue
-        for attribute, value in vars(module).items():
+        for attribute, value in list(vars(module).items()):
             if value is function:
                 yield _Site(name, f"{module_name}.{attribute}", module, attribute, function)
 

@@ -150,24 +150,39 @@ def measure_kl_div(
         for batch in _with_bar(dataloader, progress):
             n_batches += 1
             errors.check_batch(batch, inputs)
-            key = batch.key
-            circuits = _outputs_for(key, circuit_outs, vocab_size)
-            reference = _logits(model, getattr(batch, inputs))
-            errors.check_logits(reference, "the model's output")
-            errors.check_vocab_fits(vocab_size, reference, "the model's output")
-            reference = _without_padding(reference, vocab_size)
-            for edge_count, circuit in zip(circuit_outs, circuits, strict=True):
-                name = f"circuit_outs[{edge_count!r}][{key!r}]"
-                errors.check_pair(circuit, reference, name, sliced=True)
-            rows = functional.kl_rows(circuits, reference, backend=backend)
+            rows = _batch_rows(
+                model, batch.key, getattr(batch, inputs), circuit_outs, vocab_size, backend
+            )
             sums = rows.sum(dim=1, dtype=torch.float64)
             totals = sums if totals is None else totals.add_(sums.to(totals.device))
             n_rows += rows.shape[1]
-            # The next forward pass must not find this batch's logits still alive.
-            del reference, rows
     if totals is None or n_rows == 0:
         raise errors.no_rows(n_batches)
     return list(zip(circuit_outs, (totals / n_rows).tolist(), strict=True))
+
+
+def _batch_rows(
+    model: Model,
+    key: Hashable,
+    prompts: Any,
+    circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]],
+    vocab_size: int | None,
+    backend: str | None,
+) -> Tensor:
+    """Return the divergences (K, R) of a batch.
+
+    A function of its own, so that none of a batch's logits is still alive when the next batch's are
+    loaded or computed.
+    """
+    circuits = _outputs_for(key, circuit_outs, vocab_size)
+    reference = _logits(model, prompts)
+    errors.check_logits(reference, "the model's output")
+    errors.check_vocab_fits(vocab_size, reference, "the model's output")
+    reference = _without_padding(reference, vocab_size)
+    for edge_count, circuit in zip(circuit_outs, circuits, strict=True):
+        name = f"circuit_outs[{edge_count!r}][{key!r}]"
+        errors.check_pair(circuit, reference, name, sliced=True)
+    return functional.kl_rows(circuits, reference, backend=backend)
 
 
 def _with_bar(dataloader: Iterable[Batch], progress: bool) -> Iterable[Batch]:

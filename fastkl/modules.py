@@ -22,13 +22,13 @@ class KLDivLoss(torch.nn.Module):
     r"""KL divergence from logits, as :func:`fastkl.kl_div`, in nats.
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
-        \quad P = softmax(target), \quad Q = softmax(input)
+        \quad P = softmax(reference), \quad Q = softmax(circuit)
 
-    This is not a drop-in replacement for :class:`torch.nn.KLDivLoss`, in spite of the similar name.
-    `target` is logits or log-probabilities (which are logits too), never probabilities, which are
-    torch's default. "mean" averages over rows, not over all elements; for logits (R, V) torch calls that
-    "batchmean". Call it as ``loss(input, target, mask=None, weights=None)``. Error messages call the
-    input "circuit" and the target "reference".
+    Call it as ``loss(circuit, reference, mask=None, weights=None)``: in distillation the student's
+    logits, then the teacher's. This is not a drop-in replacement for :class:`torch.nn.KLDivLoss`, in
+    spite of the similar name. The reference is logits or log-probabilities (which are logits too), never
+    probabilities, which are torch's default. "mean" averages over rows, not over all elements; for
+    logits (R, V) torch calls that "batchmean".
 
     Parameters
     ----------
@@ -78,18 +78,18 @@ class KLDivLoss(torch.nn.Module):
 
     def forward(
         self,
-        input: Tensor,
-        target: Tensor,
+        circuit: Tensor,
+        reference: Tensor,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the divergence of logits `input`, the circuit's, from `target`, the reference's.
+        """Return the divergence of the circuit's logits from the reference's.
 
         Parameters
         ----------
-        input : Tensor (..., V)
+        circuit : Tensor (..., V)
             Logits of the circuit.
-        target : Tensor (..., V)
+        reference : Tensor (..., V)
             Logits of the reference; the same shape and device.
         mask : Tensor (...), bool, optional
             Which rows count.
@@ -102,8 +102,8 @@ class KLDivLoss(torch.nn.Module):
             As of :func:`fastkl.kl_div`.
         """
         return kl_div(
-            input,
-            target,
+            circuit,
+            reference,
             reduction=self.reduction,
             direction=self.direction,
             temperature=self.temperature,
@@ -125,15 +125,14 @@ class JSDivLoss(torch.nn.Module):
     r"""Generalized Jensen-Shannon divergence from logits, as :func:`fastkl.js_div`, in nats.
 
     .. math:: JS = β KL(P ‖ M) + (1 - β) KL(Q ‖ M), \quad M = βP + (1 - β) Q,
-        \quad P = softmax(target), \quad Q = softmax(input)
+        \quad P = softmax(reference), \quad Q = softmax(circuit)
 
-    Call it as ``loss(input, target, mask=None, weights=None)``. Error messages call the input "circuit"
-    and the target "reference".
+    Call it as ``loss(circuit, reference, mask=None, weights=None)``.
 
     Parameters
     ----------
     beta : float
-        The target's weight in the mixture, more than 0 and less than 1.
+        The reference's weight in the mixture, more than 0 and less than 1.
     reduction : {"mean", "sum", "none", "batchmean"}
         How the rows' divergences are combined; "none" keeps them. See :func:`fastkl.kl_div`.
     temperature : float
@@ -177,18 +176,18 @@ class JSDivLoss(torch.nn.Module):
 
     def forward(
         self,
-        input: Tensor,
-        target: Tensor,
+        circuit: Tensor,
+        reference: Tensor,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the divergence of logits `input`, the circuit's, and `target`, the reference's.
+        """Return the divergence of the circuit's logits and the reference's.
 
         The arguments are those of :meth:`KLDivLoss.forward`, the result that of :func:`fastkl.js_div`.
         """
         return js_div(
-            input,
-            target,
+            circuit,
+            reference,
             beta=self.beta,
             reduction=self.reduction,
             temperature=self.temperature,

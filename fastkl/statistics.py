@@ -58,11 +58,12 @@ def statistics(
 ) -> KLStatistics:
     """Return the statistics (K, R) of rows and their divergences KL(P ‖ Q) (K, R)."""
     lse, entropy, agreement = _statistics(circuits, reference, temperature, backend)
-    shape = divergence.shape
+    # In memory of their own for each circuit: callers may write to what they get.
+    reference_lse, entropy = (t.expand(divergence.shape).contiguous() for t in (lse[0], entropy))
     return KLStatistics(
-        lse[0].expand(shape),
+        reference_lse,
         lse[1:],
-        entropy.expand(shape),
+        entropy,
         entropy + divergence.detach(),
         agreement,
     )

@@ -1,10 +1,12 @@
 """The float64 oracle, the backends under test, and NaN in every tensor that nobody has written."""
 
 import importlib
+import math
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 # Of processes that test side by side, threads that spin while they wait for one another take the others'
@@ -33,50 +35,10 @@ if NO_TRITON and "cannot be imported" in NO_TRITON:
 if not NO_TRITON and not ON_GPU:
     # Imported before any interpreted kernel has run, as it asks.
     import ptx_emulator  # noqa: F401
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    import triton_interpreter
 
-    def fused(self, x, y, z):
-        """A multiply-add that rounds once, as on hardware: the interpreter's own rounds twice.
-
-        float64 holds the product of two float32 exactly.
-        """
-        del self
-        with np.errstate(all="ignore"):
-            wide = x.data.astype(np.float64) * y.data + z.data
-            return TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
-
-    def flushed_exp2(self, x):
-        """2^x, 0 below the normal numbers, as `ex2.approx.ftz` is: the interpreter's own goes on."""
-        del self
-        with np.errstate(all="ignore"):
-            power = np.exp2(x.data)
-            tiny = np.finfo(power.dtype).tiny
-            return TensorHandle(
-                np.where(power < tiny, 0, power).astype(power.dtype), x.dtype.scalar
-            )
-
-    InterpreterBuilder.create_fma = fused
-    InterpreterBuilder.create_exp2 = flushed_exp2
-
-    # The interpreter replaces the functions of triton.language by its own at a launch and, though it
-    # has done so already, at each call of another jitted function: half of the time of a launch.
-    if hasattr(interpreter, "_LangPatchScope"):
-        replace, scope = interpreter._patch_lang, interpreter._LangPatchScope
-        restore, replaced = scope.restore, set()
-
-        def replace_once(fn):
-            """Replace what a module's functions call, once a launch."""
-            if fn.__module__ in replaced:
-                return scope()
-            replaced.add(fn.__module__)
-            return replace(fn)
-
-        def restore_all(self):
-            replaced.clear()
-            restore(self)
-
-        interpreter._patch_lang, scope.restore = replace_once, restore_all
+    triton_interpreter.correct()
+    triton_interpreter.hasten()
 
 # These import Triton's compiler, which exists for Linux only.
 collect_ignore = (
@@ -247,6 +209,20 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return use(request.param, monkeypatch)
 
 
+def native_block_starts(n_cols: int) -> list[int]:
+    """Return where the native kernel's blocks of a row begin, if it is one slice."""
+    kernel = Path(__file__).parents[1] / "kernels" / "cpu"
+    longest, first = (
+        int(re.search(rf"{name} = (\d+);", (kernel / file).read_text()).group(1))
+        for name, file in (("kBlock", "kl.hpp"), ("kFirstBlock", "slice.hpp"))
+    )
+    if n_cols <= longest:
+        return [0]
+    rest = n_cols - first
+    length = 64 * math.ceil(rest / math.ceil(rest / longest) / 64)
+    return [0, *range(first, n_cols, length)]
+
+
 def interpreted(backend: str) -> bool:
     """Whether a backend is run by Triton's interpreter, which takes a tenth of a second a row."""
     return backend == "triton" and not ON_GPU
@@ -278,3 +254,4 @@ def _unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

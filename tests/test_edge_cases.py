@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_matches, interpreted, kl_rows, oracle
+from conftest import assert_matches, interpreted, kl_rows, native_block_starts, oracle
 
 INF, NAN = math.inf, math.nan
 N_COLS = 1100
@@ -155,22 +155,28 @@ def test_finite_masks(backend, generator, mask, apart, which):
 @pytest.mark.parametrize("mask", [-1e6, -1e9, torch.finfo(torch.float32).min])
 def test_masked_blocks(backend, generator, mask, circuit_mask):
     """What a block says of the sides is of no use for the next one: 1e9 apart, and not apart."""
-    # A block of native's, or a slice of Triton's, and some.
-    n_cols, n_masked = (8193, 4128) if backend == "triton" else (16385, 8256)
-    reference = torch.randn(1, n_cols, generator=generator)
-    circuit = reference + 0.1 * torch.randn(1, n_cols, generator=generator)
-    reference[:, :n_masked] = mask
-    if circuit_mask is not None:
-        circuit[:, :n_masked:2] = circuit_mask
-    assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
+    # Slices of Triton's have 4096 tokens.
+    n_cols = 8193 if backend == "triton" else 16385
+    starts = [4096] if backend == "triton" else native_block_starts(n_cols)[1:]
+    logits = torch.randn(1, n_cols, generator=generator)
+    noise = 0.1 * torch.randn(1, n_cols, generator=generator)
+    for start in starts:
+        reference, circuit = logits.clone(), logits + noise
+        masked = slice(start + 64)
+        reference[:, masked] = mask
+        if circuit_mask is not None:
+            circuit[:, masked][:, ::2] = circuit_mask
+        assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
 def test_blocks_whose_sides_lie_far_apart_differently(implementation, generator):
     """At the pivot of the blocks before, all d are 1e9 and alike: that is no small divergence."""
-    reference = 0.1 * torch.rand(2, 33000, generator=generator)
-    circuit = reference + 0.04 * torch.randn(2, 33000, generator=generator)
-    reference[:, :8300] = -1e9
-    assert_matches(kl_rows([circuit], reference, implementation)[0], oracle(circuit, reference))
+    logits = 0.1 * torch.rand(2, 33000, generator=generator)
+    circuit = logits + 0.04 * torch.randn(2, 33000, generator=generator)
+    for start in native_block_starts(33000)[1:]:
+        reference = logits.clone()
+        reference[:, : start + 108] = -1e9
+        assert_matches(kl_rows([circuit], reference, implementation)[0], oracle(circuit, reference))
     reference = torch.randn(2, 50257, generator=generator)
     circuit = reference + 0.1 * torch.randn(2, 50257, generator=generator)
     reference[:, :40000], circuit[:, :40000] = -1e9, -1e4

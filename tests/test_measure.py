@@ -202,6 +202,29 @@ def test_each_output_is_fetched_once():
         assert set(outputs.times.values()) == {1}
 
 
+class Loaded(dict):
+    """A circuit's outputs, loaded when fetched; counts the outputs of all circuits alive by then."""
+
+    def __init__(self, outputs, storages, alive_at_load):
+        super().__init__(outputs)
+        self.storages, self.alive_at_load = storages, alive_at_load
+
+    def __getitem__(self, key):
+        self.alive_at_load.append(sum(not storage.expired() for storage in self.storages))
+        logits = super().__getitem__(key).clone()
+        self.storages.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+
+def test_outputs_of_one_batch_at_a_time():
+    model, loader = Model(LAST), Loader()
+    outs = circuits_for(model, loader)
+    storages, alive_at_load = [], []
+    lazy = {edges: Loaded(outputs, storages, alive_at_load) for edges, outputs in outs.items()}
+    fastkl.measure_kl_div(model, loader, lazy)
+    assert alive_at_load == [*range(len(outs))] * len(loader.batches)
+
+
 def test_edge_counts_pass_through():
     model, loader = Model(LAST), Loader()
     outs = circuits_for(model, loader)
