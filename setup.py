@@ -1,8 +1,8 @@
-"""Where the packages lie, and how the compiled kernel is built; the rest is in pyproject.toml.
+"""Locate the packages and build the compiled kernel; the rest is in pyproject.toml.
 
-The device code lives in kernels/triton and installs as fastkl._triton: a top-level package called
-`kernels` belongs to somebody else. The CPU kernel in kernels/cpu becomes fastkl._native, one file for
-all Pythons from 3.10 on; where it cannot be built, the package works without it.
+The device code lives in kernels/triton and installs as fastkl._triton, since the top-level package
+name `kernels` belongs to somebody else. The CPU kernel in kernels/cpu becomes fastkl._native, one
+file for all Pythons from 3.10 on. If it cannot be built, the package works without it.
 """
 
 import os
@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-# Each level of the kernel is compiled for its own instructions, and chosen at run time.
+# Each level of the kernel is compiled with its own flags; the kernel chooses a level at run time.
 LEVEL_FLAGS = {
     "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "level_avx512.cpp": [
@@ -28,18 +28,18 @@ LEVEL_FLAGS = {
 }
 FLAGS = [
     *("-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"),
-    # No contraction: which products are fused with which sums is written in the source.
+    # No contraction: the source says explicitly which products are fused with which sums.
     "-ffp-contract=off",
-    # Python's own flags ask for debug information, of six times the code's size.
+    # Python's own flags ask for debug information, which is six times the size of the code.
     "-g0",
 ]
 
 
 class BuildNative(build_ext):
-    """Compiles every level with its own flags, side by side, and carries on without a compiler."""
+    """Compile the files in parallel, each level with its own flags; carry on without a compiler."""
 
     def build_extension(self, ext):
-        """Build it or say, once, what its absence means."""
+        """Build the extension, or warn once what its absence means."""
         compiler = self.compiler
         compile_one = getattr(compiler, "_compile", None)
         try:
@@ -60,7 +60,7 @@ class BuildNative(build_ext):
                 vars(compiler).pop(name, None)
 
     def _compile_in(self, pool):
-        """Have the compiler's jobs run in a pool, and the link wait for them."""
+        """Make the compiler run its jobs in a pool, and the linker wait for them."""
         compiler, jobs = self.compiler, []
         compile_one, link = compiler._compile, compiler.link_shared_object
 
@@ -100,7 +100,7 @@ NATIVE = Extension(
     optional=True,
     py_limited_api=True,
 )
-# A free-threaded Python has no limited API yet: it is built for that Python alone.
+# A free-threaded Python has no limited API yet, so the extension is built for that Python alone.
 if sysconfig.get_config_var("Py_GIL_DISABLED"):
     NATIVE.py_limited_api = False
     NATIVE.define_macros = []

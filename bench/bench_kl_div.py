@@ -2,8 +2,8 @@
 
     pytest bench/bench_kl_div.py --benchmark-enable
 
-Without --benchmark-enable each peer measures once, and is checked. Unlike there, all are in one
-process, which keeps freed memory.
+Without --benchmark-enable each peer is only checked. Unlike in `python -m bench.cpu`, all peers run
+in one process, which keeps freed memory.
 """
 
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def inputs(request):
 
 
 def timed(benchmark, function, n_bytes, case):
-    """Time a warm function, and note the bytes that it has to read."""
+    """Time a function after a warm-up, and record the bytes that it has to read."""
     benchmark.group = str(case)
     benchmark.extra_info.update(asdict(case), bytes=n_bytes)
     result = benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
@@ -44,7 +44,7 @@ def test_peer(benchmark, inputs, peer):
     if reason := peer.missing(inputs.case):
         pytest.skip(reason)
     measure = peer.prepare(inputs)
-    # Raises if it is wrong.
+    # Raises ValueError if the result is wrong.
     absolute, relative = peer.error(measure(), inputs)
     benchmark.extra_info.update(error_nats=absolute, error_relative=relative)
     again = timed(benchmark, measure, inputs.case.bytes_read, inputs.case)

@@ -1,4 +1,4 @@
-"""Compile kernels for cards that are not there, with the launcher's own settings."""
+"""Compile kernels with the launcher's own settings, for cards that this machine need not have."""
 
 import importlib
 from collections.abc import Callable
@@ -12,19 +12,19 @@ from triton.runtime.jit import JITFunction
 
 from bench.machine_code import Program, inspect
 
-# The package's `launch` is the function; its tile table is in the module of that name.
+# The package exports the function `launch`; the tile table is in the module of the same name.
 launch = importlib.import_module("fastkl._triton.launch")
 gradient_launch = importlib.import_module("fastkl._triton.gradient_launch")
 
 POINTERS = {"table_ptr": "*i64"}
 POINTERS |= dict.fromkeys(("state_ptr", "kl_ptr", "grad_ptr", "rows_ptr", "top_ptr"), "*fp32")
-# The launch that is compiled for: enough rows to fill any card, of GPT-2's vocabulary.
+# The launch to compile for: enough rows to fill any card, with GPT-2's vocabulary.
 N_ROWS, N_COLS = 2560, 50257
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class Kernel(NamedTuple):
-    """A compiled partial_kernel: for what, how it was built, and its machine code."""
+    """A compiled partial_kernel: its target and dtype, how it was built, and its machine code."""
 
     target: str
     dtype: str
@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
     @property
     def body_pairs(self) -> float:
-        """Pairs that a thread takes in one iteration of the unrolled body loop."""
+        """Pairs that a thread processes in one iteration of the unrolled body loop."""
         tile = self.tile
         return self.group * tile.vec * tile.unroll
 
@@ -46,7 +46,7 @@ def gpu_target(name: str) -> GPUTarget:
     Raises
     ------
     ValueError
-        The name is neither.
+        The name is not of either form.
     """
     if name.startswith("sm_") and name[3:].isdigit():
         return GPUTarget("cuda", int(name[3:]), 32)
@@ -58,7 +58,7 @@ def gpu_target(name: str) -> GPUTarget:
 def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options):
     """Compile a @triton.jit function with no GPU; `divisible` names arguments that 16 divides.
 
-    Tensors are taken to be of less than 2 GB, of which Triton tells AMD's compiler.
+    Tensors are assumed to be smaller than 2 GB, which Triton tells AMD's compiler.
     """
     names = list(fn.arg_names)
     attrs = {n: [["tt.divisibility", 16]] for n in divisible}
@@ -78,10 +78,10 @@ def compile_kernel(fn, signature, constexprs, *, target, divisible=(), **options
 def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, list[str]]:
     """Return (signature, constexprs, divisible) as Triton derives them from a launch's arguments.
 
-    Allocations are multiples of 16 bytes; an address or a number that 16 divides is compiled as such,
-    and the number 1 as a constant, unless the kernel forbids it.
+    Allocations start at multiples of 16 bytes. Unless the kernel forbids it, Triton specializes on
+    addresses and numbers that 16 divides, and compiles the number 1 as a constant.
     """
-    # In Triton's interpreter a kernel is another object, and only knows its Python function.
+    # Under Triton's interpreter a kernel is another object, which knows only its Python function.
     function = fn if isinstance(fn, JITFunction) else JITFunction(fn.fn, **fn.rewriter.kwargs)
     parameters = {parameter.name: parameter for parameter in function.params}
     signature, constexprs, divisible = {"p_ptr": f"*{dtype}", **POINTERS}, {}, []
@@ -105,7 +105,7 @@ def specialize(fn, dtype: str, numbers: dict[str, float]) -> tuple[dict, dict, l
 
 
 def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str, float]:
-    """Return the numbers of a launch on one group of circuits with contiguous rows."""
+    """Return the numeric arguments of a launch on one group of circuits with contiguous rows."""
     n_slices, slice_size = launch.slices(n_cols, ITEMSIZE[dtype])
     return {
         "p_row_stride": n_cols,
@@ -124,7 +124,7 @@ def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str
 
 
 def options_for(target: str, warps: int, maxnreg: int | None) -> dict[str, int]:
-    """Return the compiler's options; AMD's has no limit on registers."""
+    """Return the compiler's options; AMD's compiler has no option that limits registers."""
     limits = {} if maxnreg is None or target.startswith("gfx") else {"maxnreg": maxnreg}
     return {"num_warps": warps, **limits}
 
@@ -150,15 +150,15 @@ def build_partial(
     dtype : {"fp32", "bf16", "fp16"}
     group : {1, 2, 4}
     tile : launch.Tile, optional
-        Another tile than the launcher's.
+        A tile to use instead of the launcher's.
     maxnreg : int or None
-        Another limit on registers than the launcher's.
+        The limit on registers, None for none; by default the launcher's.
     n_rows, n_cols : int
-        The launch: Triton specializes on 1 and on multiples of 16.
+        Sizes of the launch: Triton specializes on 1 and on multiples of 16.
     hints : bool
-        If False, compile for arguments of which Triton knows nothing at all.
+        If False, compile for arguments about which Triton knows nothing at all.
     compiler : callable
-        What compiles; another one is needed where Triton's interpreter has replaced the kernels.
+        What compiles; another one is needed if Triton's interpreter has replaced the kernels.
     """
     tile = tile or launch.TILES[ITEMSIZE[dtype], group]
     numbers = launch_numbers(dtype, group, n_rows, n_cols)
@@ -186,7 +186,7 @@ def build_partial(
 def build_finish(
     target: str, dtype: str, *, keep: bool = False, compiler: Callable = compile_kernel
 ) -> Program:
-    """Compile finish_kernel as the launcher does, keeping rows for their gradients or not."""
+    """Compile finish_kernel as the launcher does; if `keep`, it keeps what gradients need."""
     numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)
     signature, constexprs, divisible = specialize(kernels.finish_kernel, dtype, numbers)
     compiled = compiler(
@@ -215,9 +215,9 @@ def build_gradient(
     hints: bool = True,
     compiler: Callable = compile_kernel,
 ) -> Program:
-    """Compile gradient_kernel as the launcher does, the reference's gradient included or not.
+    """Compile gradient_kernel as the launcher does, with or without the reference's gradient.
 
-    Without `hints` nothing at all is known of its arguments.
+    Without `hints` Triton knows nothing at all about its arguments.
     """
     tile = gradient_launch.GRADIENT_TILES[ITEMSIZE[dtype]]
     numbers = launch_numbers(dtype, 1, N_ROWS, N_COLS)

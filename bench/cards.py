@@ -1,19 +1,20 @@
-"""What the cards can do, as their makers publish it.
+"""What the cards can do, according to their makers.
 
-Rates are operations of one thread, per clock and multiprocessor. NVIDIA's are from the CUDA C++
-Programming Guide, section "Arithmetic Instructions", table "Throughput of Native Arithmetic
+Rates count operations of single threads, per clock and multiprocessor. NVIDIA's are from the CUDA
+C++ Programming Guide, section "Arithmetic Instructions", table "Throughput of Native Arithmetic
 Instructions", by compute capability: `fma` from its row of 32-bit floating-point add, multiply and
 multiply-add; `alu` from compare, minimum, maximum and bitwise operations; `special` from
-reciprocal, exp2 and log2. `issue`: four schedulers, each one warp instruction a clock (section
-"Hardware Multithreading" and the architecture white papers). For 12.0 the guide lists more for
-integer addition than `alu` says here; nothing in these kernels comes near.
+reciprocal, exp2 and log2. `issue` assumes four schedulers that each issue one warp instruction per
+clock (section "Hardware Multithreading" and the architecture white papers). For compute capability
+12.0 the guide lists a higher rate for integer addition than `alu`; no kernel here comes near it.
 
-AMD's are from the CDNA 3 white paper: four SIMDs of 16 lanes a compute unit. That a transcendental
-takes four times as long as an addition is an assumption, true of GCN and CDNA so far.
+AMD's rates are from the CDNA 3 white paper: four SIMDs of 16 lanes per compute unit. They assume
+that a transcendental takes four times as long as an addition, which is true of GCN and CDNA so far.
 
-Clocks are the makers' boost clocks, but for Hopper's SXM: its maximum is 1.98 GHz, and 1.755 GHz is
-assumed, for a card that does not hold the maximum under load. Bandwidths are the datasheets', which no
-copy reaches. Power limits are not taken into account.
+Clocks are the makers' boost clocks, with two exceptions. The B200's is the one that its driver
+reports. Hopper's SXM cards have a maximum of 1.98 GHz, but 1.755 GHz is assumed, since a card does
+not hold the maximum under load. Bandwidths are the datasheets', which no copy reaches. Power limits
+are not taken into account.
 """
 
 from dataclasses import dataclass
@@ -21,23 +22,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Processor:
-    """What one multiprocessor (SM, compute unit) of a target holds, and does per clock."""
+    """What one multiprocessor (SM, compute unit) of a target can hold, and can do per clock."""
 
     rates: dict[str, int]
     registers: int
     warps: int
     blocks: int
     shared: int
-    # Registers a thread are handed out in multiples of this.
+    # Registers per thread are allocated in multiples of this.
     granule: int = 8
-    # Bytes of shared memory that every block costs beside its own.
+    # Bytes of shared memory that every block costs in addition to its own.
     reserved: int = 1024
     warp_size: int = 32
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card: its target, bytes a second, multiprocessors, clock in Hz, and where that is from."""
+    """A card: target, bytes per second, multiprocessors, clock in Hz, and the source of these."""
 
     name: str
     target: str
@@ -47,7 +48,7 @@ class Card:
     source: str
 
     def per_second(self, unit: str) -> float:
-        """Return how many operations of a unit the whole card does in a second."""
+        """Return how many operations of a unit the whole card performs per second."""
         return PROCESSORS[self.target].rates[unit] * self.multiprocessors * self.clock
 
 
@@ -56,14 +57,14 @@ def _nvidia(fma: int = 128) -> dict[str, int]:
 
 
 KIB = 1024
-# Residency: the Programming Guide's table "Technical Specifications per Compute Capability".
+# Residency limits: the Programming Guide's table "Technical Specifications per Compute Capability".
 PROCESSORS = {
     "sm_80": Processor(_nvidia(fma=64), 65536, 64, 32, 164 * KIB),
     "sm_86": Processor(_nvidia(), 65536, 48, 16, 100 * KIB),
     "sm_90": Processor(_nvidia(), 65536, 64, 32, 228 * KIB),
     "sm_100": Processor(_nvidia(), 65536, 64, 32, 228 * KIB),
     "sm_120": Processor(_nvidia(), 65536, 48, 24, 100 * KIB),
-    # 4 SIMDs, each 512 vector registers of 64 lanes and 8 wavefronts (CDNA 3 ISA guide).
+    # 4 SIMDs, each with 512 vector registers of 64 lanes and 8 wavefronts (CDNA 3 ISA guide).
     "gfx942": Processor(
         {"issue": 64, "special": 16}, 4 * 512 * 64, 32, 32, 64 * KIB, reserved=0, warp_size=64
     ),
@@ -88,13 +89,13 @@ CARDS = (
 
 
 def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
-    """Return what share of the warps of a multiprocessor can be resident."""
+    """Return the share of a multiprocessor's warps that can be resident."""
     limits = PROCESSORS[target]
     warps = -(-threads // limits.warp_size)
     granted = -(-max(registers, 1) // limits.granule) * limits.granule
     by_registers = limits.registers // (granted * limits.warp_size) // warps
     if target.startswith("gfx"):
-        # A SIMD's registers serve its own wavefronts only.
+        # A SIMD's registers serve only its own wavefronts.
         by_registers = 4 * (512 // granted) // warps
     by_shared = (
         limits.shared // (shared + limits.reserved) if shared + limits.reserved else limits.blocks

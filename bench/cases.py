@@ -1,4 +1,4 @@
-"""Sizes and seeded logits to measure on, and what float64 says about them."""
+"""Sizes and seeded logits to measure on, and their divergences in float64."""
 
 import contextlib
 import shutil
@@ -15,14 +15,16 @@ from torch import Tensor
 
 SEED = 20261123
 _KEY = 0
-# Standard deviation of what is added to the reference's logits: log-spaced over the circuits,
-# between these two, times a factor of 1/2 to 2 that differs from row to row.
+# Range of the standard deviation of the noise that is added to the reference's logits. The
+# circuits' deviations are log-spaced between these two numbers; each row multiplies its circuit's
+# by a random factor between 1/2 and 2.
 _NOISE = {
     "mixed": (1e-3, 3.0),
     "small": (1e-3, 3e-2),
     "large": (3.0, 6.0),
-    # Times 1 + the square of how far a token lies below the likeliest: unlikely tokens move by far more
-    # than likely ones, and divergences stay below 0.1 or so.
+    # Here the noise of a token is also multiplied by 1 + the square of how far its logit lies below
+    # the row's largest: unlikely tokens move by far more than likely ones, and divergences stay
+    # below 0.1 or so.
     "unlikely": (1e-3, 5e-3),
 }
 KINDS = tuple(_NOISE)
@@ -30,7 +32,7 @@ KINDS = tuple(_NOISE)
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the grid; as it stands, the main case."""
+    """One point of the grid; the defaults are the main case."""
 
     n_circuits: int = 20
     n_rows: int = 64
@@ -44,7 +46,7 @@ class Case:
 
     @property
     def n_pairs(self) -> int:
-        """Pairs of a reference's and a circuit's logit."""
+        """Pairs of a logit of the reference and a logit of a circuit."""
         return self.n_circuits * self.n_rows * self.n_vocabulary
 
     @property
@@ -54,12 +56,12 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of all logits, the reference's too: what has to be read at least once."""
+        """Bytes of all logits, including the reference's, which must be read at least once."""
         return self.bytes_circuits // self.n_circuits * (self.n_circuits + 1)
 
 
 class Lookup:
-    """A model whose prompts are its outputs (R, 1, V): to run it costs nothing."""
+    """A model that returns its prompts (R, 1, V) as its outputs: running it costs nothing."""
 
     out_slice = (slice(None), -1)
 
@@ -71,7 +73,7 @@ class Lookup:
 class Inputs:
     """A case's logits, as tensors and as the arguments of `measure_kl_div`.
 
-    The reference is randn · 3, a circuit the same plus noise, and both are rounded to the dtype.
+    The reference is randn · 3, a circuit adds noise to it, and both are rounded to the dtype.
 
     Parameters
     ----------
@@ -80,7 +82,7 @@ class Inputs:
     seed : int
         The same seed gives the same logits.
     file : Path, optional
-        A `shared` file of this case's logits, which are mapped instead of made.
+        A `shared` file of this case's logits, which are then memory-mapped instead of generated.
     """
 
     def __init__(self, case: Case, seed: int = SEED, file: Path | None = None) -> None:
@@ -113,11 +115,11 @@ class Inputs:
 def shared(case: Case, seed: int = SEED) -> Iterator[Path]:
     """Write a case's logits to a file, so that all processes can map the same memory.
 
-    A mapping is private, and nobody sees what another process writes to it. The file lies in memory
-    where there is room, and is removed at the end.
+    Mappings are private: no process sees what another one writes to its own. The file lies in
+    memory (/dev/shm) if there is room, and is removed at the end.
     """
     memory = Path("/dev/shm")
-    # The file's own structure takes a page a tensor.
+    # The file's own structure takes one page per tensor.
     needed = case.bytes_read + 2**20
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > needed
     with tempfile.TemporaryDirectory(dir=memory if roomy else None) as folder:
@@ -127,9 +129,9 @@ def shared(case: Case, seed: int = SEED) -> Iterator[Path]:
 
 
 def kl_rows64(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
-    """Return KL(reference ‖ circuit) of finite logits (R, V), every row (K, R), in float64.
+    """Return KL(reference ‖ circuit) of finite logits (R, V), for every row (K, R), in float64.
 
-    Its own rounding is about 1e-14, absolute: the definition, term by term.
+    It sums the definition term by term. Its own absolute rounding error is about 1e-14.
     """
     log_p = reference.double().log_softmax(-1)
     p = log_p.exp()
@@ -137,7 +139,7 @@ def kl_rows64(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 
 def _make(case: Case, seed: int) -> list[Tensor]:
-    """Return the reference's logits (R, V), then the circuits'."""
+    """Return the reference's logits (R, V), then those of the circuits."""
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, case.dtype)
     shape = (case.n_rows, case.n_vocabulary)
@@ -155,6 +157,6 @@ def _make(case: Case, seed: int) -> list[Tensor]:
 def _levels(case: Case) -> list[float]:
     low, high = _NOISE[case.divergences]
     last = case.n_circuits - 1
-    # A single circuit stands in the middle.
+    # A single circuit takes the (geometric) middle of the range.
     steps = [k / last for k in range(case.n_circuits)] if last else [0.5]
     return [low * (high / low) ** step for step in steps]

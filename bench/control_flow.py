@@ -1,11 +1,11 @@
 """Follow a program's control flow: what a thread executes on its way through one of its loops.
 
-Where a kernel branches, counting all of its instructions would count some that no thread executes. The
-machine code does not say which way threads take, so a rule does. Through an iteration of the loop it is
-the longest way, that of an iteration which skips nothing. Up to the loop, and from it to the end, it is
-the shortest way, since what can be bypassed there are other loops. A loop within an iteration counts
-once: AMD's compiler puts one around a load or store if it cannot tell that its base is the same for all
-lanes.
+If a kernel branches, counting all of its instructions would count some that no thread executes. The
+machine code does not say which way threads take, so a rule decides. Within an iteration of the
+loop, threads take the longest way, that of an iteration which skips nothing. Up to the loop, and
+from the loop to the end, they take the shortest way, since the code that can be bypassed there is
+other loops. A loop within an iteration counts once: AMD's compiler puts such a loop around a load
+or store if it cannot tell that the base address is the same for all lanes.
 """
 
 from collections.abc import Container
@@ -16,20 +16,20 @@ from bench.machine_code import Block, Code
 
 @dataclass(frozen=True)
 class Way:
-    """What a thread executes before a loop, in each iteration of it, and after it."""
+    """What a thread executes before a loop, in each of its iterations, and after it."""
 
     before: Block
     iteration: Block
     after: Block
 
     def times(self, iterations: int) -> Block:
-        """Return all that is executed with so many iterations."""
+        """Return all that a thread executes with this many iterations."""
         parts = (self.before, *[self.iteration] * iterations, self.after)
         return Block(tuple(i for part in parts for i in part.instructions), self.iteration.amd)
 
 
 def special_loops(code: Code) -> list[int]:
-    """Return where the innermost loops that use special functions begin, most of these first."""
+    """Return where the innermost loops with special functions begin, the loop with most first."""
     special = {
         begin: Block(code.instructions[begin : end + 1], code.amd).special
         for begin, end in code.loops.items()
@@ -40,11 +40,11 @@ def special_loops(code: Code) -> list[int]:
 
 
 def way_through(code: Code, begin: int) -> Way:
-    """Return the way through the loop that begins there."""
+    """Return the way through the loop that begins at the instruction `begin`."""
     inside = range(begin, code.loops[begin] + 1)
     iteration = _longest(code, begin, inside[-1])
     after = []
-    # A thread that does not stop within the loop leaves it.
+    # A thread that does not stop within the loop executes what follows it.
     if not any(_stops(code, at) for at in iteration):
         leaving = [to for at in iteration for to in _successors(code, at) if to not in inside]
         after = _shortest(code, leaving)
@@ -63,7 +63,7 @@ def _stops(code: Code, at: int) -> bool:
 def _successors(code: Code, at: int) -> list[int]:
     """Return where a thread may go on after an instruction."""
     instruction = code.instructions[at]
-    # AMD's way around what no lane of a wavefront does: some do.
+    # AMD's branch around code that no lane of a wavefront executes: assume that some lane does.
     target = None if instruction.opcode == "s_cbranch_execz" else code.target_of(at)
     ends = not instruction.predicated and (target is not None or _stops(code, at))
     onward = [] if ends else [at + 1]
@@ -74,7 +74,7 @@ def _shortest(code: Code, starts: list[int], goals: Container[int] | None = None
     """Return the shortest way from one of `starts` to one of `goals`, or to the program's end."""
     previous: dict[int, int | None] = dict.fromkeys(starts)
     todo = list(starts)
-    # The list grows as it is gone through.
+    # The list grows during the iteration.
     for at in todo:
         if _stops(code, at) if goals is None else at in goals:
             way = [at]
@@ -89,7 +89,7 @@ def _shortest(code: Code, starts: list[int], goals: Container[int] | None = None
 
 
 def _longest(code: Code, begin: int, end: int) -> list[int]:
-    """Return the way of most instructions from `begin` down to `end`, without a jump back."""
+    """Return the way with the most instructions from `begin` to `end`, without a backward jump."""
     ways = {begin: [begin]}
     for at in range(begin, end):
         for following in _successors(code, at) if at in ways else ():

@@ -1,10 +1,10 @@
-"""Measure circuits on the CPU in every way there is, side by side: `python -m bench.cpu`.
+"""Measure circuits on the CPU with all peers side by side: `python -m bench.cpu`.
 
-All peers measure the same seeded logits, each in a process of its own, in turns; each is checked
-against float64 before it is timed. The main case is timed with malloc as it comes, and again in
-processes that keep freed memory. Full runs write cpu.json and cpu.png into bench/results; then
-`python -m bench.report` brings the README's tables up to date. Exits 1 if fastkl measured wrong, or
-failed.
+All peers measure the same seeded logits in turns, each in a process of its own. Each peer is
+checked against float64 before it is timed. The main case is timed with malloc's default settings,
+and again in processes that keep freed memory. Full runs write cpu.json and cpu.png into
+bench/results; then `python -m bench.report` brings the tables of the READMEs up to date. The exit
+status is 1 if fastkl measured wrong or failed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench.timing import ratio, summarize, take_turns
 from bench.worker import AS_IT_COMES, KEEP_FREED_MEMORY, WorkerError
 
 MAIN = Case()
-# One thing changes at a time.
+# Each case differs from the main case in one field.
 GRID = (
     MAIN,
     replace(MAIN, divergences="small"),
@@ -45,7 +45,7 @@ GRID = (
 )
 _QUICK_MAIN = Case(4, 8)
 QUICK_GRID = (_QUICK_MAIN, replace(_QUICK_MAIN, dtype="bfloat16"))
-# What a case's timing may take; slow peers may need more, for the fewest rounds.
+# Seconds that the timing of a case may take; with slow peers the fewest rounds may take longer.
 _SECONDS, _QUICK_SECONDS = 8.0, 0.5
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,11 +67,11 @@ def run_case(
     case, peers, seconds, seed
         As for `run`.
     n_processes : int
-        How many processes each peer gets, one after the other, for that many seconds each.
+        How many processes each peer gets, one after the other, with `seconds` for each timing.
     keep_too : bool
-        Time everyone a second time, in processes that keep freed memory.
+        Time all peers a second time, in processes that keep freed memory.
     remember : function
-        Whose memory is measured too, by name.
+        Says, by a peer's name, whether its memory is measured too.
     """
     skipped = {peer.name: reason for peer in peers if (reason := peer.missing(case))}
     chosen = [peer for peer in peers if peer.name not in skipped]
@@ -126,11 +126,11 @@ def _in_turns(
     seed: int,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the limit and everyone's entry, as measured in one environment."""
+    """Return the time of one read and every peer's entry, as measured in one environment."""
     entries: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for i in range(n_processes):
-        # Who failed has had the turns.
+        # Tasks that were wrong or failed get no more turns.
         left = {name: tasks[name] for name in times}
         found, more = take_turns(left, checks, seconds, seed=seed + i, environment=environment)
         entries |= found
@@ -167,15 +167,15 @@ def run(
     cases : sequence of Case
         What to measure, the main case first.
     peers : sequence of Peer
-        Who measures; the first one is what the others are compared with.
+        What measures; the others are compared with the first one.
     seconds : float
-        For the timing of a case in one process for each peer.
+        How long the timing of a case may take, with one process for each peer.
     seed : int
-        For the logits, and the order of turns.
+        Seed of the logits and of the order of turns.
     n_processes : int
         How many processes each peer gets on the main case, one after the other.
     remember : function
-        Whose memory is measured too, on the main case, by name.
+        Says, by a peer's name, whether its memory is measured too, on the main case.
     """
     load = [facts.load()]
     document = facts.heading("python -m bench.cpu", seed) | {
@@ -188,8 +188,8 @@ def run(
     glibc = platform.libc_ver()[0] == "glibc"
     for case in cases:
         print(case, end="", flush=True)
-        # The main case's table says more, and its ratios are the ones that get quoted. Where malloc
-        # gets its memory from differs from process to process, and times with it.
+        # The main case's table shows more, and its ratios are the ones that get quoted. It takes
+        # several processes: where malloc gets its memory from differs among them, and so do times.
         if case is cases[0]:
             result = run_case(
                 *(case, peers, seconds, seed),
@@ -229,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         n_processes=1 if options.quick else 3,
         remember=lambda name: not options.quick or name.startswith(OURS),
     )
-    # What changes the measurement; not where it is written to.
+    # Record the options that change the measurement, not the one that says where it is written.
     document["command"] += " --quick" if options.quick else ""
     document["command"] += f" --threads {options.threads}" if options.threads else ""
     document["command"] += f" --seed {options.seed}" if options.seed != SEED else ""

@@ -1,4 +1,4 @@
-"""cpu.json as Markdown tables and as a picture."""
+"""Show cpu.json as Markdown tables and as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _main_table(document: dict[str, Any]) -> str:
     main, baseline = document["cases"][0], document["baseline"]
-    # A second column where there is a second time.
+    # The second measurement, if there is one, adds a second column of times.
     kept = main.get("freed_memory_kept")
     sizes = f"K={main['n_circuits']}, R={main['n_rows']}, V={main['n_vocabulary']}"
     of = f"{sizes}, {main['dtype']}, {main['divergences']}"
@@ -164,7 +164,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), "o-", color=colors[name], ms=4)
             if len(points) == 1:
                 continue
-            # What the main case's time would be in proportion.
+            # The main case's time, scaled in proportion to the size.
             ends = [points[0][0], points[-1][0]]
             proportional = [main["peers"][name]["ms"] * end / main[field] for end in ends]
             panel.plot(ends, proportional, ":", color=colors[name], lw=1)
@@ -185,7 +185,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
 
 def _along(cases: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    """Return the cases that differ from the first in nothing but one size, in its order."""
+    """Return the cases that differ from the first one in at most one size, sorted by that size."""
     fields = ("n_circuits", "n_rows", "n_vocabulary", "dtype", "divergences")
     others = [name for name in fields if name != field]
     main = cases[0]

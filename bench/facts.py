@@ -1,4 +1,4 @@
-"""What a measurement has to be read beside: the machine, the versions, the commit."""
+"""The context of a measurement: the machine, the versions, the commit."""
 
 import datetime
 import importlib.metadata
@@ -16,7 +16,7 @@ _PACKAGES = ("numpy", "auto-circuit", "jax", "scipy")
 
 
 def heading(command: str, seed: int) -> dict[str, Any]:
-    """Return what a document of results begins with."""
+    """Return the entries with which a document of results begins."""
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -28,7 +28,7 @@ def heading(command: str, seed: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Return the processor, its caches and instruction sets, and how much of it is used."""
+    """Return the processor, its cores, cache and instruction sets, threads used, memory, system."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -44,9 +44,9 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, fastkl, and what is installed of its peers."""
+    """Return the versions of Python, fastkl, PyTorch, NumPy and the peers that are installed."""
     found = {"python": platform.python_version(), "fastkl": fastkl.__version__}
-    # PyTorch's own word, which names the build: the distribution's may not.
+    # PyTorch's own version names the build; the distribution's may not.
     found["torch"] = str(torch.__version__)
     for package in _PACKAGES:
         try:
@@ -57,12 +57,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the checkout's commit, "+ changes" if files differ from it; None outside git."""
+    """Return the checkout's commit, with "+ changes" if files differ from it; None outside git."""
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
     try:
         head = _output([*git, "rev-parse", "HEAD"])
-        # What a benchmark wrote itself does not count.
+        # Files that a benchmark itself wrote do not count as changes.
         changed = _output([*git, "status", "--porcelain", "--", "fastkl", "kernels", "setup.py"])
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -70,19 +70,19 @@ def commit() -> str | None:
 
 
 def own_versions(document: dict[str, Any]) -> str:
-    """Return a document's versions of what takes part where fastkl is timed beside PyTorch alone."""
+    """Return the versions that matter in a document that compares fastkl with PyTorch alone."""
     versions = document["versions"]
     return ", ".join(f"{name} {versions[name]}" for name in ("python", "fastkl", "torch", "numpy"))
 
 
 def short_commit(document: dict[str, Any]) -> str:
-    """Return a document's commit as tables quote it, with the remark that files differ from it."""
+    """Return a document's commit as tables quote it: shortened, "+ changes" kept."""
     head, *changes = (document["commit"] or "unknown").split(" ", 1)
     return " ".join([head[:12], *changes])
 
 
 def load() -> float | None:
-    """Return how many processes wanted to run in the last minute, on average."""
+    """Return how many processes wanted to run, on average over the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 

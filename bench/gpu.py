@@ -1,12 +1,13 @@
-"""Time fastkl on a card, against other ways to the same divergence: `python -m bench.gpu`.
+"""Time fastkl on a card, against other ways to compute the same divergence: `python -m bench.gpu`.
 
-Every result is checked against float64 first, and not timed if it is wrong. There are so many copies of
-the inputs that the level-two cache never holds the next one. One CUDA graph takes all copies in turn;
-the time reported is the median over its replays, divided by the number of copies. Beside it stands the
-time of a call without a graph, averaged over many in a row: where that is longer, the GPU waits for its
-host. What does not fit in memory is skipped and listed. Results are written after each case.
+Every result is checked against float64 first, and not timed if it is wrong. There are enough copies
+of the inputs that the level-two cache never holds the next one. One CUDA graph processes all copies
+in turn; the reported time is the median over its replays, divided by the number of copies. Beside
+it stands the time of a call without a graph, averaged over many calls in a row: if it is longer,
+the GPU waits for its host. Cases that do not fit in memory are skipped and listed. Results are
+written after each measurement.
 
-GB/s counts every logit once: (K + 1)·R·V of them, whatever a peer really moves.
+GB/s counts every logit once, (K + 1)·R·V of them, no matter how much a peer really moves.
 """
 
 import argparse
@@ -37,31 +38,31 @@ from bench.cards import CARDS
 from bench.report import paragraph, table
 
 FORMAT = 2
-# Last positions of one prompt or a few; of common batches; all positions of common batches.
+# The last positions of one or a few prompts or of common batches; all positions of such batches.
 ROWS = (1, 16, 128, 256, 2560, 20480)
 # GPT-2, Llama 3, Qwen 2.5, Gemma 2.
 VOCABULARIES = (50257, 128256, 151936, 256000)
 DTYPES = ("float32", "bfloat16")
-# One divergence, one group of the kernel, a sweep over circuits.
+# One divergence, one group of the kernel, and a sweep over circuits.
 CIRCUITS = (1, 4, 40)
-# A few minutes of these: what auto_circuit's users have, by fastkl and eager torch.
+# --quick takes a few minutes: the sizes that auto_circuit's users have, by fastkl and eager torch.
 QUICK_ROWS, QUICK_PEERS = (16, 256, 2560), ("fastkl", "eager")
-# What is touched between two uses of an input, in sizes of the level-two cache.
+# Bytes that are touched between two uses of an input, in sizes of the level-two cache.
 CACHE_TURNOVER = 4
-# AMD's drivers do not tell of the last-level cache in front of the memory of an MI300.
+# AMD's drivers do not report the last-level cache in front of an MI300's memory.
 AMD_CACHE_BYTES = 256 * 2**20
-# Of the memory that is free, what the inputs and a peer's temporaries may take.
+# The share of free memory that the inputs and a peer's temporaries may take.
 MEMORY_SHARE = 0.9
 REPLAYS = 20
-# Seconds of replays that wake the clocks, and of one that is timed, at the least: a card's clock
-# counts half a microsecond, and the gap between two replays is one or two.
+# The fewest seconds of replays that raise the card's clocks, and of replays in one timing: a card's
+# timer resolves half a microsecond, and the gap between two replays is one or two microseconds.
 WARM_UP, LEAST = 0.05, 0.002
-# Calls in a row that are not captured: so many, or fewer that take some hundredths of a second.
+# Uncaptured calls in a row: at most CALLS, or as few as take CALLS_SECONDS.
 CALLS, CALLS_SECONDS = 50, 0.02
 SEED = 20261123
 RESULTS = Path(__file__).parent / "results"
 _BANDWIDTH = {card.name: card.bandwidth for card in CARDS}
-# Datasheet bandwidths in bytes a second, by how the drivers call the cards.
+# Datasheet bandwidths in bytes per second, by a pattern of the name that the driver gives the card.
 DATASHEET = (
     (r"A100-SXM.-80GB", _BANDWIDTH["A100 SXM 80GB"]),
     (r"A100-SXM.-40GB", 1.555e12),
@@ -75,7 +76,7 @@ DATASHEET = (
     (r"MI300X", _BANDWIDTH["MI300X"]),
 )
 
-# Circuits (R, V) and a reference (R, V) to one mean divergence a circuit (K,), on the device.
+# From circuits (R, V) and a reference (R, V) to one mean divergence a circuit (K,), on the device.
 Measure = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
@@ -99,52 +100,52 @@ class Case:
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of all logits: what has to be read at the least."""
+        """Bytes of all logits, which must be read at least once."""
         itemsize = getattr(torch, self.dtype).itemsize
         return (self.n_circuits + 1) * self.tensor_elements * itemsize
 
     def copies(self, cache_bytes: int) -> int:
-        """Return how many copies of the inputs push each other out of the cache."""
+        """Return how many copies of the inputs suffice to evict each other from the cache."""
         return max(1, -(-CACHE_TURNOVER * cache_bytes // self.needed_bytes))
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to the divergence, what it costs in memory, and how exact it has to be."""
+    """One way to compute the divergence, its memory cost, and how exact it has to be."""
 
     name: str
     what: str
     prepare: Callable[[], Measure]
-    # Why it can't run here; None if it can.
+    # Returns why the peer can't run here; None if it can.
     missing: Callable[[], str | None]
-    # Float32 tensors of (R, V) that it holds at a time, at the most.
+    # The most float32 tensors (R, V) that the peer holds at a time.
     temporaries: int
     relative: float
     absolute: float
 
     def temporary_bytes(self, case: Case) -> int:
-        """Return about how much memory it takes beside the inputs."""
+        """Return about how many bytes it takes in addition to the inputs."""
         return 4 * self.temporaries * case.tensor_elements
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of one peer: seconds a run, and bytes allocated beside the inputs."""
+    """One peer's measurement: seconds per run, and bytes allocated in addition to the inputs."""
 
     seconds: float
     fastest: float
     slowest: float
-    # Of a call that is not captured.
+    # Seconds of a call that is not captured in a graph.
     call_seconds: float
     peak_bytes: int
 
 
 class WrongResultError(RuntimeError):
-    """A result is further from float64 than its peer may be."""
+    """A result is further from float64 than its peer's tolerance allows."""
 
 
 def textbook(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
-    """Two log_softmaxes in float32, then F.kl_div."""
+    """Compute mean divergences (K,) by log_softmaxes in float32, then F.kl_div."""
     log_p = F.log_softmax(reference, -1, dtype=torch.float32)
     means = [
         F.kl_div(
@@ -163,7 +164,7 @@ def _fastkl() -> Measure:
 
 
 def _compiled() -> Measure:
-    # Forget other shapes: past a few of them torch.compile would quietly run eagerly.
+    # Forget other shapes: after a few of them torch.compile would silently run eagerly.
     torch.compiler.reset()
     one = torch.compile(lambda circuit, reference: textbook([circuit], reference)[0], dynamic=False)
     return lambda circuits, reference: torch.stack([one(c, reference) for c in circuits])
@@ -186,7 +187,7 @@ def _needs(package: str) -> Callable[[], str | None]:
     return lambda: None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-# Tolerances: fastkl's contract; the others' rounding in float32, with room.
+# Tolerances: fastkl's are its contract; the others' allow for rounding in float32, with room.
 PEERS = (
     Peer(
         "fastkl",
@@ -234,12 +235,12 @@ def too_large(case: Case, peer: Peer, free_bytes: int, cache_bytes: int) -> str 
 
 
 def datasheet_bandwidth(name: str) -> float | None:
-    """Return a card's bandwidth in bytes a second, by its driver's name; None if unknown."""
+    """Return a card's bandwidth in bytes per second, by its driver's name; None if unknown."""
     return next((rate for pattern, rate in DATASHEET if re.search(pattern, name)), None)
 
 
 def make_inputs(case: Case, device: torch.device | str) -> tuple[list[Tensor], Tensor]:
-    """Return circuits and a reference: randn · 3, and the same with noise from 0.01 to 1."""
+    """Return circuits and a reference: randn · 3, to which circuits add noise of 0.01 to 1."""
     generator = torch.Generator(device).manual_seed(SEED)
     shape, dtype = (case.n_rows, case.n_cols), getattr(torch, case.dtype)
 
@@ -272,7 +273,7 @@ def check(peer: Peer, case: Case, result: Tensor, expected: Tensor) -> tuple[flo
     Raises
     ------
     WrongResultError
-        One is beyond what the peer may be off.
+        An error is larger than the peer's tolerance.
     """
     absolute = (result.double() - expected).abs()
     # Not `>`: a NaN is wrong too.
@@ -295,7 +296,7 @@ class Cuda:
             self.cache_bytes = max(self.cache_bytes, AMD_CACHE_BYTES)
 
     def describe(self) -> dict:
-        """Return what the card is, and its driver."""
+        """Return a description of the card and its driver."""
         return {
             "name": self.properties.name,
             "driver": _driver(),
@@ -306,12 +307,12 @@ class Cuda:
         }
 
     def free_bytes(self) -> int:
-        """Return how much memory can be allocated."""
+        """Return how many bytes can be allocated."""
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def copy_bandwidth(self) -> float:
-        """Return the bytes a second, read and written, of a large copy."""
+        """Return the bytes per second, read and written, of a large copy."""
         size = max(2**30, CACHE_TURNOVER * self.cache_bytes)
         source = torch.zeros(size, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
@@ -319,9 +320,9 @@ class Cuda:
         return 2 * size / statistics.median(seconds)
 
     def time(self, measure: Measure, inputs: list[tuple[list[Tensor], Tensor]]) -> Timing:
-        """Time one peer on copies of the inputs, taken in turn."""
+        """Time one peer on copies of the inputs, processed in turn."""
         circuits, reference = inputs[0]
-        # The first call compiles; the second shows what it allocates.
+        # The first call compiles; the second shows how much memory a call allocates.
         measure(circuits, reference)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -336,7 +337,7 @@ class Cuda:
         return Timing(median, min(seconds), max(seconds), call, peak)
 
     def _call(self, runs: Sequence[Callable[[], object]], calls: int) -> float:
-        """Return the seconds a call of so many in a row."""
+        """Return the seconds per call of `calls` calls in a row."""
         seconds = []
         for _ in range(5):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -349,7 +350,7 @@ class Cuda:
         return statistics.median(seconds)
 
     def _replay(self, runs: Sequence[Callable[[], object]]) -> list[float]:
-        """Return the seconds a run of each replay of a graph of all runs."""
+        """Time replays of a graph of all runs; return each timing's seconds per run."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -359,7 +360,7 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [run() for run in runs]
-        # The first replay uploads the graph; those after it wake the clocks.
+        # The first replay uploads the graph; the replays after it raise the card's clocks.
         _replays(graph, 1)
         times = max(1, math.ceil(WARM_UP / _replays(graph, 1)))
         times = max(1, math.ceil(LEAST * times / _replays(graph, times)))
@@ -367,9 +368,9 @@ class Cuda:
 
 
 def _replays(graph: torch.cuda.CUDAGraph, times: int) -> float:
-    """Return the seconds of some replays in a row."""
+    """Return the seconds that this many replays in a row take."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # One more before them: what the host takes to launch the first that counts is not the card's.
+    # One more replay before them hides the host's time to launch the first one that counts.
     graph.replay()
     start.record()
     for _ in range(times):
@@ -380,7 +381,7 @@ def _replays(graph: torch.cuda.CUDAGraph, times: int) -> float:
 
 
 def _driver() -> str | None:
-    """Return the driver's version, as nvidia-smi or ROCm says."""
+    """Return the driver's version, as nvidia-smi reports it, or ROCm's."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -402,10 +403,10 @@ def missing_card() -> str | None:
 def measure_cases(
     cases: Sequence[Case], peers: Sequence[Peer], card: Cuda
 ) -> Iterator[tuple[Case, Peer, dict | str]]:
-    """Yield what each peer measures of each case, or why it does not."""
+    """Yield each peer's result on each case, or the reason why there is none."""
     inputs: list[tuple[list[Tensor], Tensor]] = []
     for case in cases:
-        # Those of the last case would count as taken.
+        # Free the last case's inputs, which would count as memory in use.
         inputs = []
         free = card.free_bytes()
         expected = None
@@ -424,10 +425,10 @@ def measure_cases(
             except WrongResultError as error:
                 yield case, peer, f"wrong, so not timed: {error}"
             except torch.OutOfMemoryError as error:
-                # What a peer holds is an estimate; one that is off must not end the run.
+                # A peer's temporaries are an estimate; a wrong one must not end the run.
                 yield case, peer, f"out of memory: {_first_line(error)}"
             except Exception as error:
-                # A card's time is dear: what one peer trips over must not end the others' either.
+                # A card's time is expensive: one peer's failure must not end the others' timing.
                 yield case, peer, f"failed: {type(error).__name__}: {_first_line(error)}"
             else:
                 yield case, peer, result(case, peer, timing, absolute, relative)
@@ -494,7 +495,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
-    """Draw GB/s over rows at one vocabulary: a panel a dtype and number of circuits."""
+    """Draw GB/s over rows at one vocabulary, a panel for each dtype and number of circuits."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -527,7 +528,7 @@ def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
 
 
 def markdown(document: dict) -> str:
-    """Return the README's table: every peer at GPT-2's vocabulary, and what was measured on what."""
+    """Return the README's table: every peer at GPT-2's vocabulary, with a caption on the setup."""
     measured = ["µs", "µs, not captured", "GB/s", "of copy", "of datasheet", "MB", "error"]
     rows = [["peer", "dtype", "K", "rows", *measured]]
     for entry in document["results"]:
@@ -556,7 +557,7 @@ def markdown(document: dict) -> str:
 
 
 def write(document: dict, folder: Path) -> Path:
-    """Write gpu.json; returns its path."""
+    """Write gpu.json; return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "gpu.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -590,7 +591,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time, print, write; returns the exit code: 2 without a card, 1 if fastkl is wrong or fails."""
+    """Time, print, write; return the exit code: 2 without a card, 1 if fastkl is wrong or fails."""
     args = _arguments(argv)
     if reason := missing_card():
         print(f"bench.gpu: nothing timed, nothing written: {reason}", file=sys.stderr)

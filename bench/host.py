@@ -1,9 +1,9 @@
 """Measure what a call on a card costs its host: `python -m bench.host`.
 
-A GPU works asynchronously. What it may have to wait for is the host, which checks, allocates and
-launches before it. Timing that needs no GPU: Triton's driver is replaced by one that compiles for an
-H100 and launches nothing, and no kernel reads the logits. A real driver and allocator, some microseconds
-per launch and tensor, come on top, and so does copying a result to the host.
+A GPU works asynchronously, but it may have to wait for the host, which first checks, allocates and
+launches. Timing the host needs no GPU: a driver that compiles for an H100 and launches nothing
+replaces Triton's, and no kernel reads the logits. The time of a real driver and allocator, some
+microseconds per launch and tensor, comes on top, and so does copying a result to the host.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from fastkl.backends import triton as backend
 NOTICE = "Timed with a driver that launches nothing; no card was used."
 RESULTS = Path(__file__).parent / "results"
 N_CIRCUITS = (1, 4, 20, 200)
-# Rows; tokens of the logits that calls are timed with; tokens of those in the column of memory times.
+# Rows; tokens of the logits in timed calls; tokens of those in the column of memory times.
 N_ROWS, N_COLS, CARD_COLS = 64, 64, 50257
 _CARD = next(card for card in CARDS if card.name == "H100 SXM")
 _ROUNDS = 9
 
 
 class _Utils:
-    """What Triton asks of a driver when it has compiled."""
+    """The functions of a driver that Triton calls after it has compiled."""
 
     @staticmethod
     def get_device_properties(device: int) -> dict[str, int]:
@@ -46,12 +46,12 @@ class _Utils:
 
     @staticmethod
     def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
-        # Module, function, registers, spills, the most threads.
+        # Module, function, registers, spills, maximum threads.
         return 1, 1, 64, 0, 1024
 
 
 class IdleDriver(DriverBase):
-    """Stands for an H100 that is told to do nothing; counts its launches."""
+    """A driver of an H100 that launches nothing, but counts its launches."""
 
     utils = _Utils()
 
@@ -61,7 +61,7 @@ class IdleDriver(DriverBase):
         self.get_current_stream = lambda device: 0
 
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
-        """Return what Triton calls to launch a kernel."""
+        """Return the function that Triton calls to launch a kernel."""
 
         def launch(*arguments: object) -> None:
             self.launches += 1
@@ -70,7 +70,7 @@ class IdleDriver(DriverBase):
 
     @classmethod
     def is_active(cls) -> bool:
-        """Return whether there is such a device."""
+        """Return whether the driver's device is present."""
         return True
 
     def map_python_to_cpp_type(self, kind: str) -> str:
@@ -78,20 +78,20 @@ class IdleDriver(DriverBase):
         return kind
 
     def get_current_target(self) -> GPUTarget:
-        """Return what is compiled for."""
+        """Return the target to compile for."""
         return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> torch.device:
-        """Return where tensors are."""
+        """Return the device that holds the tensors."""
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., None]:
-        """Return what times kernels: nothing is autotuned."""
+        """Refuse to time kernels: nothing is autotuned."""
         raise NotImplementedError
 
 
 def _microseconds(call: Callable[[], object], calls: int) -> float:
-    """Return the microseconds of a call: the least of some rounds, as timeit takes it."""
+    """Return the microseconds per call: the least of several rounds, as timeit reports it."""
     call()
     rounds = []
     collecting = gc.isenabled()
@@ -109,7 +109,7 @@ def _microseconds(call: Callable[[], object], calls: int) -> float:
 
 
 def measure(n_circuits: int, driver: IdleDriver, calls: int) -> dict[str, Any]:
-    """Return the launches and the microseconds of a call with so many circuits."""
+    """Return the launches and the microseconds of a call with this many circuits."""
     reference = torch.zeros(N_ROWS, N_COLS)
     circuits = [torch.zeros(N_ROWS, N_COLS) for _ in range(n_circuits)]
     leaves = [circuit.clone().requires_grad_() for circuit in circuits]
@@ -137,10 +137,13 @@ def measure(n_circuits: int, driver: IdleDriver, calls: int) -> dict[str, Any]:
 
 
 def run(calls: int) -> dict[str, Any]:
-    """Measure all numbers of circuits; return the JSON document. No kernel runs in this process then."""
+    """Measure all numbers of circuits; return the JSON document.
+
+    Afterwards no kernel can run in this process.
+    """
     driver = IdleDriver()
     triton.runtime.driver.set_active(driver)
-    # It asks for a card, and is given tensors on the CPU.
+    # The backend asks for a card, but is given tensors on the CPU.
     backend.missing = lambda *_: None
     cases = [measure(n_circuits, driver, calls) for n_circuits in N_CIRCUITS]
     return {

@@ -1,6 +1,6 @@
-"""Read machine code: loops, load widths, and what each instruction occupies.
+"""Read machine code: loops, load widths, and the unit that each instruction occupies.
 
-Counts are static: what stands in a loop, each instruction once, predicated or not. They say nothing
+Counts are static: every instruction in a loop counts once, predicated or not. They say nothing
 about latency, and nothing about how often a loop runs.
 """
 
@@ -17,8 +17,8 @@ import triton
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# Which unit of an NVIDIA SM an instruction keeps busy, by the letters before the first dot. What is
-# not named (moves, branches, the uniform datapath) takes an issue slot and nothing else scarce.
+# Which unit of an NVIDIA SM an instruction keeps busy, by the opcode up to the first dot. All
+# others (moves, branches, the uniform datapath) take an issue slot and no other scarce resource.
 _FMA = {"FADD", "FMUL", "FFMA", "FHADD", "FHFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FSWZADD"}
 _PACKED_FMA = {"FADD2", "FMUL2", "FFMA2"}
 _ALU = {
@@ -27,7 +27,7 @@ _ALU = {
     *("VIADDMNMX", "F2FP", "SGXT", "ISCADD"),
 }
 _SPECIAL = {"MUFU", "F2I", "I2F", "F2F", "I2FP", "F2IP", "POPC", "FLO", "BREV"}
-# AMD's transcendental instructions, on which a SIMD spends four times as long as on others.
+# AMD's transcendental instructions, each of which occupies a SIMD four times as long as others.
 _AMD_SPECIAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _AMD_SHUFFLE = re.compile(r"(_dpp$|^ds_swizzle|^ds_b?permute|^v_readlane|^v_permlane)")
 
@@ -38,13 +38,13 @@ class Instruction:
 
     opcode: str
     target: str | None = None
-    # Whether it runs, or jumps, only where a predicate holds.
+    # Whether it runs, or jumps, only if a predicate holds.
     predicated: bool = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a stretch of machine code holds, a thread; a loop's is one iteration."""
+    """A stretch of machine code, with its counts per thread; for a loop, those of one iteration."""
 
     instructions: tuple[Instruction, ...]
     amd: bool = False
@@ -54,7 +54,7 @@ class Block:
 
     @cached_property
     def opcodes(self) -> Counter:
-        """How often each opcode stands in it, modifiers dropped."""
+        """How often each opcode occurs in the block, without modifiers."""
         return Counter(_stem(i.opcode, self.amd) for i in self.instructions)
 
     def _count(self, names: Iterable[str]) -> int:
@@ -62,7 +62,7 @@ class Block:
 
     @property
     def load_widths(self) -> list[int]:
-        """Bytes a thread of each load from global memory."""
+        """Bytes per thread of each load from global memory."""
         widths = (_load_bytes(i.opcode, self.amd) for i in self.instructions)
         return [width for width in widths if width]
 
@@ -73,13 +73,13 @@ class Block:
 
     @property
     def store_widths(self) -> list[int]:
-        """Bytes a thread of each store to global memory."""
+        """Bytes per thread of each store to global memory."""
         widths = (_store_bytes(i.opcode, self.amd) for i in self.instructions)
         return [width for width in widths if width]
 
     @property
     def masked_loads(self) -> int:
-        """Loads from global memory under a predicate, as NVIDIA's are where a mask is."""
+        """Loads from global memory under a predicate, as masked loads are on NVIDIA."""
         return sum(i.predicated and _load_bytes(i.opcode, self.amd) > 0 for i in self.instructions)
 
     @property
@@ -117,11 +117,12 @@ class Block:
 
     @property
     def occupied(self) -> dict[str, int]:
-        """How many operations each limited unit does for a thread, by the unit's name.
+        """How many operations each limited unit performs for a thread, by the unit's name.
 
-        `issue` is what the scheduler hands out: on NVIDIA every instruction; on AMD, where scalar
-        ones and loads issue beside the vector ones of other wavefronts, the vector instructions,
-        transcendentals four times. Packed NVIDIA instructions do two operations of the FMA unit.
+        `issue` counts what the scheduler issues. On NVIDIA that is every instruction. On AMD it is
+        the vector instructions, transcendentals four times each, since scalar instructions and
+        loads issue beside the vector instructions of other wavefronts. A packed NVIDIA instruction
+        counts as two operations of the FMA unit.
         """
         if self.amd:
             vector = sum(n for name, n in self.opcodes.items() if name.startswith("v_"))
@@ -136,27 +137,28 @@ class Block:
 
 @dataclass(frozen=True)
 class Code:
-    """All of a kernel's instructions, and where its labels stand."""
+    """All of a kernel's instructions, and the positions of its labels."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
     amd: bool = False
 
     def target_of(self, at: int) -> int | None:
-        """Return where an instruction may jump to."""
+        """Return where an instruction may jump to, None if it does not jump."""
         return self.labels.get(self.instructions[at].target)
 
     @cached_property
     def loops(self) -> dict[int, int]:
-        """Where each loop's last instruction stands, by where its first one does."""
+        """The position of each loop's last instruction, by the position of its first one."""
         ends = {}
         for at, instruction in enumerate(self.instructions):
             begin = self.target_of(at)
-            # A call is a jump too far for a branch, and closes no loop; a jump to itself is padding.
+            # A CALL is a jump too far for a branch, and closes no loop; a jump to itself is
+            # padding.
             if begin is not None and begin < at and not instruction.opcode.startswith("CALL"):
-                # Two backward jumps to one label are one loop with a `continue` in it.
+                # Two backward jumps to one label form a single loop that contains a `continue`.
                 ends[begin] = at
-        # What a loop begins in another, it ends there too, wherever the outer one's last jump stands.
+        # A loop that begins inside another also ends there, wherever the outer loop's last jump is.
         for begin in sorted(ends, reverse=True):
             for inner in sorted(ends):
                 if begin < inner <= ends[begin]:
@@ -166,12 +168,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled kernel: what it needs of a processor, its innermost loops, what is in no loop."""
+    """A compiled kernel: its resources, its innermost loops, and the code outside all loops."""
 
     registers: int
-    # Bytes of a thread's stack; nonzero for a kernel without arrays means that registers spill.
+    # Bytes of a thread's stack; in a kernel without arrays, nonzero means that registers spill.
     stack: int
-    # Bytes of shared memory a block, the hardware's own kilobyte not counted.
+    # Bytes of shared memory per block, without the kilobyte that the hardware reserves.
     shared: int
     threads: int
     loops: tuple[Block, ...]
@@ -180,7 +182,7 @@ class Program:
 
     @property
     def body(self) -> Block | None:
-        """The loop that loads the most from global memory an iteration; None if none loads."""
+        """The loop that loads the most from global memory per iteration; None if none loads."""
         loads = [loop for loop in self.loops if loop.load_bytes]
         return max(loads, key=lambda loop: loop.load_bytes, default=None)
 
@@ -219,7 +221,7 @@ def _amd_bytes(opcode: str, what: str) -> int:
 
 
 def split(code: Code) -> tuple[tuple[Block, ...], Block]:
-    """Return the innermost loops (stretches that a backward jump closes), and what is in no loop."""
+    """Return the innermost loops (each closed by a backward jump), and the code in no loop."""
     spans = list(code.loops.items())
     inner = [
         (begin, end)
@@ -233,7 +235,7 @@ def split(code: Code) -> tuple[tuple[Block, ...], Block]:
 
 
 def parse_sass(text: str) -> Code:
-    """Read what `nvdisasm -c` prints, without padding."""
+    """Parse the output of `nvdisasm -c`, without padding."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for raw in text.splitlines():
@@ -241,7 +243,7 @@ def parse_sass(text: str) -> Code:
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(instructions)
         elif code := re.match(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-            # `BRA P0, label` jumps under a predicate as `@P0 BRA label` does.
+            # `BRA P0, label` jumps under a predicate, just as `@P0 BRA label` does.
             jump = re.match(r"(.*?),?\s*`\((\.L_x_\d+)\)", code[3].strip())
             if not code[2].startswith(("BRA", "CALL")):
                 jump = None
@@ -252,7 +254,7 @@ def parse_sass(text: str) -> Code:
 
 
 def parse_amdgcn(text: str) -> Code:
-    """Read an AMDGCN assembly text."""
+    """Parse AMDGCN assembly text."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -266,7 +268,7 @@ def parse_amdgcn(text: str) -> Code:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Return the SASS of a cubin, by the nvdisasm that comes with Triton."""
+    """Return a cubin's SASS, disassembled by the nvdisasm that comes with Triton."""
     return _tool("nvdisasm", ["-c"], cubin)
 
 

@@ -1,9 +1,9 @@
-"""The memory that a function takes beyond its inputs.
+"""Measure the memory that a function takes beyond its inputs.
 
-The function is called in a process of its own, once, so that its code is loaded and compiled. Then freed
-memory is returned to the system, the kernel's record of the largest resident size is reset, and the
-function is called again. The answer is that record less the size before the call. Unlike the size after
-the call, it includes memory that a library frees before it returns.
+The function is called once in a process of its own, so that its code is loaded and compiled. Then
+freed memory is returned to the system, the kernel's record of the peak resident size is reset, and
+the function is called again. The result is that record minus the size before the call. Unlike the
+size after the call, it includes memory that a library frees before it returns.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.worker import Worker, call
 
 _SELF = Path("/proc/self")
-# Or else glibc keeps and splits freed blocks of up to 32 MiB.
+# Without this setting, glibc keeps and splits freed blocks of up to 32 MiB.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
@@ -29,7 +29,7 @@ def missing() -> str | None:
 
 
 def peak_of(prepare: Callable[[], Callable[[], object]]) -> int:
-    """Return the bytes that a prepared function takes at the worst moment of its second call."""
+    """Return the peak of the bytes that a prepared function takes during its second call."""
     with Worker(prepare, _MALLOC) as worker:
         worker.ask(call)
         peak_bytes: int = worker.ask(peak)
@@ -37,14 +37,14 @@ def peak_of(prepare: Callable[[], Callable[[], object]]) -> int:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process whose resident size is to mean something."""
+    """Return the environment for a process whose resident size is measured with `peak`."""
     return os.environ | _MALLOC
 
 
 def peak(function: Callable[[], object]) -> int:
-    """Return how much the resident size grew at most during a call, in bytes."""
+    """Return by how many bytes the resident size grew at most during a call."""
     gc.collect()
-    # What malloc keeps of the warm-up would be used again unseen.
+    # Memory that malloc keeps from the warm-up would be reused without being counted.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -55,7 +55,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 def _reset_peak() -> None:
-    # 5: set the record to the present size.
+    # 5 sets the peak resident size to the current one.
     (_SELF / "clear_refs").write_text("5")
 
 

@@ -1,10 +1,10 @@
-"""Time what options of a call cost on the CPU: `python -m bench.options`.
+"""Time what the options of a call cost on the CPU: `python -m bench.options`.
 
-The same divergence of half-precision logits, at a temperature, in the other direction, with a mask, with
-statistics, and forward and backward, by the native backend, in one process and in turns; beside them
-PyTorch's own functions.
-Each result is checked against float64 before it is timed. Writes options.json into bench/results unless
---quick; then `python -m bench.report` brings the README up to date.
+The native backend computes the same divergence with half-precision logits, at a temperature, in the
+other direction, with a mask, with statistics, and forward and backward. PyTorch's own functions are
+timed beside it, all in one process and in turns. Each result is checked against float64 before it
+is timed. Writes options.json into bench/results unless --quick; then `python -m bench.report`
+brings the READMEs up to date.
 """
 
 import argparse
@@ -34,15 +34,16 @@ from bench.timing import (
 
 SEED = 20261123
 BACKEND = "native"
-# Of the mean over rows: what the package promises of each, and what the textbook's float32 may be off.
+# Largest relative errors of the mean over rows: the package's promise for each row, and the
+# tolerance of the textbook's float32.
 _TOLERANCE, _TEXTBOOK = 1e-5, 1e-2
 _SECONDS, _QUICK_SECONDS = 20.0, 0.5
-# Calls that take less than a millisecond are timed so many at a time.
+# Calls that take less than a millisecond are timed this many at a time.
 _SHORT_CALLS = 100
 
 
 class Size(NamedTuple):
-    """Circuits, rows, and vocabulary, and how many calls are timed at a time."""
+    """The numbers of circuits, rows, and tokens, and of calls that are timed at a time."""
 
     n_circuits: int
     n_rows: int
@@ -58,7 +59,7 @@ QUICK_SIZES = (Size(2, 4, 300, 5), Size(1, 8, 50, 5))
 
 
 class Inputs:
-    """Logits of circuits and a reference, 3 randn and noise of 0.5, and which rows count."""
+    """Logits of a reference (3 randn) and of circuits (plus noise of 0.5), and a mask of rows."""
 
     def __init__(self, size: Size, seed: int = SEED) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +90,7 @@ def exact(inputs: Inputs, temperature: float = 1.0, reverse: bool = False) -> Te
 
 
 def textbook(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
-    """Two log_softmaxes, then F.kl_div: the mean over rows (K,)."""
+    """Compute the means over rows (K,) by log_softmaxes, then F.kl_div."""
     log_p = reference.log_softmax(-1)
     means = [
         F.kl_div(circuit.log_softmax(-1), log_p, log_target=True, reduction="batchmean")
@@ -99,7 +100,7 @@ def textbook(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 
 def step(function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
-    """Compute the means and their gradients; return the former."""
+    """Compute the means and their gradients; return the means."""
     for leaf in inputs.leaves:
         leaf.grad = None
     means = function(inputs.leaves, inputs.reference)
@@ -108,7 +109,7 @@ def step(function: Callable[..., Tensor], inputs: Inputs) -> Tensor:
 
 
 class Way(NamedTuple):
-    """A call (K,), and what it should return."""
+    """A call that returns the means (K,), what it should return, and the relative tolerance."""
 
     call: Callable[[], Tensor]
     expected: Tensor
@@ -116,7 +117,7 @@ class Way(NamedTuple):
 
 
 def ways(inputs: Inputs) -> dict[str, Way]:
-    """Return what is timed, by name; the first is what the others are compared with."""
+    """Return the calls to time, by name; the others are compared with the first one."""
 
     def many(**options: Any) -> Callable[[], Tensor]:
         return partial(
@@ -171,7 +172,7 @@ def run_size(size: Size, seconds: float, seed: int = SEED) -> dict[str, Any]:
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:
-    """Return the seconds a call."""
+    """Return the seconds per call."""
     if calls == 1:
         return seconds_after_pause(call)
 

@@ -1,9 +1,9 @@
-"""The ways to measure circuits that are held against each other.
+"""The ways to measure circuits that are compared with each other.
 
-A peer is prepared with the inputs, which is not timed: conversion to another library's arrays,
-without a copy where it can be had, and compilation at the first call. What comes out is a function
-without arguments that gives one KL a circuit, in nats a row, as Python floats: `measure_kl_div`'s
-result.
+A peer is prepared with the inputs. Preparation is not timed: it converts the inputs to another
+library's arrays, without a copy where possible. The first call, which compiles, is not timed
+either. The prepared function takes no arguments and returns one KL per circuit, in nats per row, as
+Python floats, like `measure_kl_div`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import fastkl
 from bench.cases import Case, Inputs
 
 Measure = Callable[[], list[float]]
-# What the names of the package's own backends start with.
+# The names of the package's own peers start with this.
 OURS = "fastkl "
 
 
@@ -35,13 +35,13 @@ class Peer:
     Attributes
     ----------
     name, what : str
-        What it is called, and what it does.
+        Its name, and a description of what it does.
     prepare : function
-        From inputs to a function that measures them; can be pickled.
+        Takes inputs, and returns a function that measures them; can be pickled.
     missing : function
         Says why it cannot measure a case here; None if it can.
     tolerance : function
-        From a case to (relative, absolute): how far from float64 it may be and still be timed.
+        Takes a case, and returns (relative, absolute), the largest error that may be timed.
     """
 
     name: str
@@ -97,13 +97,13 @@ def _fastkl(backend: str) -> Peer:
         f'`fastkl.measure_kl_div(..., backend="{backend}")`',
         functools.partial(_prepare_fastkl, backend),
         lambda _: fastkl.unavailable_backends().get(backend),
-        # What the package promises.
+        # The package's promise.
         lambda _: (1e-5, 1e-8),
     )
 
 
 def _of_half(float32: tuple[float, float]) -> Callable[[Case], tuple[float, float]]:
-    """Give a peer that computes in the logits' dtype the room that bfloat16 needs."""
+    """Return a tolerance with room for bfloat16, for a peer that computes in the logits' dtype."""
     return lambda case: float32 if case.dtype == "float32" else (0.1, 0.1)
 
 
@@ -116,7 +116,7 @@ def _auto_circuit(inputs: Inputs) -> Measure:
     model, loader, outs = inputs.arguments
 
     def measure() -> list[float]:
-        # Its progress bar.
+        # Hide its progress bar.
         with contextlib.redirect_stderr(io.StringIO()):
             return [float(kl) for _, kl in measure_kl_div(model, loader, outs)]
 
@@ -161,7 +161,7 @@ def _definition(q: Tensor, log_p: Tensor, p: Tensor) -> Tensor:
 
 
 def _compiled(inputs: Inputs) -> Measure:
-    # Compiled for this very shape: after another one, sizes would become variables.
+    # Compile for this very shape: after another shape, sizes would become variables.
     torch.compiler.reset()
     shared, definition = (torch.compile(f, dynamic=False) for f in (_shared, _definition))
 
@@ -188,7 +188,7 @@ def _jax(inputs: Inputs) -> Measure:
         log_p = jax.nn.log_softmax(p.astype("float32"))
         return log_p, jax.numpy.exp(log_p)
 
-    # One call a circuit was faster than all of them in one function, as a list or stacked.
+    # One call per circuit was faster than all circuits in one function, as a list or stacked.
     @jax.jit
     def definition(q, log_p, p):
         return (p * (log_p - jax.nn.log_softmax(q.astype("float32")))).sum(-1).mean()
@@ -233,7 +233,7 @@ def _scipy_missing(case: Case) -> str | None:
 
 
 def all_peers() -> list[Peer]:
-    """Return every peer, the ones that cannot run here too; auto_circuit's comes first."""
+    """Return all peers, even those that cannot run here; auto_circuit's comes first."""
     original = "auto_circuit"
     if _installed(original):
         auto_circuit = Peer(

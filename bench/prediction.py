@@ -1,4 +1,4 @@
-"""How long a card's limits would take for a pair, and what a JSON says of a piece of machine code."""
+"""Predict a pair's time from a card's limits, and describe machine code for a JSON document."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ UNITS = ("issue", "fma", "alu", "special")
 
 @dataclass(frozen=True)
 class Prediction:
-    """How long each limit of a card would take for one pair, in picoseconds."""
+    """The time that each limit of a card imposes on one pair, in picoseconds."""
 
     card: str
     limits: dict[str, float]
 
     @property
     def time(self) -> float:
-        """Picoseconds a pair, by the limit that binds."""
+        """Picoseconds per pair, by the limit that binds."""
         return max(self.limits.values())
 
     @property
     def binds(self) -> str:
-        """The limit that takes longest."""
+        """The limit that imposes the longest time."""
         return max(self.limits, key=self.limits.__getitem__)
 
     @property
@@ -36,7 +36,7 @@ class Prediction:
         return self.limits[unit] / self.limits["memory"]
 
     def as_dict(self) -> dict:
-        """What goes into the JSON."""
+        """Return the entry for the JSON document."""
         return {
             "card": self.card,
             "picoseconds_a_pair": {name: round(value, 4) for name, value in self.limits.items()},
@@ -47,7 +47,7 @@ class Prediction:
 
 
 def predict(card: Card, bytes_a_pair: float, operations: dict[str, float]) -> Prediction:
-    """Predict the time of a pair on a card, from its bytes and each unit's operations a thread."""
+    """Predict the time of a pair on a card, from its bytes and its operations on each unit."""
     limits = {"memory": bytes_a_pair / card.bandwidth * 1e12}
     for unit, count in operations.items():
         limits[unit] = count / card.per_second(unit) * 1e12
@@ -55,7 +55,7 @@ def predict(card: Card, bytes_a_pair: float, operations: dict[str, float]) -> Pr
 
 
 def describe_block(block: Block, pairs: float) -> dict:
-    """Return a block's counts, an iteration and a pair."""
+    """Return a block's counts, in all and per pair."""
     return {
         "instructions": len(block),
         "instructions_a_pair": round(len(block) / pairs, 3),
@@ -72,7 +72,7 @@ def describe_block(block: Block, pairs: float) -> dict:
 
 
 def describe_program(program: Program, target: str) -> dict:
-    """Return what a program needs of a processor."""
+    """Return the resources that a program needs on a processor."""
     return {
         "registers": program.registers,
         "stack_bytes": program.stack,
@@ -87,13 +87,13 @@ def describe_program(program: Program, target: str) -> dict:
 
 
 def prediction_heading() -> list[str]:
-    """Return what stands above `prediction_cells`."""
+    """Return the headings of the columns that `prediction_cells` fills."""
     heading = ["ps/pair", "binds", "of peak", *(f"{unit}/mem" for unit in UNITS)]
     return heading + [f"of peak, V={n} (binds)" for n in VOCABULARIES]
 
 
 def prediction_cells(inner: dict, whole: list[dict]) -> list[str]:
-    """Return a prediction as a table's cells: of the inner loop or tile, then of whole rows."""
+    """Return predictions as cells of a table: the inner loop or tile, then whole rows."""
     shares = inner["share_of_memory_time"]
     return [
         f"{max(inner['picoseconds_a_pair'].values()):.2f}",

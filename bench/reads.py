@@ -1,4 +1,4 @@
-"""Ways to read every byte of the circuits' logits once: the fastest one is the limit."""
+"""Ways to read every byte of the circuits' logits once; the fastest one sets the limit."""
 
 import os
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from bench.cases import Inputs
 
 
 def by_torch(inputs: Inputs) -> Callable[[], float]:
-    """Return a function that finds the largest number, by PyTorch."""
+    """Return a function that finds the largest logit with PyTorch."""
     return lambda: torch.stack([q.amax() for q in inputs.circuits]).max().item()
 
 
 def by_threads(inputs: Inputs) -> Callable[[], int]:
-    """Return a function that finds the largest byte, by NumPy in one thread a core."""
-    # Whatever the bytes mean: NumPy takes 32 of them at a time.
+    """Return a function that finds the largest byte with NumPy, in one thread per core."""
+    # Read bytes, whatever they mean: NumPy processes 32 of them at a time.
     arrays = [q.view(-1).view(torch.int8).numpy() for q in inputs.circuits]
     n = min(os.cpu_count() or 1, torch.get_num_threads())
     shares = [[part for a in arrays if len(part := _share(a, i, n))] for i in range(n)]

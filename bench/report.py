@@ -1,9 +1,9 @@
-"""Bring the README's tables up to date with bench/results: `python -m bench.report`.
+"""Bring the tables of README.md and bench/README.md up to date: `python -m bench.report`.
 
 What stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` is replaced by what
 `bench.NAME.markdown` makes of bench/results/NAME.json; NAME_gpu is NAME measured on a card, and
 FOLDER/NAME what another machine's processor measured, in a folder of bench/results. With --check
-nothing is written; the exit status is 1 if the README is stale.
+nothing is written; the exit status is 1 if a page is stale.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
-README = _ROOT / "README.md"
+PAGES = (_ROOT / "README.md", _ROOT / "bench" / "README.md")
 RESULTS = _ROOT / "bench" / "results"
 _REGION = re.compile(r"(<!-- bench:([\w/]+) -->\n)(.*?)(<!-- /bench:\2 -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- /?bench:([\w/]+) -->")
@@ -31,7 +31,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def paragraph(text: str) -> str:
-    """Return a text in lines of the README's length, broken at spaces alone."""
+    """Return a text in lines of the pages' length, broken at spaces alone."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -65,20 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    text = options.readme.read_text(encoding="utf-8")
-    fresh = update(text, options.results)
-    if fresh == text:
-        print(f"{options.readme} is up to date")
-        return 0
-    if options.check:
-        print(f"{options.readme} is stale: run python -m bench.report", file=sys.stderr)
-        return 1
-    options.readme.write_text(fresh, encoding="utf-8")
-    print(f"{options.readme} rewritten")
-    return 0
+    any_stale = False
+    for page in options.pages:
+        text = page.read_text(encoding="utf-8")
+        fresh = update(text, options.results)
+        if fresh == text:
+            print(f"{page} is up to date")
+        elif options.check:
+            any_stale = True
+            print(f"{page} is stale: run python -m bench.report", file=sys.stderr)
+        else:
+            page.write_text(fresh, encoding="utf-8")
+            print(f"{page} rewritten")
+    return int(any_stale)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 Nothing is timed, and no GPU is needed. The kernels are compiled with the launcher's own tiles; the
 instructions of the inner loop are counted in the machine code; a card's published rates say how
-long each of its units would be busy for a pair. The longest is the prediction: it assumes that
-memory delivers its peak, and that enough warps are resident to keep the busiest unit busy. The
-gradients' kernel has no such loop: bench.roofline_gradient says what is counted of it.
+long a pair keeps each of its units busy. The longest of these times is the prediction. It assumes
+that memory delivers its peak bandwidth, and that enough warps are resident to keep the busiest unit
+busy. The gradient kernel has no such loop: bench.roofline_gradient says what is counted of it.
 
-Another kernel is read by
+To read another kernel:
 
     python -m bench.roofline --kernel FILE.py:FUNCTION --signature x_ptr=*fp32,n=i32 \
         --constexpr BLOCK=1024 --bytes-per-pair 8
@@ -56,7 +56,7 @@ DEVICE = "none: predicted from machine code"
 NOTICE = "Predicted from machine code and datasheets; nothing here was timed on a card."
 DTYPES = ("fp32", "bf16")
 RESULTS = Path(__file__).parent / "results"
-# Terabytes a second, in the picture.
+# Terabytes per second, marked on the axis of the picture.
 YTICKS = (0.25, 0.5, 1, 2, 4, 8)
 COLORS = {"fp32": "tab:blue", "bf16": "tab:orange"}
 MARKERS = {"group of 1": "o", "group of 2": "s", "group of 4": "^"}
@@ -77,12 +77,12 @@ def body_of(kernel: Kernel) -> Block:
 
 
 def loop_bytes(kernel: Kernel) -> float:
-    """Return the bytes a pair that the body loop loads, as read in the machine code."""
+    """Return the bytes per pair that the body loop loads, as read from the machine code."""
     return body_of(kernel).load_bytes / kernel.body_pairs
 
 
 def predict_loop(kernel: Kernel, card: Card) -> Prediction:
-    """Predict a pair in the body loop alone."""
+    """Predict the time of a pair in the body loop alone."""
     operations = {u: n / kernel.body_pairs for u, n in body_of(kernel).occupied.items()}
     return predict(card, loop_bytes(kernel), operations)
 
@@ -90,7 +90,7 @@ def predict_loop(kernel: Kernel, card: Card) -> Prediction:
 def row_shape(kernel: Kernel, n_cols: int, shift: int) -> list[tuple[int, int]]:
     """Return (tiles, tokens outside tiles) of each slice of a row that starts `shift` tokens late.
 
-    The arithmetic of partial_kernel and sweep.
+    The arithmetic is that of partial_kernel and sweep.
     """
     vec, lanes = kernel.tile.vec, kernel.program.threads
     n_slices, size = launch.slices(n_cols, ITEMSIZE[kernel.dtype])
@@ -106,18 +106,18 @@ def row_shape(kernel: Kernel, n_cols: int, shift: int) -> list[tuple[int, int]]:
 
 
 def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, float]:
-    """Return what each unit does a pair for whole rows, and the share of tokens outside tiles.
+    """Return each unit's operations per pair of whole rows, and the share of tokens outside tiles.
 
-    Everything a thread of both kernels executes, prologue and merging too, averaged over the
-    alignments that rows of n_cols contiguous tokens have. Of finish_kernel what stands in no loop: its
-    loop is the second look at slices, which is not in it.
+    This counts everything that a thread of both kernels executes, including prologue and merging,
+    averaged over the alignments that rows of n_cols contiguous tokens have. Of finish_kernel only
+    the code outside loops counts: its loops are the second look at slices, which is not predicted.
     """
     tile, program = kernel.tile, kernel.program
     body = body_of(kernel)
     wide = [
         b for b in program.loops if b.load_bytes and min(b.load_widths) == min(body.load_widths)
     ]
-    # Where the body is unrolled, the tiles left are taken one by one in a loop of its own.
+    # If the body is unrolled, a loop of its own processes the remaining tiles one by one.
     single = min(wide, key=lambda b: b.load_bytes)
     narrow = [b for b in program.loops if b.load_bytes and b not in wide]
     rest = max(narrow, key=lambda b: b.load_bytes, default=single)
@@ -132,7 +132,7 @@ def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, fl
             outside_tiles += tokens
             whole, left = divmod(tiles, tile.unroll)
             if single is body:
-                # Nothing is left, or it stands outside loops and is counted there.
+                # No tile is left, or the code for it is outside all loops and is counted there.
                 left = 0
             times = (
                 (program.outside, 1),
@@ -152,7 +152,7 @@ def row_operations(kernel: Kernel, finish: Program, n_cols: int) -> dict[str, fl
 
 
 def predict_rows(kernel: Kernel, finish: Program, n_cols: int, card: Card) -> Prediction:
-    """Predict a pair of whole rows: head, tail, merging and the second kernel included."""
+    """Predict the time of a pair of whole rows, with head, tail, merging and the second kernel."""
     operations = row_operations(kernel, finish, n_cols)
     del operations["share_outside_tiles"]
     n_slices, _ = launch.slices(n_cols, ITEMSIZE[kernel.dtype])
@@ -164,7 +164,7 @@ def predict_rows(kernel: Kernel, finish: Program, n_cols: int, card: Card) -> Pr
 def survey(
     targets: Sequence[str], dtypes: Sequence[str] = DTYPES, compiler: Callable = compile_kernel
 ) -> list[dict]:
-    """Compile the kernels for targets and predict them on every card that has one of these."""
+    """Compile the kernels for targets, and predict them on every card with one of these targets."""
     programs = []
     for target in targets:
         for dtype in dtypes:
@@ -176,7 +176,7 @@ def survey(
 
 
 def describe_kernel(kernel: Kernel, finish: Program) -> dict:
-    """Return everything known of a compiled partial_kernel."""
+    """Return everything known about a compiled partial_kernel."""
     cards = [card for card in CARDS if card.target == kernel.target]
     rows = {}
     for n_cols in VOCABULARIES:
@@ -202,7 +202,7 @@ def describe_kernel(kernel: Kernel, finish: Program) -> dict:
 
 
 def report(programs: list[dict], command: str, gradients: Sequence[dict] = ()) -> dict:
-    """Return the JSON document, of the forward's kernels or others and of the gradients' kernel."""
+    """Return the JSON document on the forward kernels, or others, and on the gradient kernel."""
     return {
         "format": FORMAT,
         "device": DEVICE,
@@ -221,7 +221,7 @@ def report(programs: list[dict], command: str, gradients: Sequence[dict] = ()) -
 
 
 def code_table(programs: list[dict]) -> list[list[str]]:
-    """Return the machine code's rows, a heading first."""
+    """Return the table's rows on the machine code, a heading first."""
     rows = [["target", "dtype", "G", "regs", "stack", "occ", "inst/pair", "special/pair"]]
     rows[0] += ["B/pair", "load B", "barriers", "shuffles", "spills"]
     for p in programs:
@@ -237,7 +237,7 @@ def code_table(programs: list[dict]) -> list[list[str]]:
 
 
 def prediction_table(programs: list[dict]) -> list[list[str]]:
-    """Return the predictions' rows, a heading first: the loop, then whole rows."""
+    """Return the table's rows of predictions, a heading first: the loop, then whole rows."""
     rows = [["card", "dtype", "G", *prediction_heading()]]
     for card in CARDS:
         for p in programs:
@@ -257,7 +257,7 @@ def show(rows: list[list[str]]) -> str:
 
 
 def markdown(document: dict) -> str:
-    """Return the predictions as tables for the README: one circuit and four, and gradients."""
+    """Return the predictions as tables for the README: one and four circuits, and gradients."""
     chosen = [p for p in document["programs"] if p["group"] != 2 and p["dtype"] != "fp16"]
     gradients = roofline_gradient.markdown(document["gradients"])
     versions = document["versions"]
@@ -267,7 +267,7 @@ def markdown(document: dict) -> str:
 
 
 def plot(document: dict, path: Path) -> None:
-    """Draw a roofline a card: bytes a second over bytes an issued operation, a point a kernel."""
+    """Draw a roofline per card: bytes per second over bytes per issue slot, a point per kernel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -304,7 +304,7 @@ def plot(document: dict, path: Path) -> None:
 
 
 def _points(document: dict, card: str) -> list[tuple[str, str, float, float]]:
-    """Return (dtype, kernel, bytes an issue slot, fraction of peak) of all predicted on a card."""
+    """Return (dtype, kernel, bytes per issue slot, fraction of peak) of a card's predictions."""
     points = [
         (
             p["dtype"],
@@ -317,7 +317,7 @@ def _points(document: dict, card: str) -> list[tuple[str, str, float, float]]:
         if prediction["card"] == card
     ]
     points += roofline_gradient.points(document["gradients"], card)
-    # A legend of columns has the dtypes of a kernel one below the other.
+    # In the order of the legend's columns, each of which holds one kernel's dtypes.
     return sorted(points, key=lambda point: list(MARKERS).index(point[1]))
 
 
@@ -327,7 +327,7 @@ def load_function(where: str):
     Raises
     ------
     ValueError
-        There is no such file, or no such function in it.
+        The file does not exist, or has no such function.
     """
     file, _, name = where.rpartition(":")
     if not Path(file).is_file():
@@ -353,12 +353,12 @@ def survey_other(
     maxnreg: int | None = None,
     compiler: Callable = compile_kernel,
 ) -> list[dict]:
-    """Read any kernel, and predict the loop that loads the most for so many bytes a pair.
+    """Read any kernel, and predict the loop that loads the most, given its bytes per pair.
 
     Raises
     ------
     ValueError
-        No loop of it loads from global memory.
+        No loop of the kernel loads from global memory.
     """
     programs = []
     for target in targets:

@@ -1,13 +1,14 @@
 """Predict gradient_kernel's speed from its machine code, as bench.roofline does the forward's.
 
-A program takes one tile of a row, and in it one circuit after the other. No loop of it is long enough to
-be looked at alone, so all that a thread executes is counted: what stands before the loop over circuits,
-an iteration for each of them, and what stands after it. The iteration counted is that of a circuit
-whose gradient is wanted in a row that somebody asks for; another one skips most of it.
+A program processes one tile of a row, and within it one circuit after the other. None of its loops
+is long enough to be considered alone, so everything that a thread executes is counted: the code
+before the loop over circuits, an iteration for each circuit, and the code after the loop. The
+iteration counted is that of a circuit whose gradient is wanted, in a row whose incoming gradient is
+not 0; other iterations skip most of the code.
 
-Bytes are those of the logits and of the gradients. Every thread of a program also reads the same 40
-bytes for each row and circuit, and the table of addresses: a cache serves these. They are not counted,
-and neither are top_kernel and the forward pass that keeps those numbers.
+Only the bytes of the logits and of the gradients are counted. Every thread of a program also reads
+the same 40 bytes for each row and circuit, and the table of addresses, but a cache serves these.
+top_kernel and the forward pass that keeps those numbers are not counted either.
 """
 
 from collections import Counter
@@ -31,16 +32,16 @@ from bench.prediction import (
 from bench.report import paragraph
 from bench.report import table as report_table
 
-# How many circuits share the reference's logits, and its gradient.
+# The numbers of circuits that share the reference's logits and its gradient.
 CIRCUITS = (1, 4)
-# By whether the reference's gradient is wanted.
+# The gradients' names, by whether the reference's gradient is wanted.
 SIDES = {False: "circuits", True: "both"}
 LABELS = {(side, n): f"gradients: {side}, K={n}" for side in SIDES.values() for n in CIRCUITS}
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """A compiled gradient_kernel: for what, and its machine code."""
+    """A compiled gradient_kernel: its target, dtype and gradients, and its machine code."""
 
     target: str
     dtype: str
@@ -49,22 +50,22 @@ class Gradient:
 
     @property
     def tile(self) -> gradient_launch.GradientTile:
-        """The launcher's."""
+        """The launcher's tile."""
         return gradient_launch.GRADIENT_TILES[ITEMSIZE[self.dtype]]
 
     @property
     def tokens(self) -> float:
-        """Tokens a thread of a tile, as many as pairs for each circuit."""
+        """Tokens of a tile per thread, which is also the number of pairs for each circuit."""
         return self.tile.tokens / self.program.threads
 
     @cached_property
     def ways(self) -> tuple[Way, Way]:
-        """What a thread of a tile executes, and one that takes a single token.
+        """What a thread executes in a tile, and what it executes for single tokens.
 
         Raises
         ------
         RuntimeError
-            There are not two loops over circuits.
+            The number of loops over circuits is not two.
         """
         loops = special_loops(self.program.code)
         if len(loops) != 2:
@@ -73,20 +74,20 @@ class Gradient:
         return tile, token
 
     def bytes_a_pair(self, n_circuits: int) -> tuple[float, float]:
-        """Return the bytes a pair that are read and that are written: each logit and gradient once."""
+        """Return the bytes per pair that are read and written: each logit and gradient once."""
         itemsize = ITEMSIZE[self.dtype]
         return itemsize * (1 + 1 / n_circuits), itemsize * (1 + self.reference / n_circuits)
 
     def tile_operations(self, n_circuits: int) -> dict[str, float]:
-        """Return what each unit does a pair of a tile."""
+        """Return each unit's operations per pair of a tile."""
         occupied = self.ways[0].times(n_circuits).occupied
         return {unit: n / (n_circuits * self.tokens) for unit, n in occupied.items()}
 
     def row_operations(self, n_circuits: int, n_cols: int) -> dict[str, float]:
-        """Return what each unit does a pair of whole rows, averaged over their alignments.
+        """Return each unit's operations per pair of whole rows, averaged over their alignments.
 
-        Tokens outside tiles are taken one a thread. Where these are so many that threads take several,
-        what stands before and after the loop over circuits is counted for each, which is a little high.
+        A thread processes one token outside tiles at a time. If it processes several, the code
+        before and after the loop over circuits is counted for each of them, a small overestimate.
         """
         shape = row_shape(self.tile, n_cols)
         threads, pairs = self.program.threads, len(shape) * n_cols * n_circuits
@@ -96,9 +97,9 @@ class Gradient:
 
 
 def row_shape(tile: gradient_launch.GradientTile, n_cols: int) -> list[tuple[int, int]]:
-    """Return (tiles, steps of single tokens) of a contiguous row, for each alignment that rows have.
+    """Return (tiles, steps of single tokens) of a contiguous row, for each alignment of rows.
 
-    The arithmetic of gradient_kernel.
+    The arithmetic is that of gradient_kernel.
     """
     shape = []
     for row in range(tile.vec if n_cols % tile.vec else 1):
@@ -109,12 +110,12 @@ def row_shape(tile: gradient_launch.GradientTile, n_cols: int) -> list[tuple[int
 
 
 def predict_tile(kernel: Gradient, n_circuits: int, card: Card) -> Prediction:
-    """Predict a pair of a tile."""
+    """Predict the time of a pair of a tile."""
     return predict(card, sum(kernel.bytes_a_pair(n_circuits)), kernel.tile_operations(n_circuits))
 
 
 def predict_rows(kernel: Gradient, n_circuits: int, n_cols: int, card: Card) -> Prediction:
-    """Predict a pair of whole rows."""
+    """Predict the time of a pair of whole rows."""
     operations = kernel.row_operations(n_circuits, n_cols)
     return predict(card, sum(kernel.bytes_a_pair(n_circuits)), operations)
 
@@ -122,7 +123,7 @@ def predict_rows(kernel: Gradient, n_circuits: int, n_cols: int, card: Card) -> 
 def survey(
     targets: Sequence[str], dtypes: Sequence[str], compiler: Callable = compile_kernel
 ) -> list[dict]:
-    """Compile the kernel for targets and predict it on every card that has one of these."""
+    """Compile the kernel for targets, and predict it on every card with one of these targets."""
     return [
         describe_kernel(
             Gradient(
@@ -139,7 +140,7 @@ def survey(
 
 
 def describe_kernel(kernel: Gradient) -> dict:
-    """Return everything known of a compiled gradient_kernel."""
+    """Return everything known about a compiled gradient_kernel."""
     way, _ = kernel.ways
     limit = gradient_launch.MAX_REGISTERS[kernel.reference]
     return {
@@ -157,7 +158,7 @@ def describe_kernel(kernel: Gradient) -> dict:
 
 
 def describe_launch(kernel: Gradient, n_circuits: int) -> dict:
-    """Return what is known of a launch on so many circuits."""
+    """Return what is known about a launch on this many circuits."""
     cards = [card for card in CARDS if card.target == kernel.target]
     whole_rows = {
         str(n): [predict_rows(kernel, n_circuits, n, card).as_dict() for card in cards]
@@ -175,9 +176,9 @@ def describe_launch(kernel: Gradient, n_circuits: int) -> dict:
 
 
 def describe_way(block: Block, pairs: float) -> dict:
-    """Return the counts of what is executed, per pair and in all; accesses by their width in bytes.
+    """Return the counts of executed code, in all and per pair, and accesses by width in bytes.
 
-    Bytes are left out, since most loads are of addresses and numbers that all threads load.
+    Bytes per pair are left out, since most loads read addresses and numbers that all threads share.
     """
     described = describe_block(block, pairs)
     del described["bytes_a_pair"]
@@ -188,7 +189,7 @@ def describe_way(block: Block, pairs: float) -> dict:
 
 
 def code_table(programs: list[dict]) -> list[list[str]]:
-    """Return the machine code's rows, a heading first."""
+    """Return the table's rows on the machine code, a heading first."""
     rows = [["target", "dtype", "gradients", "K", "regs", "stack", "shared", "occ", "inst/pair"]]
     rows[0] += ["of a circuit", "special/pair", "B/pair read", "written", "load B", "store B"]
     rows[0] += ["barriers", "shuffles", "spills"]
@@ -208,7 +209,7 @@ def code_table(programs: list[dict]) -> list[list[str]]:
 
 
 def _launches(programs: list[dict], card: str) -> list[tuple[dict, dict, int]]:
-    """Return (program, launch, where its predictions for a card stand) of those predicted on it."""
+    """Return (program, launch, index of its predictions for a card) of launches predicted on it."""
     return [
         (program, launch, at)
         for program in programs
@@ -219,7 +220,7 @@ def _launches(programs: list[dict], card: str) -> list[tuple[dict, dict, int]]:
 
 
 def prediction_table(programs: list[dict]) -> list[list[str]]:
-    """Return the predictions' rows, a heading first: a tile, then whole rows."""
+    """Return the table's rows of predictions, a heading first: a tile, then whole rows."""
     rows = [["card", "dtype", "gradients", "K", *prediction_heading()]]
     for card in CARDS:
         for p, launch, at in _launches(programs, card.name):
@@ -232,7 +233,7 @@ def prediction_table(programs: list[dict]) -> list[list[str]]:
 
 
 def points(programs: list[dict], card: str) -> list[tuple[str, str, float, float]]:
-    """Return (dtype, label, bytes an issue slot, fraction of peak) of tiles predicted on a card."""
+    """Return (dtype, label, bytes per issue slot, fraction of peak) of a card's predicted tiles."""
     found = []
     for p, launch, at in _launches(programs, card):
         moved = launch["bytes_read_a_pair"] + launch["bytes_written_a_pair"]
@@ -244,7 +245,7 @@ def points(programs: list[dict], card: str) -> list[tuple[str, str, float, float
 
 
 def markdown(programs: list[dict]) -> str:
-    """Return whole rows of GPT-2's vocabulary as a table for the README."""
+    """Return the predictions of whole rows of GPT-2's vocabulary as a table for the README."""
     vocabulary = str(VOCABULARIES[0])
     rows = [["card", "dtype", *(f"{side}, K={n}" for side, n in LABELS)]]
     lines: dict[tuple[str, str], list[str]] = {}

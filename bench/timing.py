@@ -1,4 +1,4 @@
-"""Times of several functions that are run in turns, on a machine that is not quiet."""
+"""Time several functions in turns, on a machine that is not quiet."""
 
 import contextlib
 import ctypes
@@ -14,22 +14,22 @@ from typing import Any
 from bench.worker import AS_IT_COMES, Worker, WorkerError, call
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
-# Threads that wait for more work may keep a core busy for a while; within this they fall asleep.
+# Threads that wait for more work may keep a core busy for a while; after this they are asleep.
 PAUSE_SECONDS = 0.02
-# A call that lasts so long loses less than 1 % by finding the cores asleep.
+# A call that lasts this long loses less than 1 % by finding the cores asleep.
 _LONG_SECONDS = 0.1
-# A virtual machine may take several milliseconds to wake a core, and the first two calls with it.
+# A virtual machine may take several milliseconds to wake a core, which slows the first two calls.
 _WAKING_SECONDS = 0.02
-# malloc.h: how much free memory is given back to the system, how many blocks are mappings.
+# Options in malloc.h: how much free memory goes back to the system, how many blocks are mappings.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep what is freed, for as long as the process lives; False where it cannot.
+    """Make malloc keep freed memory for the life of the process; return False if it cannot.
 
-    By itself glibc gives large temporaries back to the system after each call, or keeps them,
-    depending on what was freed before: the same function took three times as long in the one case
-    as in the other, clearing fresh pages. Peers that need temporaries gain by this.
+    By default glibc gives large temporaries back to the system after each call, or keeps them,
+    depending on what was freed before. The same function took three times as long in the first
+    case, where fresh pages had to be cleared. Peers that need temporaries gain by this setting.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
@@ -45,7 +45,7 @@ def seconds_of(function: Callable[[], object]) -> float:
 
 
 def seconds_once_awake(function: Callable[[], object]) -> float:
-    """Return the seconds of a call after others: after a pause the first ones find cores asleep."""
+    """Return the seconds of a call after warm-up calls, which may find cores asleep."""
     end = time.perf_counter() + _WAKING_SECONDS
     function()
     while time.perf_counter() < end:
@@ -64,18 +64,18 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Let every function take one turn per round; return the seconds that each turn reports.
 
-    What slows the machine down for a while slows all of them. The order changes from round to round, so
-    that no function always finds the caches as the same other function left them. The first round is a
-    warm-up and is not counted.
+    A temporary slowdown of the machine slows all functions. The order changes from round to round,
+    so that no function always finds the caches as the same other function left them. The first
+    round is a warm-up and is not counted.
 
     Parameters
     ----------
     turns : mapping {name: function}
-        What to call; it returns the seconds that count.
+        The functions to call, each of which returns the seconds that count.
     seconds : float
-        How long it may take, if that allows for the fewest rounds.
+        How long the timing may take, if that allows for the fewest rounds.
     seed : int
-        For the orders.
+        Seed of the orders.
     """
     order, shuffle = list(turns), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -112,8 +112,8 @@ def take_turns(
     tasks : mapping {name: function}
         Each prepares the function to time: see `Worker`.
     checks : mapping {name: function}
-        Called with a function's first result; returns what to note of it, or raises ValueError if the
-        result is wrong.
+        Called with a function's first result; returns what to record about it, or raises ValueError
+        if the result is wrong.
     seconds, seed
         As for `interleave`.
     environment : mapping {str: str}
@@ -122,8 +122,8 @@ def take_turns(
     Returns
     -------
     entries : dict {name: dict}
-        What the check returned; {"wrong": text} if it raised ValueError; {"failed": text} if the process
-        raised another error or died.
+        What the check returned; {"wrong": text} if it raised ValueError; {"failed": text} if the
+        process raised an error or died.
     times : dict {name: list of float}
         The times of all functions that were neither wrong nor failed.
     """
@@ -154,7 +154,7 @@ def take_turns(
             except ValueError as error:
                 entries[name] = {"wrong": str(error)}
         good = [name for name in tasks if entries[name].keys().isdisjoint(("wrong", "failed"))]
-        # Decided once for all rounds: chosen by each call, the slow ones would count more often.
+        # Decide once for all rounds: if each call chose anew, slow calls would count more often.
         requests = dict.fromkeys(good, seconds_of)
         for name in good:
             if turn(name) < _LONG_SECONDS:

@@ -1,10 +1,10 @@
-"""Time a loss and its gradients, as distillation takes them: `python -m bench.training`.
+"""Time a loss and its gradients, as in distillation: `python -m bench.training`.
 
-The student's logits have a gradient, the teacher's have none; a second case differentiates both. Each
+The student's logits require a gradient, the teacher's do not; one case differentiates both. Each
 peer's gradients are checked against float64 before it is timed, in turns with the others. Memory is
-measured in a process of its own and counts what is taken beyond the logits and their gradients. Writes
-training.json into bench/results unless --quick, or training_gpu.json of a CUDA device (--device cuda),
-whose times include waiting for it; then `python -m bench.report` brings the README up to date.
+measured in a process of its own, beyond the logits and their gradients. Writes training.json into
+bench/results unless --quick. With --device cuda it writes training_gpu.json, whose times include
+waiting for the device. Then `python -m bench.report` brings the READMEs up to date.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from bench.peers import OURS
 from bench.report import RESULTS, paragraph, table
 from bench.timing import interleave, keep_freed_memory, ratio, seconds_after_pause, summarize
 
-# Relative errors of the gradient, norm-wise over all rows: what the package promises, and what the
-# textbook's float32 may take at these divergences.
+# Largest relative errors of the gradient, norm-wise over all rows: the package's promise, and the
+# tolerance of the textbook's float32 at these divergences.
 _TOLERANCE, _TEXTBOOK = 1e-5, 1e-2
 _MIB = 2**20
 _SECONDS, _QUICK_SECONDS = 12.0, 0.5
@@ -39,7 +39,7 @@ _SECONDS, _QUICK_SECONDS = 12.0, 0.5
 
 @dataclass(frozen=True)
 class Training:
-    """One point of the grid; as it stands, the main case."""
+    """One point of the grid; the defaults are the main case."""
 
     n_rows: int = 256
     n_vocabulary: int = 50257
@@ -56,7 +56,7 @@ class Training:
         return f"{name}{what} T={self.temperature:g}, {sides}"
 
     def logits(self, device: str, seed: int = SEED) -> tuple[Tensor, Tensor]:
-        """Return the student's logits and the teacher's, as leaves."""
+        """Return the logits of the student and of the teacher, as leaf tensors."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.n_rows, self.n_vocabulary)
         teacher = 3 * torch.randn(shape, generator=generator)
@@ -91,7 +91,7 @@ def log_masses(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Te
 
 
 def definition(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean divergence as PyTorch's own functions compute it."""
+    """Return the mean divergence by PyTorch's own functions."""
     log_p, log_q = log_masses(student, teacher, temperature)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
@@ -107,7 +107,7 @@ def js_definition(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 
 
 def liger(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the same by Liger-Kernel, with the log_softmaxes that it asks for."""
+    """Return the mean divergence by Liger-Kernel, with the log_softmaxes that it requires."""
     from liger_kernel.transformers import LigerKLDIVLoss  # noqa: PLC0415
 
     loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
@@ -120,7 +120,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def losses(device: str, js: bool = False, temperature: float = 1.0) -> dict[str, Loss]:
-    """Return the peers that can run here; the first is what the others are compared with."""
+    """Return the peers that can run here; the others are compared with the first one."""
 
     def textbook(student: Tensor, teacher: Tensor) -> Tensor:
         return (js_definition if js else definition)(student, teacher, temperature)
@@ -176,7 +176,7 @@ def errors(leaves: Sequence[Tensor], js: bool = False, temperature: float = 1.0)
 
 
 def _weighted(log_mass: Tensor, worth: Tensor) -> Tensor:
-    """Return tokens' masses times what each is worth more than the mean."""
+    """Return each token's mass times the excess of its worth over the mean worth."""
     mass = log_mass.exp()
     return mass * (worth - (mass * worth).sum(-1, keepdim=True))
 
@@ -188,7 +188,7 @@ def run_case(
     seed: int = SEED,
     remember: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, Any]:
-    """Check and time all peers on one case; `remember` says whose memory is measured, by name."""
+    """Check and time all peers on one case; `remember(name)` says whether to measure memory too."""
     torch.compiler.reset()
     leaves = case.logits(device, seed)
     steps, entries = {}, {}
@@ -197,13 +197,13 @@ def run_case(
         try:
             run()
         except Exception as raised:
-            # As torch.compile does without a compiler. The others are timed all the same.
+            # torch.compile raises if there is no compiler. The other peers are timed all the same.
             entries[name] = {"failed": f"{name}: {type(raised).__name__} on {case}: {raised}"}
             continue
         error = errors(leaves, case.js, case.temperature)
         limit = _TOLERANCE if name.startswith(OURS) else _TEXTBOOK
         if case.dtype != "float32":
-            # The gradient is rounded to it, and what is not ours computes in it.
+            # The gradient is rounded to this dtype, and other packages also compute in it.
             limit = 2**-8 if name.startswith(OURS) else 0.1
         if case.noise < 1e-2 and not name.startswith(OURS):
             limit = 1.0

@@ -1,9 +1,9 @@
 """Processes that each hold one function, so that it is timed as it runs for a user: alone.
 
-What else a process does changes a function's time. Freed memory is kept or given back depending on
-what others freed before, and another library's threads may be spinning on a core. A worker is started
-by its parent as `python -m bench.worker`, reads pickles from its standard input and answers with
-pickles; between requests it sleeps.
+Whatever else a process does changes a function's time: malloc keeps freed memory or gives it back
+depending on what other functions freed before, and another library's threads may be spinning on a
+core. The parent starts a worker as `python -m bench.worker`. The worker reads pickles from its
+standard input and answers with pickles; between requests it sleeps.
 """
 
 import contextlib
@@ -17,28 +17,28 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-# What glibc reads as a process starts: none of the freed memory is given back to the system.
+# glibc reads these as a process starts; it then gives no freed memory back to the system.
 KEEP_FREED_MEMORY = MappingProxyType({"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"})
 AS_IT_COMES: Mapping[str, str] = MappingProxyType({})
 _ROOT = Path(__file__).parents[1]
 
 
 class WorkerError(RuntimeError):
-    """A worker raised, or died; it answers no more."""
+    """A worker raised an error or died; it answers no more requests."""
 
 
 class Worker:
-    """A process that prepares a function, and then does with it what it is asked to.
+    """A process that prepares a function, and then answers requests about it.
 
-    Nothing waits for it before `receive`, so that several can start side by side.
+    Nothing waits for the process before `receive`, so that several can start side by side.
 
     Parameters
     ----------
     prepare : function
-        Called in the process; returns the function that is asked about. It is pickled, as all that
-        passes between the processes.
+        Called in the process; returns the function that requests are about. It is pickled, like
+        everything that passes between the processes.
     environment : mapping {str: str}
-        The variables that the process has beside those of this one.
+        Environment variables of the process, in addition to those of this one.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Worker:
         self._process.wait()
 
     def send(self, request: Callable[..., Any]) -> None:
-        """Ask for request(function)."""
-        # If the worker has died, `receive` will report the error that it left.
+        """Ask the process to compute request(function)."""
+        # If the worker has died, `receive` reports the error that it left.
         with contextlib.suppress(BrokenPipeError):
             pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
@@ -100,7 +100,7 @@ def call(function: Callable[[], Any]) -> Any:
 
 def _serve() -> None:
     requests = sys.stdin.buffer
-    # What libraries print goes elsewhere.
+    # Redirect what libraries print to standard error.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
         try:

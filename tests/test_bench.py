@@ -518,7 +518,7 @@ def test_the_grid_changes_one_thing_at_a_time():
     assert len(set(cpu.GRID)) == len(cpu.GRID)
 
 
-# The README.
+# The pages.
 
 
 @pytest.fixture
@@ -530,7 +530,7 @@ def readme(tmp_path, document):
 
 
 def test_report_rewrites_what_is_between_the_markers_alone(readme, document):
-    arguments = ["--readme", str(readme), "--results", str(readme.parent)]
+    arguments = ["--pages", str(readme), "--results", str(readme.parent)]
     stale = readme.read_text()
     assert report.main([*arguments, "--check"]) == 1
     assert readme.read_text() == stale
@@ -570,7 +570,15 @@ def test_bars_in_cells_are_escaped():
     assert report.table([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n| :-- | --: |\n| 1 | 2 |"
 
 
-def test_the_readme_is_not_stale():
-    text = report.README.read_text(encoding="utf-8")
-    assert "<!-- bench:cpu -->" in text
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda path: path.parent.name or "root")
+def test_no_page_is_stale(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- bench:" in text
     assert report.update(text) == text
+
+
+def test_every_result_is_on_a_page():
+    pages = "".join(page.read_text(encoding="utf-8") for page in report.PAGES)
+    for path in report.RESULTS.rglob("*.json"):
+        name = path.relative_to(report.RESULTS).with_suffix("").as_posix()
+        assert f"<!-- bench:{name} -->" in pages

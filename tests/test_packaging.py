@@ -1,4 +1,4 @@
-"""Wheel, sdist and editable install: what they hold, and that what they install runs."""
+"""Wheel, sdist and editable install: what they hold, and whether what they install runs."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import pytest
 import fastkl
 
 ROOT = Path(__file__).parents[1]
-# A stand-in for Hugging Face's package of that name, which must not be disturbed nor disturb.
+# A stand-in for Hugging Face's package `kernels`: it and fastkl must not disturb each other.
 FOREIGN_KERNELS = "mine = True\n"
 
 SCRIPT = """
@@ -36,7 +36,7 @@ print(fastkl.__version__)
 """
 
 
-# Without a compiler on the path, nor anything else.
+# Runs with neither a compiler nor anything else on the path.
 USE = """
 import sys
 # An editable install of this checkout would lend its own extension.
@@ -58,7 +58,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what git knows, so that a build leaves nothing behind in the checkout."""
+    """Copy the files that git does not ignore, so that a build leaves nothing in the checkout."""
     target = tmp_path_factory.mktemp("checkout")
     if shutil.which("git") and (ROOT / ".git").exists():
         listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT)
@@ -74,7 +74,7 @@ def checkout(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory):
-    """Variables that make a build a quarter as long: the compiler is told, last, not to optimize."""
+    """Return variables that make a build a quarter as long: a last -O0 stops all optimization."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         return {}
@@ -86,7 +86,7 @@ def quick_compiler(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def built(checkout, quick_compiler, tmp_path_factory):
-    """The sdist, and the wheel made from it."""
+    """Build and return the sdist, and the wheel made from it."""
     out = tmp_path_factory.mktemp("dist")
     command = (sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out))
     run(*command, str(checkout), env={**os.environ, **quick_compiler})
@@ -117,7 +117,13 @@ def test_sdist_holds_what_a_build_needs(built):
     with tarfile.open(built[0]) as sdist:
         names = {name.split("/", 1)[-1] for name in sdist.getnames()}
     assert {"pyproject.toml", "setup.py", "kernels/triton/kernels.py", "LICENSE"} <= names
-    assert {"CHANGELOG.md", "README.md", "bench/results/cpu.json", "bench/results/cpu.png"} <= names
+    assert {
+        "CHANGELOG.md",
+        "README.md",
+        "bench/README.md",
+        "bench/results/cpu.json",
+        "bench/results/cpu.png",
+    } <= names
     for folder in ("kernels/cpu", "tests", "bench"):
         sources = {
             str(path.relative_to(ROOT))
@@ -184,7 +190,7 @@ def test_one_wheel_for_all_pythons(built, tmp_path):
 
 
 def test_a_failed_build_leaves_a_working_package_and_one_warning(checkout, tmp_path):
-    # What another build left behind would do.
+    # Leave out what another build left behind, which would do in place of what fails to build.
     ignored = shutil.ignore_patterns("build", "*.egg-info", "*.so")
     sources = shutil.copytree(checkout, tmp_path / "sources", ignore=ignored)
     command = ("wheel", "-v", "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
@@ -201,7 +207,7 @@ def test_a_failed_build_leaves_a_working_package_and_one_warning(checkout, tmp_p
 
 
 def test_editable_install_runs(checkout, quick_compiler, tmp_path):
-    """From the folder of the checkout too, where `fastkl` is found before the install is."""
+    """It runs from the checkout's folder too, where Python finds `fastkl` before the install."""
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", str(venv))
     python = venv / "bin" / "python"
