@@ -3,9 +3,9 @@
 from fastkl import first_calls as first_calls  # imported for its side effect
 from fastkl.backends import available_backends, unavailable_backends
 from fastkl.functional import js_div, kl_div, kl_div_many
+from fastkl.kl_statistics import KLStatistics
 from fastkl.measure import measure_kl_div
 from fastkl.modules import JSDivLoss, KLDivLoss
-from fastkl.statistics import KLStatistics
 
 __all__ = [
     "JSDivLoss",

@@ -6,10 +6,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastkl import errors, operator
+from fastkl import custom_ops, errors
 from fastkl.errors import Direction, Reduction
+from fastkl.kl_statistics import KLStatistics, statistics
 from fastkl.reductions import reduce
-from fastkl.statistics import KLStatistics, statistics
 from fastkl.views import flattened
 
 
@@ -170,14 +170,14 @@ def kl_div(
         [circuit],
         "circuit",
         reference,
-        reduction,
-        direction,
-        temperature,
-        mask,
-        weights,
-        vocab_size,
-        return_stats,
-        backend,
+        reduction=reduction,
+        direction=direction,
+        temperature=temperature,
+        mask=mask,
+        weights=weights,
+        vocab_size=vocab_size,
+        return_stats=return_stats,
+        backend=backend,
     )
     if isinstance(divergence, Tensor):
         return divergence[0]
@@ -287,14 +287,14 @@ def kl_div_many(
         list(circuits),
         "circuits[{}]",
         reference,
-        reduction,
-        direction,
-        temperature,
-        mask,
-        weights,
-        vocab_size,
-        return_stats,
-        backend,
+        reduction=reduction,
+        direction=direction,
+        temperature=temperature,
+        mask=mask,
+        weights=weights,
+        vocab_size=vocab_size,
+        return_stats=return_stats,
+        backend=backend,
     )
 
 
@@ -361,7 +361,7 @@ def js_div(
     errors.check_backend(backend)
     (circuit,), reference = _checked([circuit], "circuit", reference, vocab_size, mask, weights)
     cir, ref = flattened([circuit, reference])
-    rows = operator.js_div(cir, ref, float(beta), float(temperature), backend)
+    rows = custom_ops.js_div(cir, ref, float(beta), float(temperature), backend)
     return reduce(rows[None], reference.shape[:-1], reduction, mask, weights)[0]
 
 
@@ -376,13 +376,14 @@ def kl_rows(
     ref, *cir = flattened([reference, *circuits])
     # By the operator too: it alone knows what to do with tensors that are traced or have no memory.
     with torch.no_grad():
-        return operator.measure(cir, ref, temperature, backend)
+        return custom_ops.measure(cir, ref, temperature, backend)
 
 
 def _kl_div(
     circuits: list[Tensor],
     name: str,
     reference: Tensor,
+    *,
     reduction: Reduction,
     direction: Direction,
     temperature: float,
@@ -400,11 +401,11 @@ def _kl_div(
     leading, temperature = reference.shape[:-1], float(temperature)
     ref, *cir = flattened([reference, *circuits])
     if direction == "forward" or not cir:
-        rows = operator.measure(cir, ref, temperature, backend)
+        rows = custom_ops.measure(cir, ref, temperature, backend)
     else:
         # Autograd adds up what each circuit gives the reference: in float32, to be rounded but once.
         shared = ref.float() if ref.requires_grad and len(cir) > 1 and ref.itemsize == 2 else ref
-        rows = torch.cat([operator.measure([shared], c, temperature, backend) for c in cir])
+        rows = torch.cat([custom_ops.measure([shared], c, temperature, backend) for c in cir])
     divergence = reduce(rows, leading, reduction, mask, weights)
     if not return_stats:
         return divergence

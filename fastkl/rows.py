@@ -45,7 +45,7 @@ def blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
-def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+def at_temperature(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     """Return logits (R, V) in the dtype that is computed in, divided by the temperature there.
 
     The row's largest logit is subtracted first, which changes no divergence. A division's rounding is
@@ -55,11 +55,11 @@ def cool(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
     logits = logits.to(dtype)
     if temperature == 1:
         return logits
-    cooled = divide(torch.sub(logits, tops(logits)), temperature)
+    divided = divide(torch.sub(logits, tops(logits)), temperature)
     if temperature < 1:
-        overflowed = (cooled == -torch.inf) & (logits > -torch.inf)
-        cooled.masked_fill_(overflowed, torch.finfo(dtype).min)
-    return cooled
+        overflowed = (divided == -torch.inf) & (logits > -torch.inf)
+        divided.masked_fill_(overflowed, torch.finfo(dtype).min)
+    return divided
 
 
 def divide(x: Tensor, temperature: float) -> Tensor:
@@ -94,7 +94,7 @@ def log_ratios(cir: Rows, ref: Rows, temperature: float) -> tuple[Tensor, Tensor
     d, c = differences(cir.logits, ref.logits, c)
     if temperature == 1:
         return d, c
-    # As in `cool`, a finite d stays finite: an infinite one times a weight of 0 would be NaN.
+    # As in `at_temperature`, a finite d stays finite: an infinite one times a weight of 0 would be NaN.
     finite = d.isfinite() if temperature < 1 else None
     divide(d, temperature)
     if finite is not None:

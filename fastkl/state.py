@@ -42,8 +42,6 @@ masked
 look
     A pass over logits that have been read before, because the first sums left too much in doubt; in
     `kernels/cpu`, any pass over a block of a circuit.
-cool
-    To divide logits by the temperature.
 
 References
 ----------

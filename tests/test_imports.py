@@ -1,4 +1,4 @@
-"""Who may import whom, what an import brings along, and that the examples in docstrings run."""
+"""Which module may import which, what an import loads, and whether documented examples run."""
 
 import ast
 import doctest
@@ -16,7 +16,7 @@ import fastkl
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastkl"
 
-# Lower may not import higher. measure → functional → backends → (state, fastkl._triton).
+# A module imports only lower layers: measure → functional → backends → (state, fastkl._triton).
 LAYERS = {
     "errors": 0,
     "first_calls": 0,
@@ -36,11 +36,11 @@ LAYERS = {
     "backends.eager_workspace": 2,
     "backends.native": 2,
     "backends.eager": 3,
-    # What it cannot do itself is eager's.
+    # It falls back to eager for what it cannot do itself.
     "backends.triton": 4,
     "backends": 5,
-    "operator": 6,
-    "statistics": 6,
+    "custom_ops": 6,
+    "kl_statistics": 6,
     "functional": 7,
     "measure": 8,
     "modules": 8,
@@ -60,7 +60,7 @@ def module_name(path):
 
 
 def imports(path):
-    """Every module of fastkl that a file imports, at its top or within a function."""
+    """Yield the name of every module that a file imports, at its top or within a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -146,7 +146,7 @@ def test_examples_in_docstrings(name):
 
 
 def test_the_readmes_examples_run():
-    """One after the other, by models that are embeddings; auto_circuit has tests of its own."""
+    """Run them one after another with embeddings as models; auto_circuit's has tests of its own."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(examples) == 5
@@ -200,7 +200,7 @@ print(*sorted(called), sep="\\n")
 
 
 def test_functions_are_called_before_threads_call_them():
-    """oneMKL may take code of low accuracy otherwise: see fastkl.first_calls."""
+    """Otherwise oneMKL may choose code of low accuracy: see fastkl.first_calls."""
     found = subprocess.run(
         [sys.executable, "-c", _FIRST_CALLS], capture_output=True, text=True, check=True
     )
@@ -208,7 +208,7 @@ def test_functions_are_called_before_threads_call_them():
     on_tensors = {
         name
         for path in files()
-        # A demo's model is trained, whatever its first call was.
+        # The accuracy of a first call does not matter to the demo, which trains its model.
         if not path.name.startswith("demo")
         for name in elementwise.findall(path.read_text().replace("math.log", ""))
     }

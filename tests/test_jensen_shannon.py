@@ -8,12 +8,12 @@ import torch
 from conftest import ABSOLUTE, LEVELS, RELATIVE, where_it_runs
 
 import fastkl
-from fastkl import backends, jensen_shannon, operator
+from fastkl import backends, custom_ops, jensen_shannon
 from fastkl.backends import native
 
 NAN, INF = math.nan, math.inf
 NOISES = (1e-5, 1e-3, 0.1, 1, 5)
-# For what is more than is asked of PyTorch's float32.
+# For tests that demand more than is asked of PyTorch's operations in float32.
 natively = pytest.mark.parametrize("implementation", LEVELS, indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ def make(generator, n_rows, n_cols, noise, dtype=torch.float32):
 
 
 def definition(circuit, reference, beta):
-    """The divergence of rows in float64; its terms cancel, to 1e-16 or so."""
+    """Return the divergence of rows in float64; its terms cancel, down to errors of about 1e-16."""
     p, q = reference.double().softmax(-1), circuit.double().softmax(-1)
     mixture = beta * p + (1 - beta) * q
     terms = [torch.where(x > 0, x * (x / mixture).log(), 0.0).sum(-1) for x in (p, q)]
@@ -34,7 +34,7 @@ def definition(circuit, reference, beta):
 
 @pytest.fixture
 def js_rows(implementation):
-    """The divergences of rows."""
+    """Return a function that returns the divergences of rows."""
 
     def function(circuit, reference, beta=0.5, temperature=1.0):
         return fastkl.js_div(
@@ -51,7 +51,7 @@ def js_rows(implementation):
 
 @pytest.fixture
 def gradients(implementation):
-    """The gradients (dq, dp) of rows."""
+    """Return a function that returns the gradients (dq, dp) of rows."""
     functions = {"eager": jensen_shannon, "native": native}[implementation]
 
     def function(circuit, reference, beta=0.5, temperature=1.0, grad=None):
@@ -64,7 +64,7 @@ def gradients(implementation):
 
 @functools.cache
 def large(noise, beta):
-    """Rows of a large vocabulary; their divergences by definition, and by ours in float64."""
+    """Return rows of a large vocabulary, and two float64 divergences: by definition, by js_div."""
     circuit, reference = make(torch.Generator().manual_seed(20261123), 3, 50257, noise)
     exact = definition(circuit, reference, beta)
     wide = fastkl.js_div(circuit.double(), reference.double(), beta=beta, reduction="none")
@@ -78,13 +78,13 @@ def test_against_float64(js_rows, noise, beta):
     found = js_rows(circuit, reference, beta)
     assert found.dtype == torch.float32
     assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
-    # Where the definition in float64 itself is off by as much, ours in float64 says more.
+    # Where the float64 definition is itself off by as much, js_div in float64 is a better measure.
     assert ((wide - exact).abs() <= 1e-12 * exact + 1e-14).all()
     assert ((found - wide).abs() <= RELATIVE * wide + 1e-12).all()
 
 
 def of_little_weight(circuit, reference, beta):
-    """The divergence of rows for a small beta, in float64: β KL(P ‖ Q) - KL(M ‖ Q), term by term."""
+    """Return the float64 divergence for a small beta: β KL(P ‖ Q) - KL(M ‖ Q), term by term."""
     log_p, log_q = (t.double().log_softmax(-1) for t in (reference, circuit))
     d = log_p - log_q
     rise = beta * torch.expm1(d)
@@ -94,7 +94,7 @@ def of_little_weight(circuit, reference, beta):
 
 @pytest.mark.parametrize("beta", [1e-20, 1e-12, 1e-8, 1e-5, 1e-3, 0.1, 1 - 1e-3, 1 - 1e-5])
 def test_a_side_of_little_weight(js_rows, gradients, generator, beta):
-    """What is left of the other side's terms, which nearly cancel, is of the size of the weight."""
+    """The other side's terms nearly cancel: what is left of them is of the size of the weight."""
     for noise in (0.1, 0.3, 1, 3, 10):
         circuit, reference = make(generator, 24, 500, noise)
         sides = circuit.double(), reference.double()
@@ -111,7 +111,7 @@ def test_a_side_of_little_weight(js_rows, gradients, generator, beta):
 
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 0.9])
 def test_gradients_in_float64(generator, beta):
-    """Those of the definition, however far apart the sides are."""
+    """Gradients in float64 are those of the definition, however far apart the sides are."""
     for noise in (0.3, 3, 10):
         leaves = [t.double().requires_grad_() for t in make(generator, 24, 500, noise)]
         expected = torch.autograd.grad(definition(*leaves, beta).sum(), leaves)
@@ -123,7 +123,7 @@ def test_gradients_in_float64(generator, beta):
 
 @pytest.mark.parametrize("beta", [1e-30, 1e-39, 1e-300])
 def test_next_to_no_weight(js_rows, gradients, generator, beta):
-    """A weight that float32 cannot hold counts as 1e-30: finite, masked tokens or not."""
+    """A weight below 1e-30 counts as 1e-30: results are finite, with or without masked tokens."""
     circuit, reference = make(generator, 4, 300, 3)
     circuit[0, 5] = reference[1, 6] = -INF
     circuit[2, 7], reference[2, 7] = -300, 20
@@ -136,7 +136,7 @@ def test_next_to_no_weight(js_rows, gradients, generator, beta):
 
 @pytest.mark.parametrize("n_cols", [1, 2, 15, 16, 17, 33, 513, 12289])
 def test_vocabularies(js_rows, generator, n_cols):
-    """Groups of 16 tokens and blocks of 12288, and what is left of them."""
+    """The sizes lie around whole groups of 16 tokens and whole blocks of 12288."""
     for noise in (1e-3, 0.3, 3):
         circuit, reference = make(generator, 4, n_cols, noise)
         wide = jensen_shannon.js_rows(circuit.double(), reference.double(), 0.3, 1.0)
@@ -162,7 +162,7 @@ def test_laws(js_rows, generator):
 @pytest.mark.parametrize("temperature", [1, 0.7])
 @pytest.mark.parametrize("beta", [1e-3, 0.5, 0.8])
 def test_identical_rows_are_0(js_rows, gradients, generator, beta, temperature, dtype):
-    """Exactly, and so are their gradients; not where one logit is another."""
+    """They are exactly 0, and so are their gradients; rows that differ in one logit are not."""
     _, reference = make(generator, 5, 5001, 0, dtype)
     reference[1] -= 60
     reference[2, :4000] = -INF
@@ -175,12 +175,12 @@ def test_identical_rows_are_0(js_rows, gradients, generator, beta, temperature, 
 
 
 def test_many_terms_of_one_size(js_rows):
-    """Rounding of a sum does not grow with the vocabulary: its parts go to float64 in time."""
+    """A sum's rounding error does not grow with the vocabulary: its parts go to float64 in time."""
     for a in torch.linspace(0.3, 3, 10).tolist():
         reference, circuit = torch.zeros(1, 8192), torch.zeros(1, 8192)
         circuit[:, ::2] = a
         exact = definition(circuit, reference, 0.5)
-        # Terms of few values round alike: more than a polynomial's own 1.1e-6, and no more than that.
+        # Terms of few values round alike, which adds to the polynomial's own 1.1e-6, but not more.
         torch.testing.assert_close(js_rows(circuit, reference).double(), exact, rtol=3e-6, atol=0)
 
 
@@ -195,7 +195,7 @@ def test_never_negative(js_rows, generator, beta):
 @pytest.mark.parametrize("p_v", [NAN, INF, -INF, 0.5])
 @pytest.mark.parametrize("q_v", [NAN, INF, -INF, 0.5])
 def test_odd_tokens(implementation, generator, p_v, q_v):
-    """A token masked on one side costs what it is worth; one NaN or +inf undoes its row alone."""
+    """A token masked on one side adds a finite term; a NaN or +inf makes only its own row NaN."""
     circuit, reference = make(generator, 3, 50, 0.5)
     reference[1, 5], circuit[1, 5] = p_v, q_v
     leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
@@ -215,7 +215,7 @@ def test_odd_tokens(implementation, generator, p_v, q_v):
 
 @pytest.mark.parametrize("beta", [0.3, 0.5])
 def test_masked_halves(js_rows, gradients, generator, beta):
-    """Many tokens masked on one side or both, whole vectors and blocks of them among these."""
+    """Many tokens are masked on one side or both, among them whole vectors and whole blocks."""
     circuit, reference = make(generator, 4, 30001, 0.5)
     circuit[0, :11000], reference[1, 11000:] = -INF, -INF
     circuit[2, ::2], reference[2, 1::2] = -INF, -INF
@@ -229,7 +229,7 @@ def test_masked_halves(js_rows, gradients, generator, beta):
     )
     for ours, exact in zip(gradients(circuit, reference, beta), wide, strict=True):
         assert ours.isfinite().all()
-        # Row 2 has nothing in common, and every token of a side is worth the same.
+        # The sides of row 2 have no token in common, and every token of a side is worth the same.
         assert ((ours - exact).norm(dim=-1) <= 1e-5 * exact.norm(dim=-1) + 1e-9).all()
 
 
@@ -255,7 +255,7 @@ def test_gradient(implementation, generator, noise, beta, temperature):
     definition(*(t / temperature for t in wide), beta).backward(grad.double())
     for ours, exact in zip(leaves, wide, strict=True):
         error = (ours.grad - exact.grad).norm(dim=-1)
-        # Where logits are 150 apart the rounding of that changes what one token weighs.
+        # Where logits are 150 apart, rounding their difference changes a token's weight.
         bound = 1e-4 if noise == 40 else 1e-5
         assert (error <= bound * exact.grad.norm(dim=-1)).all()
         assert (ours.grad[1] == 0).all()
@@ -264,7 +264,7 @@ def test_gradient(implementation, generator, noise, beta, temperature):
 @pytest.mark.parametrize("shift", [30.0, -100.0, 1e4])
 @pytest.mark.parametrize("side", [0, 1])
 def test_sides_an_offset_apart(implementation, generator, side, shift):
-    """Differences rounded at the offset would show at once."""
+    """Differences that are rounded at the size of the offset would show at once."""
     rows = list(make(generator, 24, 700, 0.1))
     rows[side] = rows[side] + shift
     found = fastkl.js_div(*rows, reduction="none", backend=implementation)
@@ -273,24 +273,24 @@ def test_sides_an_offset_apart(implementation, generator, side, shift):
 
 
 def _against_float64(implementation, circuit, reference, beta=0.5, temperature=1.0):
-    """Assert a row's divergence and, by their norms, its gradients."""
+    """Assert that rows' divergences and, norm-wise, their gradients agree with float64's."""
     leaves = [t.clone().requires_grad_() for t in (circuit, reference)]
     found = fastkl.js_div(
         *leaves, beta=beta, temperature=temperature, reduction="none", backend=implementation
     )
-    # In float16 most of a small divergence's gradients would be below its normal numbers.
+    # Unscaled, most gradients of a small divergence would be below float16's normal numbers.
     scale = 2.0**10
     (scale * found.sum()).backward()
     wide = [t.double().requires_grad_() for t in (circuit, reference)]
-    # Less their maxima: float64, too, rounds a large quotient by more than alike rows differ.
+    # Subtract the maxima: even float64 rounds a large quotient by more than similar rows differ.
     cooled = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in wide)
     exact = definition(*cooled, beta)
     (scale * exact.sum()).backward()
     assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
     for ours, theirs in zip(leaves, wide, strict=True):
-        # In float64: of gradients below 1e-23 a float32 norm is 0.
+        # Take norms in float64: in float32 the norm of gradients below 1e-23 is 0.
         error = (ours.grad.double() - theirs.grad).norm(dim=-1)
-        # A result of 16 bits is rounded to these.
+        # The gradients of 16-bit logits are rounded to 16 bits.
         bound = max(1e-5, torch.finfo(ours.dtype).eps)
         assert (error <= bound * theirs.grad.norm(dim=-1)).all()
 
@@ -299,9 +299,9 @@ def _against_float64(implementation, circuit, reference, beta=0.5, temperature=1
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("middle", [0, -0.5])
 def test_gradients_of_sides_an_offset_apart(implementation, generator, middle, noise, shift):
-    """What a difference is rounded by at the offset is more than alike sides differ.
+    """A difference as large as the offset is rounded by more than similar sides differ.
 
-    On one side of 0, the nearer one on the finer grid, and on both.
+    The sides lie on one side of 0, the nearer side's logits on a finer grid, or on both sides of 0.
     """
     for temperature, beta in ((1, 0.5), (8, 0.1), (0.3, 0.5)):
         circuit, reference = (
@@ -315,7 +315,7 @@ def test_gradients_of_sides_an_offset_apart(implementation, generator, middle, n
 @pytest.mark.parametrize("shift", [0.1, 0.5, -1, 2, -3, 3.9])
 @pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2])
 def test_gradients_of_sides_a_little_apart(implementation, generator, noise, shift):
-    """Where the likeliest logits of one side are near 0, and on a finer grid than a small offset's."""
+    """One side's likeliest logits are near 0, on a finer grid than that of a small offset."""
     for temperature in (1, 8):
         reference = torch.randn(8, 1000, generator=generator) * 3 * temperature
         reference -= reference.amax(-1, keepdim=True)
@@ -332,7 +332,7 @@ def test_gradients_of_sides_an_offset_apart_by_dtype(implementation, generator, 
 
 
 def test_two_tokens_an_offset_apart(implementation):
-    """The divergence is 1e-15, and its gradients were off by seven times theirs."""
+    """The divergence is 1e-15; its gradients were once off by seven times their size."""
     reference = torch.tensor([[-3.5498819, -3.4717090]])
     circuit = torch.tensor([[28.173254, 28.251427]])
     _against_float64(implementation, circuit, reference, 0.1)
@@ -341,7 +341,7 @@ def test_two_tokens_an_offset_apart(implementation):
 
 @pytest.mark.parametrize("shift", [2.0, 16.0, -32.0, 1024.0])
 def test_an_exact_offset_changes_nothing(implementation, js_rows, gradients, generator, shift):
-    """Of logits on a grid that both sides have: 0 exactly, where tokens are masked on both too."""
+    """Logits on a grid that both sides share give exactly 0, also with tokens masked on both."""
     reference = (torch.randn(3, 5001, generator=generator) * 3 * 256).round() / 256
     reference[1, :4000] = -INF
     for rows in ((reference + shift, reference), (reference, reference + shift)):
@@ -352,7 +352,7 @@ def test_an_exact_offset_changes_nothing(implementation, js_rows, gradients, gen
 
 @natively
 def test_masks_of_sides_an_offset_apart(implementation, generator):
-    """Masked on one side, on the other, on both, and by the least number there is."""
+    """Tokens are masked on one side, on the other, on both, and by about the lowest float32."""
     circuit, reference = make(generator, 4, 700, 1e-3)
     circuit[0, 5] = reference[0, 6] = circuit[0, 7] = reference[0, 7] = -INF
     circuit[1, 5] = reference[1, 6] = -3.4e38
@@ -373,7 +373,7 @@ def test_masks_of_sides_an_offset_apart(implementation, generator):
 @natively
 @pytest.mark.parametrize("beta", [1e-4, 0.25, 0.5, 0.99])
 def test_gradient_of_each_token(gradients, generator, beta):
-    """Small ones too: against float64, beside the rounding of what a side's tokens share."""
+    """Check small elements too, allowing for the rounding of what all tokens of a side share."""
     circuit, reference = make(generator, 3, 3001, 0.7)
     wide = jensen_shannon.js_gradients(
         torch.ones(3), circuit.double(), reference.double(), beta, 1.0, True, True
@@ -386,7 +386,7 @@ def test_gradient_of_each_token(gradients, generator, beta):
 
 @natively
 def test_gradient_where_all_worths_are_alike(gradients, generator):
-    """One side has next to all of the mixture where it has mass: digits of log 2 are none of a worth."""
+    """Where a side has mass it is nearly all of the mixture: a common log 2 must cost no digits."""
     circuit, reference = make(generator, 8, 5003, 40)
     wide = jensen_shannon.js_gradients(
         torch.ones(8), circuit.double(), reference.double(), 0.5, 1.0, True, True
@@ -439,7 +439,7 @@ def test_rows_do_not_depend_on_the_batch_or_on_threads(js_rows, gradients, gener
 @pytest.mark.parametrize("p_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
 def test_dtypes_and_strides(js_rows, gradients, generator, q_dtype, p_dtype):
-    """Of rows of wider tensors, at odd addresses: as float32 of them, gradients rounded once."""
+    """Rows of wider tensors, at odd addresses, equal float32 copies; gradients are rounded once."""
     circuit, reference = make(generator, 5, 701, 0.3)
     circuit, reference = circuit.to(q_dtype), reference.to(p_dtype)
     strided = []
@@ -455,7 +455,7 @@ def test_dtypes_and_strides(js_rows, gradients, generator, q_dtype, p_dtype):
         assert ours.dtype == like.dtype
         assert ours.is_contiguous()
         assert torch.equal(ours, whole.to(like.dtype))
-    # A row that stands for all of them, and a gradient with stride 0.
+    # A row that is expanded to all rows, and an incoming gradient with stride 0.
     expanded = single[1][:1].expand(5, -1)
     one = torch.ones(1).expand(5)
     assert torch.equal(js_rows(single[0], expanded), js_rows(single[0], expanded.contiguous()))
@@ -469,7 +469,7 @@ def test_dtypes_and_strides(js_rows, gradients, generator, q_dtype, p_dtype):
 
 @natively
 def test_logits_near_the_limits_of_float32(js_rows, gradients, generator):
-    """Rows, and tokens of a row, whose differences are beyond float32."""
+    """The differences of whole rows, and of tokens in a row, are beyond float32."""
     circuit, reference = make(generator, 5, 700, 0.5)
     huge, half = 3e38, math.log(2) / 2
     reference[0], circuit[0] = huge, -huge
@@ -489,7 +489,7 @@ def test_logits_near_the_limits_of_float32(js_rows, gradients, generator):
 
 @natively
 def test_weights_and_temperatures_of_any_size(js_rows, gradients, generator):
-    """No NaN where a weight, or the inverse of a temperature, is no number of float32."""
+    """Nothing is NaN where float32 cannot hold a weight, or the inverse of a temperature."""
     circuit, reference = make(generator, 3, 700, 2)
     circuit[0, 5] = reference[1, 6] = -INF
     reference[2, 3] = circuit[2, 4] = 300.0
@@ -503,7 +503,7 @@ def test_weights_and_temperatures_of_any_size(js_rows, gradients, generator):
     for temperature in (1e-300, 1e-39, 1e-3, 1e38, 1e300):
         found = js_rows(circuit, reference, temperature=temperature)
         assert ((found >= 0) & (found <= 0.6932)).all()
-    # Flat but for the masked tokens: one of 700 on one side.
+    # The rows become flat, except for one masked token of 700 on one side.
     flat = js_rows(circuit[:1], reference[:1], temperature=1e300).double()
     masked = definition(torch.where(circuit == -INF, -INF, 0.0)[:1], torch.zeros(1, 700), 0.5)
     torch.testing.assert_close(flat, masked, rtol=1e-5, atol=1e-8)
@@ -521,7 +521,7 @@ def test_sides_swap(js_rows, gradients, generator):
 
 
 def test_the_rule_of_choice(generator, monkeypatch):
-    """As kl_div's: the argument, the environment, the device and the dtype."""
+    """js_div chooses as kl_div does: by the argument, the environment, the device and the dtype."""
     if reason := native.missing():
         pytest.skip(reason)
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
@@ -529,7 +529,7 @@ def test_the_rule_of_choice(generator, monkeypatch):
     by_name = {
         name: fastkl.js_div(*rows, backend=name, reduction="none") for name in ("eager", "native")
     }
-    # Rows are told apart by their last bits, some of which a mean may round alike.
+    # The backends differ in the last bits of rows, which a mean may round away.
     assert not torch.equal(*by_name.values())
     assert torch.equal(fastkl.js_div(*rows, reduction="none"), by_name["native"])
     loss = fastkl.JSDivLoss(backend="eager", reduction="none")
@@ -567,15 +567,15 @@ def test_triton_has_it_from_pytorch(generator):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_as_an_operator(generator, dtype):
-    """By eager in float64, and in float32 by what the device has."""
+    """The eager backend runs in float64, and the device's usual one in float32."""
     circuit, reference = make(generator, 3, 20, 0.5, dtype)
     leaves = [t.requires_grad_() for t in (circuit, reference)]
     if dtype == torch.float64:
         assert torch.autograd.gradcheck(lambda q, p: fastkl.js_div(q, p, beta=0.3), leaves)
-    torch.library.opcheck(operator.js_div, (*leaves, 0.3, 1.0, None))
+    torch.library.opcheck(custom_ops.js_div, (*leaves, 0.3, 1.0, None))
     detached = [leaf.detach() for leaf in leaves]
     torch.library.opcheck(
-        operator.js_div_backward, (torch.ones(3), *detached, 0.3, 1.0, True, True, None)
+        custom_ops.js_div_backward, (torch.ones(3), *detached, 0.3, 1.0, True, True, None)
     )
     compiled = torch.compile(fastkl.js_div, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*leaves), fastkl.js_div(*leaves))

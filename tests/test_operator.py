@@ -1,4 +1,4 @@
-"""kl_div as a PyTorch operator: gradients, and what compiles, exports and batches it."""
+"""kl_div as a PyTorch operator: its gradients, and how it compiles, exports and batches."""
 
 import inspect
 import os
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 import fastkl
 from bench import memory
-from fastkl import backends, operator
+from fastkl import backends, custom_ops
 from fastkl.backends import triton
 from fastkl.views import with_gaps
 
@@ -34,7 +34,7 @@ def pair(generator):
 
 
 def definition(circuit, reference):
-    """The mean divergence by PyTorch's own functions."""
+    """Return the mean divergence by PyTorch's own functions."""
     log_p, log_q = reference.log_softmax(-1), circuit.log_softmax(-1)
     return functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
@@ -46,23 +46,23 @@ def test_opcheck(pair, dtype, wanted):
         t.to(dtype)[0].requires_grad_(want) for t, want in zip(pair, wanted, strict=True)
     )
     other = (circuit.detach() * 2).requires_grad_(wanted[0])
-    torch.library.opcheck(operator.kl_div, ([circuit, other], reference, 2.0, None, True))
+    torch.library.opcheck(custom_ops.kl_div, ([circuit, other], reference, 2.0, None, True))
     grad, kept = torch.ones(1, 6), torch.empty(0, 1, 6)
     torch.library.opcheck(
-        operator.kl_div_backward,
+        custom_ops.kl_div_backward,
         (grad, [circuit.detach()], reference.detach(), kept, [True], True, 2.0, None),
     )
 
 
 @pytest.fixture
 def few(pair):
-    """Fewer of them, (2, 2, 50): the interpreter is slow."""
+    """Return fewer rows, (2, 2, 50), because Triton's interpreter is slow."""
     return [t[:2, :2].contiguous() for t in pair]
 
 
 @pytest.fixture
 def triton_kernels():
-    """The package of the kernels, which run in the interpreter, on tensors on the CPU."""
+    """Return the package of Triton's kernels, which run in the interpreter on CPU tensors."""
     if ON_GPU or (reason := triton.missing()):
         pytest.skip("there is a card: see test_gpu.py" if ON_GPU else reason)
     from fastkl import _triton  # noqa: PLC0415
@@ -75,12 +75,12 @@ def test_opcheck_of_what_is_kept(few, triton_kernels, wanted):
     circuit, reference = (
         t[0].clone().requires_grad_(want) for t, want in zip(few, wanted, strict=True)
     )
-    torch.library.opcheck(operator.kl_div, ([circuit], reference, 2.0, "triton", True))
-    _, kept = operator.kl_div([circuit.detach()], reference.detach(), 2.0, "triton", True)
+    torch.library.opcheck(custom_ops.kl_div, ([circuit], reference, 2.0, "triton", True))
+    _, kept = custom_ops.kl_div([circuit.detach()], reference.detach(), 2.0, "triton", True)
     assert kept.shape == (triton_kernels.N_KEPT, 1, 2)
     rows = [circuit.detach()], reference.detach(), kept
     torch.library.opcheck(
-        operator.kl_div_backward, (torch.ones(1, 2), *rows, [True], True, 2.0, "triton")
+        custom_ops.kl_div_backward, (torch.ones(1, 2), *rows, [True], True, 2.0, "triton")
     )
 
 
@@ -88,7 +88,7 @@ def test_opcheck_of_what_is_kept(few, triton_kernels, wanted):
     ("then", "now"), [("native", "eager"), ("eager", "native"), ("native", "triton")]
 )
 def test_another_backend_differentiates(pair, monkeypatch, then, now):
-    """What one backend has kept is nothing to another, which the environment may name meanwhile."""
+    """A backend does not use what another kept, if FASTKL_BACKEND changes before the backward."""
     for name in (then, now):
         if reason := fastkl.unavailable_backends().get(name):
             pytest.skip(reason)
@@ -105,14 +105,14 @@ def test_another_backend_differentiates(pair, monkeypatch, then, now):
 
 
 def test_what_is_kept_has_no_nan(generator):
-    """Tools that look for NaN look at it too."""
+    """Tools that look for NaN also look at what is kept."""
     rows = torch.randn(2, 2000, 7, generator=generator)
-    _, kept = operator.kl_div([rows[0]], rows[1], 1.0, None, True)
+    _, kept = custom_ops.kl_div([rows[0]], rows[1], 1.0, None, True)
     assert kept.isfinite().all()
 
 
 def test_a_step_measures_once(few, triton_kernels, monkeypatch):
-    """What the forward kept is what the backward takes; without a gradient nothing is kept."""
+    """The backward pass uses what the forward pass kept; without a gradient nothing is kept."""
     kept = []
     launch = triton_kernels.launch
 
@@ -137,7 +137,7 @@ def test_a_step_measures_once(few, triton_kernels, monkeypatch):
 
 
 def test_what_is_kept_is_batched(few, triton_kernels):
-    """By the rule for vmap, and computed again where a caller kept nothing."""
+    """The rule for vmap batches it, and it is computed again where a caller kept nothing."""
     del triton_kernels
     inputs = [t.clone().requires_grad_() for t in few]
     torch.vmap(lambda c, r: fastkl.kl_div(c, r, backend="triton"))(*inputs).sum().backward()
@@ -146,7 +146,7 @@ def test_what_is_kept_is_batched(few, triton_kernels):
     for leaf, exact in zip(inputs, oracle_gradients(*rows, grad), strict=True):
         torch.testing.assert_close(leaf.grad.flatten(0, 1).double(), exact, rtol=1e-5, atol=1e-7)
     leaf = rows[0].clone().requires_grad_()
-    divergence, kept = operator.kl_div([leaf], rows[1], 1.0, "triton", False)
+    divergence, kept = custom_ops.kl_div([leaf], rows[1], 1.0, "triton", False)
     assert kept.shape == (0, 1, 4)
     divergence.backward(grad[None].float())
     torch.testing.assert_close(leaf.grad, inputs[0].grad.flatten(0, 1), rtol=1e-6, atol=1e-9)
@@ -191,7 +191,7 @@ def test_gradcheck(generator):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_reductions(pair, reduction):
-    """Their gradients reach the operator expanded, with stride 0."""
+    """The reductions' gradients reach the operator expanded, with stride 0."""
     circuit, reference = pair[0].clone().requires_grad_(), pair[1]
     fastkl.kl_div(circuit, reference, reduction=reduction).backward()
     rows = 24 if reduction == "mean" else 1
@@ -223,7 +223,7 @@ def test_a_teacher_under_inference_mode(pair):
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 def test_a_teachers_buffer_that_is_used_again(pair, function):
-    """Under inference mode no version says so: the gradient is that of what it was before."""
+    """Inference mode counts no versions: the gradient is that of the buffer before it changed."""
     expected, circuit = (pair[0].clone().requires_grad_() for _ in range(2))
     function(expected, pair[1]).backward()
     with torch.inference_mode():
@@ -267,7 +267,7 @@ def test_a_second_derivative_is_refused(pair):
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 def test_batches_of_gradients_are_refused(pair, function):
-    """By `torch.autograd`, and not by `torch.vmap`, to which the error points."""
+    """`torch.autograd` refuses them; `torch.vmap`, to which the error points, takes them."""
     circuit = pair[0].clone().requires_grad_()
     rows = function(circuit, pair[1], reduction="none").flatten()
     ones = torch.eye(len(rows))
@@ -289,7 +289,7 @@ print("torch._dynamo" in sys.modules)
 
 
 def test_a_first_call_does_not_import_a_compiler():
-    """It takes a second or two, in every process."""
+    """Importing a compiler takes a second or two, in every process."""
     command = [sys.executable, "-c", FIRST_CALL]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -328,7 +328,7 @@ REVERSE_MODE = {
 @pytest.mark.parametrize("transform", [*FORWARD_MODE, *REVERSE_MODE])
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_other_derivatives_are_refused(pair, name, transform, side, monkeypatch):
-    """Before any work: forward mode would be silently 0, for want of a rule."""
+    """They are refused before any work: without a rule, forward mode would silently give 0."""
     monkeypatch.setattr(backends, "choose_for", lambda *_: pytest.fail("something was measured"))
 
     def divergence(t):
@@ -343,8 +343,8 @@ def test_other_derivatives_are_refused(pair, name, transform, side, monkeypatch)
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_forward_mode_is_refused_where_it_is_compiled(pair, name):
-    """Compiled within forward mode, and before it."""
-    # Other versions of PyTorch refuse it themselves, or say no more than that there was an error.
+    """The divergence is compiled within forward mode, and before it."""
+    # Other versions of PyTorch refuse it themselves, or only say that there was an error.
     refused = "not for forward mode" + "|Observed exception|dual tensor" * (not TORCH_2_13)
 
     def divergence(t):
@@ -363,7 +363,7 @@ def test_forward_mode_is_refused_where_it_is_compiled(pair, name):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_constants_within_other_derivatives(pair, name):
-    """Where the divergence has no derivative to take, torch.func passes."""
+    """torch.func works where the divergence is a constant, with no derivative to take."""
     x, expected = pair[0][0, 0, 0], DIVERGENCES[name](*pair)
     for scaled in (
         lambda x: x * DIVERGENCES[name](*pair),
@@ -374,29 +374,29 @@ def test_constants_within_other_derivatives(pair, name):
 
 
 def misplaced(rows):
-    """Rows whose vocabulary is not contiguous."""
+    """Return rows whose vocabulary is not contiguous."""
     return rows.t().contiguous().t()
 
 
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_the_operators_take_any_strides(pair, backend):
-    """A compiler may hand them over otherwise than they were."""
+    """A compiler may pass the rows with other strides than they had."""
     if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     rows = [t[0] for t in pair]
     odd = [misplaced(t) for t in rows]
-    expected, kept = operator.kl_div(rows[:1], rows[1], 1.0, backend, True)
-    found = operator.kl_div(odd[:1], odd[1], 1.0, backend, True)[0]
+    expected, kept = custom_ops.kl_div(rows[:1], rows[1], 1.0, backend, True)
+    found = custom_ops.kl_div(odd[:1], odd[1], 1.0, backend, True)[0]
     assert torch.equal(found, expected)
     grad = torch.rand(1, 6)
     gradients = [
-        operator.kl_div_backward(grad, [q], p, kept, [True], True, 1.0, backend)
+        custom_ops.kl_div_backward(grad, [q], p, kept, [True], True, 1.0, backend)
         for q, p in (rows, odd)
     ]
     assert all(map(torch.equal, *gradients))
-    assert torch.equal(*(operator.js_div(q, p, 0.5, 1.0, backend) for q, p in (rows, odd)))
+    assert torch.equal(*(custom_ops.js_div(q, p, 0.5, 1.0, backend) for q, p in (rows, odd)))
     gradients = [
-        operator.js_div_backward(grad[0], q, p, 0.5, 1.0, True, True, backend)
+        custom_ops.js_div_backward(grad[0], q, p, 0.5, 1.0, True, True, backend)
         for q, p in (rows, odd)
     ]
     assert all(map(torch.equal, *gradients))
@@ -412,14 +412,16 @@ def test_the_operators_take_any_strides(pair, backend):
     ],
 )
 def test_the_operators_take_rows_of_one_another_alone(circuit, reference, message):
-    """Nothing is read that is not there."""
+    """The operators refuse rows that do not match, so that nothing is read out of bounds."""
     circuit, reference = torch.zeros(circuit), torch.zeros(reference)
     grad, kept = torch.ones(1, 3), torch.empty(0, 1, 3)
     for call in (
-        lambda: operator.kl_div([circuit], reference, 1.0, None, False),
-        lambda: operator.kl_div_backward(grad, [circuit], reference, kept, [True], True, 1.0, None),
-        lambda: operator.js_div(circuit, reference, 0.5, 1.0, None),
-        lambda: operator.js_div_backward(grad[0], circuit, reference, 0.5, 1.0, True, True, None),
+        lambda: custom_ops.kl_div([circuit], reference, 1.0, None, False),
+        lambda: custom_ops.kl_div_backward(
+            grad, [circuit], reference, kept, [True], True, 1.0, None
+        ),
+        lambda: custom_ops.js_div(circuit, reference, 0.5, 1.0, None),
+        lambda: custom_ops.js_div_backward(grad[0], circuit, reference, 0.5, 1.0, True, True, None),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
@@ -429,13 +431,13 @@ def test_the_operators_refuse_other_rows_numbers(pair):
     circuit, reference = (t[0] for t in pair)
     grad, kept = torch.ones(1, 6), torch.empty(10, 1, 5)
     with pytest.raises(ValueError, match=r"divergences' shape \(1, 6\), got \(1, 5\)"):
-        operator.kl_div_backward(
+        custom_ops.kl_div_backward(
             grad[:, :5], [circuit], reference, kept[:0], [True], True, 1.0, None
         )
     with pytest.raises(ValueError, match=r"the divergences \(1, 6\) were .* got \(10, 1, 5\)"):
-        operator.kl_div_backward(grad, [circuit], reference, kept, [True], True, 1.0, None)
+        custom_ops.kl_div_backward(grad, [circuit], reference, kept, [True], True, 1.0, None)
     with pytest.raises(ValueError, match=r"divergences' shape \(1, 6\), got \(1, 5\)"):
-        operator.js_div_backward(grad[0, :5], circuit, reference, 0.5, 1.0, True, True, None)
+        custom_ops.js_div_backward(grad[0, :5], circuit, reference, 0.5, 1.0, True, True, None)
 
 
 def rest_of_prompts(t):
@@ -445,7 +447,7 @@ def rest_of_prompts(t):
 @pytest.mark.parametrize("view", [rest_of_prompts, lambda t: t[:, :-1], lambda t: t[:, 1:4, 2:]])
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 def test_views_with_gaps(pair, function, view):
-    """All positions but the first: what their copies give, and what is saved is the views."""
+    """Views such as all positions but the first give what copies do; autograd saves the views."""
     saved = []
     leaves = [t.clone().requires_grad_() for t in pair]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -465,7 +467,7 @@ def test_views_with_gaps(pair, function, view):
 
 
 def test_views_with_gaps_that_are_padded_differently(pair):
-    """Shifted logits of vocabularies of which each is padded to a size of its own: none is copied."""
+    """Shifted logits of vocabularies that are padded to different sizes are not copied."""
     (n_prompts, n_positions, n_cols), wide = pair[0].shape, []
     for t, padding in zip(pair, (3, 8), strict=True):
         padded = torch.full((n_prompts, n_positions, n_cols + padding), torch.nan)
@@ -477,7 +479,7 @@ def test_views_with_gaps_that_are_padded_differently(pair):
     taken, window = with_gaps([t[..., :n_cols] for t in wide])
     assert window == (n_positions - 1, n_positions)
     assert [t.data_ptr() for t in taken] == [t.data_ptr() for t in wide]
-    # Gaps of other lengths have no rows in common.
+    # Gaps of different lengths cannot be measured together.
     assert with_gaps([pair[0][:, :-1], pair[1][:, :-1].contiguous()])[1] is None
 
 
@@ -485,7 +487,7 @@ def test_views_with_gaps_that_are_padded_differently(pair):
     "view",
     [
         lambda t: t[..., ::2],
-        # The prompts are no whole number of rows apart.
+        # The prompts are not a whole number of rows apart.
         lambda t: t.flatten(1)[:, :290].unfold(1, 50, 55),
         lambda t: t[:, :1].expand(-1, 5, -1),
         lambda t: t[:1, :-1].expand(4, -1, -1),
@@ -493,7 +495,7 @@ def test_views_with_gaps_that_are_padded_differently(pair):
     ids=["every other token", "between rows", "one row", "one prompt"],
 )
 def test_views_that_have_no_gaps(pair, view):
-    """They are copied: no rows in between are where gaps would be."""
+    """These views are copied, because their gaps are not whole rows like their own."""
     views = [view(t) for t in pair]
     assert with_gaps(views)[1] is None
     found = fastkl.kl_div(*views, reduction="none")
@@ -511,7 +513,7 @@ def test_rows_in_the_gaps_do_not_count(pair):
 
 
 def crossed(circuit, reference):
-    """What takes both directions, and statistics."""
+    """Return a sum that takes both directions, and statistics."""
     options = {"reduction": "none", "direction": "reverse", "return_stats": True}
     divergence, found = fastkl.kl_div(circuit, reference, **options)
     return divergence + found.cross_entropy
@@ -542,7 +544,7 @@ def test_statistics_of_what_is_traced_or_has_no_memory(pair):
 def test_opcheck_of_statistics(pair, dtype):
     circuit, reference = (t.to(dtype)[0] for t in pair)
     arguments = ([circuit, 2 * circuit], reference, 2.0, None)
-    # PyTorch 2.6 takes no tolerances.
+    # PyTorch 2.6's opcheck takes no tolerances.
     known = inspect.signature(torch.library.opcheck).parameters
     exactly = {name: 0 for name in ("atol", "rtol") if name in known}
     torch.library.opcheck(torch.ops.fastkl.statistics, arguments, **exactly)
@@ -554,7 +556,7 @@ def test_opcheck_of_statistics(pair, dtype):
 
 @pytest.mark.parametrize("dims", [(0, 0), (None, 0), (0, None), (1, 0), (2, 1)])
 def test_statistics_of_a_batch(pair, dims):
-    """Along any dimension, of both sides or one: what each of its members has."""
+    """A batch along any dimension, of both sides or one, has the statistics of each member."""
 
     def fields(circuit, reference):
         found = fastkl.kl_div_many([circuit, reference], reference, return_stats=True)[1]
@@ -571,7 +573,7 @@ def test_statistics_of_a_batch(pair, dims):
 
 
 def test_compiled_statistics_have_no_gradient(pair):
-    """In one graph, of any number of rows; the divergence beside them has one."""
+    """They compile in one graph for any number of rows; the divergence does have a gradient."""
 
     def both(circuit, reference):
         return fastkl.kl_div(circuit, reference, reduction="none", return_stats=True)
@@ -588,7 +590,7 @@ def test_compiled_statistics_have_no_gradient(pair):
 
 
 class Wrapped(torch.Tensor):
-    """Logits that lie elsewhere, as those of quantized tensors do."""
+    """A tensor whose logits lie elsewhere, as those of quantized tensors do."""
 
     @staticmethod
     def __new__(cls, logits):
@@ -608,7 +610,7 @@ class Wrapped(torch.Tensor):
 @pytest.mark.parametrize("kind", ["wrapped", "negated"])
 def test_tensors_that_are_not_what_lies_in_memory(pair, kind):
     def other(t):
-        # PyTorch keeps the imaginary part of a conjugate as a view that is to be negated.
+        # PyTorch keeps the imaginary part of a conjugate as a view with its negative bit set.
         return Wrapped(t) if kind == "wrapped" else torch.complex(t, -t).conj().imag
 
     circuit, reference = (t[:, 0] for t in pair)
@@ -623,7 +625,7 @@ def test_tensors_that_are_not_what_lies_in_memory(pair, kind):
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 @pytest.mark.parametrize("backend", ["eager", "native"])
 def test_gradients_in_batches(pair, function, backend):
-    """A Jacobian's rows, all at once."""
+    """`torch.vmap` takes a Jacobian's rows all at once."""
     if reason := fastkl.unavailable_backends().get(backend):
         pytest.skip(reason)
     leaves = [t[:2].clone().requires_grad_() for t in pair]
@@ -642,7 +644,7 @@ def test_gradients_in_batches(pair, function, backend):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor finds no g++")
 def test_inductor(pair):
-    """Logits that the compiler makes itself, transposed and with gaps, forward and backward."""
+    """The compiler itself produces the logits, transposed and with gaps, forward and backward."""
 
     def loss(circuit, reference):
         transposed = (circuit * 2).transpose(0, 1)[1:].transpose(0, 1)
@@ -659,7 +661,7 @@ def test_inductor(pair):
 
 
 def test_compile(pair):
-    """In one graph, forward and backward, and for other sizes without another compilation."""
+    """It compiles in one graph, forward and backward, and not again for other sizes."""
     compilations = 0
 
     def counting(graph, _):
@@ -747,7 +749,7 @@ def test_meta_tensors_have_shapes(pair):
 
 
 def test_distillation(generator):
-    """A student learns a teacher, step by step as it does with PyTorch's own functions."""
+    """A student learns from a teacher, step by step as it does with PyTorch's own functions."""
     inputs = torch.randn(64, 8, generator=generator)
     teacher = inputs @ torch.randn(8, 300, generator=generator)
     curves = []
@@ -784,7 +786,7 @@ print(peak(step) - sum(leaf.nbytes for leaf in inputs))
 
 @pytest.mark.skipif(memory.missing() is not None, reason=f"memory: {memory.missing()}")
 def test_peak_memory():
-    """Forward and backward take the gradients and 8 MiB, whatever the number of rows."""
+    """Forward and backward take the gradients and less than 8 MiB, for any number of rows."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK],
         cwd=Path(__file__).parents[1],

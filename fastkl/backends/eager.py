@@ -14,7 +14,7 @@ from fastkl import gradient, jensen_shannon, summaries
 from fastkl.backends import eager_states as states
 from fastkl.backends.eager_blocks import Layout
 from fastkl.backends.eager_workspace import Workspace
-from fastkl.rows import DEVICE_BLOCK_ELEMENTS, compute_dtype, cool
+from fastkl.rows import DEVICE_BLOCK_ELEMENTS, at_temperature, compute_dtype
 from fastkl.state import RowState
 
 NAME = "eager"
@@ -67,7 +67,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     # Choosing by values would wait for the device: all rows get the full treatment.
     for rows, ref, e in _blocks(reference, dtype, temperature):
         for k, circuit in enumerate(circuits):
-            cir = states.read_circuit(cool(circuit[rows], dtype, temperature), e)
+            cir = states.read_circuit(at_temperature(circuit[rows], dtype, temperature), e)
             divergence[k, rows] = states.finalize(cir, ref)
     return divergence
 
@@ -107,7 +107,7 @@ def _measure_blocks(
     layout = Layout(*reference.shape)
     workspace = Workspace(layout)
     for rows in layout.slices(len(reference)):
-        p = cool(reference[rows], torch.float32, temperature)
+        p = at_temperature(reference[rows], torch.float32, temperature)
         workspace.read(p)
         for start in range(0, len(circuits), workspace.n_circuits):
             blocks = [circuit[rows] for circuit in circuits[start : start + workspace.n_circuits]]
@@ -115,7 +115,9 @@ def _measure_blocks(
             def circuit(k: int, some: Tensor | None, blocks: Sequence[Tensor] = blocks) -> Tensor:
                 block = blocks[k] if some is None else blocks[k][some]
                 # Half precision is converted where it is subtracted.
-                return block if temperature == 1 else cool(block, torch.float32, temperature)
+                return (
+                    block if temperature == 1 else at_temperature(block, torch.float32, temperature)
+                )
 
             found, good = workspace.kl(circuit, len(blocks))
             bad = good.logical_not()
@@ -140,4 +142,8 @@ def _blocks(
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))
         n = rows.stop - rows.start
-        yield rows, states.Reference.read(cool(reference[rows], dtype, temperature), w[:n]), e[:n]
+        yield (
+            rows,
+            states.Reference.read(at_temperature(reference[rows], dtype, temperature), w[:n]),
+            e[:n],
+        )
