@@ -1,4 +1,4 @@
-"""Which backend is taken, and what is said of one that cannot run."""
+"""Which backend is chosen, and what errors and warnings say of a backend that cannot run."""
 
 import importlib
 import importlib.util
@@ -55,7 +55,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_asked_for_measures(monkeypatch, call):
-    """And nothing else, though all measure the same."""
+    """Only the backend that is asked for runs; the results, alike for all, would not show this."""
     took = []
 
     def watched(module, function):
@@ -150,7 +150,7 @@ def test_the_environment_reaches_the_call(monkeypatch):
 
 
 def test_an_extension_that_was_not_built_says_where(monkeypatch):
-    """A clone's folder hides the package that pip installed, extension and all."""
+    """A clone's folder may hide the package that pip installed, and with it the extension."""
     monkeypatch.setattr(native, "_extension", ModuleNotFoundError)
     folder = Path(fastkl.__file__).parent
     text = f"fastkl._native is not in {folder}: .* a C..17 compiler, or .* a clone, imports"
@@ -166,7 +166,7 @@ def test_an_extension_that_can_not_be_loaded_says_why(monkeypatch):
 
 
 def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
-    """In a clone, they lie in a folder that an installation alone maps."""
+    """In a clone, the kernels lie in a folder that only an installation maps to fastkl._triton."""
     found = {"triton": True, "fastkl._triton": None}
     monkeypatch.setattr(triton.importlib.util, "find_spec", found.get)
     text = f"kernels fastkl._triton are not in {Path(fastkl.__file__).parent}: .* a clone, imports"
@@ -174,7 +174,7 @@ def test_kernels_that_are_elsewhere_are_missing(monkeypatch):
 
 
 def test_what_the_kernels_keep_is_what_the_backend_says():
-    """It says so before it is known that Triton is there."""
+    """The backend repeats the number, which is needed before it is known that Triton is there."""
     if problem := triton.installation_problem():
         pytest.skip(problem)
     assert triton.N_KEPT == importlib.import_module("fastkl._triton").N_KEPT
@@ -228,7 +228,7 @@ def test_the_version_of_triton():
 
 
 def test_all_logits_choose():
-    """A circuit of a dtype that a backend does not take, beside a reference of one that it does."""
+    """A backend is refused if it takes the reference's dtype but not a circuit's."""
     if "native" not in fastkl.available_backends():
         pytest.skip("the native kernel was not built")
     for return_stats in (False, True):
@@ -317,7 +317,7 @@ def test_without_triton():
 
 @pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
 def test_a_triton_that_can_not_be_imported(tmp_path, error):
-    """Its own libraries may be missing, or be too new for the system: that is no reason to crash."""
+    """Triton's own libraries may be missing or too new for the system: fastkl must not crash."""
     if not importlib.util.find_spec("fastkl._triton"):
         pytest.skip("fastkl was not installed by pip")
     text = "libLLVM.so.19: cannot open shared object file"
@@ -332,7 +332,7 @@ def test_a_triton_that_can_not_be_imported(tmp_path, error):
     assert missing == f"triton, or its kernels here, cannot be imported: {error}: {text}"
     assert value == "0.0"
     assert refused == f"backend='triton' was requested but cannot be used here: {missing}"
-    # The command, and that it went on to its end.
+    # The command says so too, and runs to its end.
     assert any(missing in line for line in told)
     assert told[-1] == "0"
 

@@ -1,4 +1,4 @@
-"""The eager backend's formula: at its limits, and rows of all kinds together."""
+"""The eager backend's formula, at its limits and on blocks of rows of all kinds."""
 
 import math
 import subprocess
@@ -17,7 +17,7 @@ N_COLS = 4099
 
 
 def pair(generator, reach, n_rows=1):
-    """Rows whose logits rise and fall by up to `reach`, but for the likeliest token."""
+    """Return rows whose logits rise and fall by up to `reach`, except the likeliest token's."""
     reference = torch.randn(n_rows, N_COLS, generator=generator) * 3
     rise = (torch.rand(n_rows, N_COLS, generator=generator) * 2 - 1) * reach
     rise[:, 7], rise[:, 11] = reach, -reach
@@ -26,7 +26,7 @@ def pair(generator, reach, n_rows=1):
 
 
 def good(circuit, reference):
-    """Whether each row was good by the formula, and whether any was measured again."""
+    """Return whether the formula was good for each row, and whether any row was measured again."""
     workspace = eager_workspace.Workspace(blocks.Layout(*reference.shape))
     workspace.read(reference)
     again = []
@@ -43,16 +43,16 @@ def good(circuit, reference):
 @pytest.mark.parametrize(
     ("depth", "limit", "expected"),
     [
-        # The largest float32, and the smallest that has all its digits.
+        # Where e^x is the largest float32, and the smallest one that has all its digits.
         (60, 128 * math.log(2), (True, False)),
         (60, formulas.LEAST_EXPONENT * math.log(2), (True, False)),
-        # How far a token may rise in a row too deep for its weights; in others it does not matter.
+        # How far a token may rise in a row too deep for its weights; other rows have no such limit.
         (70, formulas._TOO_HIGH * math.log(2), (True, False)),
         (60, formulas._TOO_HIGH * math.log(2), (True, True)),
     ],
 )
 def test_far_moves(generator, depth, limit, expected, side):
-    """A weight small for float32, or too small for it, and a circuit that prefers or buries a token."""
+    """A deep token rises, or another one falls, by a little less or a little more than a limit."""
     circuit, reference = pair(generator, 1.0, 2)
     token = 9 if limit > 0 else 7
     reference[:, 9] = reference.amax(-1) - depth
@@ -64,7 +64,7 @@ def test_far_moves(generator, depth, limit, expected, side):
 
 @pytest.mark.parametrize("depth", [10.0, 17.0])
 def test_falls_below_float32s_normal_numbers(generator, depth):
-    """The logarithm of an exponential that has lost its digits is off by up to a third."""
+    """An exponential that small has few digits, and its logarithm is off by up to a third."""
     circuit, reference = pair(generator, 0.0, 200)
     reference[:, 9] = reference.amax(-1) - depth
     circuit = reference.clone()
@@ -73,7 +73,7 @@ def test_falls_below_float32s_normal_numbers(generator, depth):
 
 
 def test_a_rise_far_above_float32s_digits(generator):
-    """P e^x is then off by 1e-5 of itself, and most of what KL is."""
+    """P e^x is then off by 1e-5 of itself, and it is most of KL."""
     depth = torch.linspace(30, 87, 400)[:, None]
     share = torch.linspace(-4, -1, 7)[:, None]
     noise = torch.rand(400, 1, generator=generator)
@@ -86,7 +86,7 @@ def test_a_rise_far_above_float32s_digits(generator):
 @pytest.mark.parametrize("above", [5.0, 20.0])
 @pytest.mark.parametrize("depth", [80.0, 95.0, 120.0])
 def test_a_token_without_reference_mass_that_the_circuit_prefers(generator, depth, above):
-    """e^x is past float32, or the token's weight is."""
+    """e^x overflows in float32, or the token's weight underflows."""
     circuit, reference = pair(generator, 1.0, 2)
     reference[:, 9] = reference.amax(-1) - depth
     circuit[:, 9] = circuit.amax(-1) + above
@@ -94,7 +94,7 @@ def test_a_token_without_reference_mass_that_the_circuit_prefers(generator, dept
 
 
 def test_a_weight_of_few_digits(generator):
-    """Below float32's normal numbers, beside a rise that makes it count."""
+    """The weight is below float32's normal numbers, but its token rises so far that it counts."""
     circuit, reference = pair(generator, 0.05, 2)
     reference[:, 9] = reference.amax(-1) - 103
     circuit[:, 9] = reference[:, 9] + torch.tensor([87.0, 88.0])
@@ -102,7 +102,7 @@ def test_a_weight_of_few_digits(generator):
 
 
 def test_each_rows_bits_are_its_own(generator):
-    """Rows of all kinds in one block, and each of them alone."""
+    """A row has the same bits alone and in a block with rows of all kinds."""
     reaches = [0.0, 0.01, 0.03, 0.2, 0.5, 3.0, 20.0, 70.0]
     pairs = [pair(generator, reach) for reach in reaches]
     circuit, reference = (torch.cat(rows) for rows in zip(*pairs, strict=True))
@@ -118,11 +118,12 @@ def test_each_rows_bits_are_its_own(generator):
 
 
 def test_bits_beside_a_row_that_lies_deep(generator):
-    """Only a deep row's own tokens are too deep."""
+    """A deep row does not change the bits of the rows beside it."""
     circuit, reference = pair(generator, 1.0, 40)
     reference[:, 9] = reference.amax(-1) - torch.linspace(60, 80, 40)
     circuit[:, 9] = reference.amax(-1) + torch.linspace(-1, 7, 40)
-    # Flat rows whose rise counts, as deep ones', and is not asked for among others that are not deep.
+    # Rows that are not quite deep, with a rise that would count in deep ones. It must not count
+    # beside deep rows either, because it is not computed in a block without them.
     reference[20:] = 0
     reference[20:, 9] = -38
     circuit[20:] = 0.1 * torch.randn(20, N_COLS, generator=generator)
@@ -138,7 +139,7 @@ def test_bits_beside_a_row_that_lies_deep(generator):
 
 
 def test_bits_of_a_long_row_alone(generator):
-    """PyTorch shares the sum of a single row out to threads. A masked token leaves it to the states."""
+    """PyTorch splits a single row's sum over threads. The masked token requires `eager_states`."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     reference = torch.randn(12, 100_003, generator=generator) * 3
@@ -155,7 +156,7 @@ def test_bits_of_a_long_row_alone(generator):
 
 
 def far_but_small(generator, n_rows, level=0.005):
-    """Rows whose unlikely tokens move far while the likely ones hardly do, as those of real models."""
+    """Return rows whose unlikely tokens move far and likely ones hardly, as in real models."""
     reference = torch.randn(n_rows, 5003, generator=generator) * 3
     below = reference.amax(-1, keepdim=True) - reference
     noise = torch.randn(n_rows, 5003, generator=generator)
@@ -164,7 +165,7 @@ def far_but_small(generator, n_rows, level=0.005):
 
 @pytest.mark.parametrize("apart", [0.0, 1000.0])
 def test_bits_among_rows_measured_again(generator, apart):
-    """Few and many rows of a block are good at once, or measured again."""
+    """Whether few or many rows of a block are measured again does not change a row's bits."""
     rows = []
     for n_few, n_many in ((1, 4), (3, 2)):
         for few in (0.1, 0.8, 3.0, None):
@@ -180,7 +181,7 @@ def test_bits_among_rows_measured_again(generator, apart):
     alone = torch.cat(
         [kl_rows([q[None]], p[None], "eager")[0] for q, p in zip(circuit, reference, strict=True)]
     )
-    # Blocks of five rows, and of all.
+    # Five rows at a time, and all at once.
     for n_rows in (5, len(circuit)):
         found = [
             kl_rows(
@@ -205,7 +206,7 @@ def n_threads(request):
 @pytest.mark.parametrize("n_cols", [2, 3, 9, 67, 127, 200, 2500])
 @pytest.mark.parametrize("reach", [0.1, 0.9, 2.0, 30.0])
 def test_bits_do_not_depend_on_the_place_in_a_block(generator, n_threads, n_cols, reach):
-    """PyTorch gives the last numbers of a thread's share to another loop than the others."""
+    """PyTorch computes the last elements of a thread's share in another loop than the others."""
     reference = torch.randn(n_cols, generator=generator)
     circuit = reference + (torch.rand(n_cols, generator=generator) * 2 - 1) * reach
     circuit[0] = reference[0] + reach
@@ -240,7 +241,7 @@ def test_rows_are_padded_with_zeros(n_cols):
 
 @pytest.mark.parametrize("level", [0.003, 0.005, 0.008])
 def test_few_tokens_far_and_a_small_divergence(generator, level):
-    """Measured once, though unlikely tokens move far."""
+    """Such rows are measured only once, although unlikely tokens move far."""
     circuit, reference = far_but_small(generator, 8, level)
     assert good(circuit, reference) == ([True] * 8, False)
     divergence = kl_rows([circuit], reference, "eager")[0]
@@ -252,7 +253,7 @@ def test_few_tokens_far_and_a_small_divergence(generator, level):
 @pytest.mark.parametrize("n_cols", [2, 10, 33, 100, 1000])
 @pytest.mark.parametrize("height", [0.0, 2.0, 5.0])
 def test_only_the_likeliest_token_moved(n_cols, height):
-    """What is summed are the others, which are at rest but for c."""
+    """Only the other tokens are summed. They do not move, so that their x is c."""
     reference = torch.zeros(1201, n_cols)
     reference[:, 0] = height + 1e-3
     circuit = reference.clone()
@@ -267,13 +268,13 @@ def test_only_the_likeliest_token_moved(n_cols, height):
         (1878, 4.637124061584473, -1.5877864360809326),
         (609, 3.000575065612793, -2.027707815170288),
         (455, 2.718919038772583, -2.0056638717651367),
-        # Means far larger than divergences: float32 sums of them are off by more than those may be.
+        # Means far larger than the divergence: their float32 sums are off by more than it may be.
         (512, 0.125, 76.6875),
         (512, 0.1119380, 74.8051),
     ],
 )
 def test_all_but_the_likeliest_token_moved_alike(n_cols, height, moved):
-    """What a search found: so do their roundings, all to one side."""
+    """A search found these: the tokens' rounding errors are alike too, and all have one sign."""
     reference = torch.zeros(1, n_cols)
     reference[0, 0] = height
     circuit = reference + moved
@@ -291,7 +292,7 @@ def test_sides_further_apart_than_float64_has_digits_for(generator, apart):
 @pytest.mark.parametrize("n_cols", [512, 1000])
 @pytest.mark.parametrize(("height", "moved"), [(0.0, 23.0), (4.7, -1.3), (4.7, 1.3), (5.5, 0.24)])
 def test_sums_of_many_alike(n_cols, height, moved):
-    """Each addition rounds to the same side, in sums and in means."""
+    """Every addition rounds in the same direction, both in sums and in means."""
     reference = torch.zeros(400, n_cols)
     reference[:, 0] = height
     circuit = reference + torch.linspace(0.7, 1.0, 400)[:, None] * moved
@@ -302,7 +303,7 @@ def test_sums_of_many_alike(n_cols, height, moved):
 @pytest.mark.parametrize(
     ("n_cols", "heavy_ones", "far", "heavy", "top"),
     [
-        # Found when parts were of 255.
+        # Found when parts had 255 elements.
         (
             510,
             slice(0, None, 255),
@@ -317,7 +318,7 @@ def test_sums_of_many_alike(n_cols, height, moved):
             (-0.30040204524993896, -2.685586929321289),
             (-1, 0.36200302839279175, -0.07460425794124603),
         ),
-        # Of parts of 128.
+        # For parts of 128 elements.
         (
             1152,
             slice(40, None, 128),
@@ -328,7 +329,7 @@ def test_sums_of_many_alike(n_cols, height, moved):
     ],
 )
 def test_one_heavy_token_a_part(n_cols, heavy_ones, far, heavy, top):
-    """What searches found: each tiny term that is added to a heavy one rounds to the same side."""
+    """Searches found these: every tiny term added to a heavy one rounds in the same direction."""
     place, *top_logits = top
     reference, circuit = (torch.full((1, n_cols), logit) for logit in far)
     for rows, logit, top_logit in zip((reference, circuit), heavy, top_logits, strict=True):
@@ -340,12 +341,12 @@ def test_one_heavy_token_a_part(n_cols, heavy_ones, far, heavy, top):
 @pytest.mark.parametrize(
     "groups",
     [
-        # How many tokens, and their logits in the reference and the circuit.
+        # Each group is a number of tokens, and their logits in the reference and in the circuit.
         # Large moves of few tokens.
         [(1013, -3.8955534, 5.241186), (1, 7.4244723, 7.9097123), (10, 7.0979681, 53.387157)],
         [(497, -6.8024640, -4.2882686), (1, 2.4290981, 1.2695265), (14, 1.8343037, 29.920029)],
         [(386, -5.298099, 3.3587451), (1, 3.936584, 8.7335806), (13, 3.349494, 37.045696)],
-        # Deep tokens that rise by 64 powers of two and more.
+        # Deep tokens that rise by 64 powers of two or more.
         [(56, -84.167374, -4.2227187), (7, 0.2569641, 0.8926468), (1, 1.1581306, 1.791928)],
         [(1, -75.431488, 0.5900172), (1, 3.3552706, 0.82018214), (1, 5.756794, 3.231745)],
         [
@@ -376,7 +377,7 @@ def test_one_heavy_token_a_part(n_cols, heavy_ones, far, heavy, top):
             (1, 5.527501583099365, 6.921565055847168),
             (95, 4.141061782836914, 5.661302089691162),
         ],
-        # Sides about 4 apart, and far more.
+        # Sides about 4 apart, and much further apart.
         [
             (1, -6.56177282333374, -2.577105760574341),
             (65, -7.232758045196533, -3.1192829608917236),
@@ -391,7 +392,7 @@ def test_one_heavy_token_a_part(n_cols, heavy_ones, far, heavy, top):
     ],
 )
 def test_groups_of_tokens_alike(generator, groups):
-    """What searches found: tokens that round alike."""
+    """Searches found these groups of identical tokens, which round alike."""
     reference, circuit = (
         torch.cat([torch.full((1, n), logits[i]) for n, *logits in groups], 1) for i in (0, 1)
     )
@@ -414,7 +415,7 @@ def test_all_but_a_likely_token_of_each_stretch_moved_alike(n_cols, moved):
 @pytest.mark.parametrize("n_parts", [1, 4, 16, 40])
 @pytest.mark.parametrize(("heavy", "rise", "tiny_rise"), [(0.51, 0.5, 0.45), (0.51, -2.0, -1.8)])
 def test_tiny_tokens_added_to_heavy_ones(n_parts, heavy, rise, tiny_rise):
-    """A heavy term to which PyTorch adds one tiny term after another, each rounded to nothing."""
+    """PyTorch adds one tiny term after another to a heavy one, and each is rounded away."""
     stride = 128
     reference, move = torch.full((n_parts, stride), -60.0), torch.zeros(n_parts, stride)
     reference[:, 0], move[:, 0] = math.log(heavy), rise
@@ -428,7 +429,7 @@ def test_tiny_tokens_added_to_heavy_ones(n_parts, heavy, rise, tiny_rise):
 
 @pytest.mark.parametrize("heavy", [2, 11])
 def test_many_tiny_terms_beside_few_large_ones(generator, heavy):
-    """A large term takes digits from all that are added to it."""
+    """Every term that is added to a large one loses digits."""
     reference = -torch.linspace(4, 16, 300)[:, None].repeat(1, 120)
     reference[:, ::10][:, :heavy] = torch.rand(300, heavy, generator=generator) * 1e-3
     circuit = reference.clone()
@@ -439,7 +440,7 @@ def test_many_tiny_terms_beside_few_large_ones(generator, heavy):
 
 
 def test_states_of_many_tokens_just_beyond_the_series(generator):
-    """A token falls too far for the formula, all others to the end of `fastkl.state`'s series."""
+    """One token falls too far for the formula; the others move to the end of the states' series."""
     reference = torch.zeros(300, 400)
     reference[:, 0], reference[:, 1] = torch.linspace(4, 10, 300), -60.0
     circuit = reference + torch.linspace(-0.7, 0.7, 300)[:, None]
@@ -462,7 +463,7 @@ def test_states_of_many_tokens_just_beyond_the_series(generator):
     ],
 )
 def test_sides_apart(reference, circuit):
-    """What a search found: differences rounded at that size, where little is left of them."""
+    """A search found these: differences are rounded at that size, and little is left of them."""
     circuit, reference = torch.tensor([circuit]), torch.tensor([reference])
     assert_matches(kl_rows([circuit], reference, "eager")[0], oracle(circuit, reference))
 
@@ -470,7 +471,7 @@ def test_sides_apart(reference, circuit):
 @pytest.mark.parametrize("n_cols", [10, 606, 50257])
 @pytest.mark.parametrize("spread", [0.0, 0.5])
 def test_a_circuit_that_is_sure_of_the_likeliest_token(generator, spread, n_cols):
-    """All others fall together, and next to nothing is left of Σ P e^x."""
+    """All other tokens fall together, and next to nothing is left of Σ P e^x."""
     rises = torch.linspace(1, 40, 40)
     reference = spread * torch.randn(40, n_cols, generator=generator)
     circuit = reference + 0.6 * spread * torch.randn(40, n_cols, generator=generator)
@@ -492,7 +493,7 @@ def test_a_circuit_that_dropped_the_likeliest_token(generator, n_cols):
 @pytest.mark.parametrize("share", [0.0215, 0.0225])
 @pytest.mark.parametrize("n_cols", [294, 3650])
 def test_a_divergence_small_beside_the_mean(generator, share, n_cols):
-    """All others rise alike when the likeliest token is dropped, and round alike."""
+    """When the likeliest token falls, all other tokens rise alike and round alike."""
     reference = torch.zeros(400, n_cols)
     reference[:, 0] = math.log(share * (n_cols - 1) / (1 - share))
     reference += 3 * torch.rand(400, 1, generator=generator)
@@ -512,7 +513,7 @@ def test_circuits_in_groups(generator, monkeypatch):
 
 @pytest.mark.parametrize("level", [1e-7, 1e-6, 1e-5])
 def test_one_token_far_off_and_the_rest_close(generator, level):
-    """First-order sums are of the size of one token's rounding: only second-order ones survive it."""
+    """First-order sums are of the size of one token's rounding; second-order sums survive it."""
     circuit, reference = pair(generator, level, 30)
     reference[:, 7] = circuit[:, 7] = -25.0
     circuit[:15, 7] += 5
@@ -525,7 +526,7 @@ def test_one_token_far_off_and_the_rest_close(generator, level):
 
 @pytest.mark.parametrize("n_cols", [2, 3, 10, 1000])
 def test_rows_a_few_units_in_the_last_place_apart(generator, n_cols):
-    """Second-order sums of them may be 0 or less, and first-order ones are not."""
+    """Rounding may make their second-order sums 0 or negative, where first-order sums are not."""
     reference = torch.randn(300, n_cols, generator=generator)
     units = torch.randint(-2, 3, (300, n_cols), generator=generator, dtype=torch.int32)
     circuit = (reference.view(torch.int32) + units).view(torch.float32)
@@ -545,9 +546,9 @@ def test_a_row_that_is_nan_does_not_hide_one_that_is_apart(generator):
 
 @pytest.mark.parametrize("pivot", [2.0, 40.0, -1000.0, 3e4])
 def test_pivots(generator, pivot):
-    """A circuit an offset away measures what it does without, but for its own rounding."""
+    """An offset of a circuit changes its divergence only by rounding errors."""
     circuit, reference = pair(generator, 0.4, 3)
-    # So many binary digits are left when the offset has been added.
+    # Seven binary places, so that adding the offset is exact.
     circuit, reference = (torch.round(rows * 128) / 128 for rows in (circuit, reference))
     moved = kl_rows([circuit + pivot], reference, "eager")[0]
     assert_matches(moved, oracle(circuit, reference))
@@ -556,7 +557,7 @@ def test_pivots(generator, pivot):
 
 
 def test_the_likeliest_token_far_from_the_middle(generator):
-    """Everything moved but the likeliest token, which has nearly all the mass."""
+    """Everything moves except the likeliest token, which has nearly all the mass."""
     circuit, reference = pair(generator, 0.01, 2)
     likeliest = reference.argmax(-1, keepdim=True)
     for rows in (circuit, reference):
@@ -581,7 +582,7 @@ for backend in sys.argv[2:]:
 
 
 def test_defaults_of_the_process_change_nothing(generator, tmp_path):
-    """Set before fastkl is imported: tables and results stay where the logits are."""
+    """Even if they are set before fastkl is imported, tables and results stay with the logits."""
     circuit, reference = pair(generator, 1.0, 6)
     circuit = reference + (circuit - reference) * torch.tensor(
         [[0], [0.01], [0.1], [0.2], [1], [30]]

@@ -1,4 +1,4 @@
-"""The table of errors: what is wrong, which error it is, and the facts its text carries."""
+"""Tables of errors: what is wrong, which error is raised, and the facts that its text carries."""
 
 import math
 import re
@@ -219,7 +219,7 @@ def test_modules_refuse_on_construction(module, case):
 
 
 def test_modules_can_be_made_where_their_backend_can_not_run(monkeypatch):
-    """Configured on one machine, and used on another."""
+    """A module may be configured on one machine and used on another."""
     monkeypatch.setattr(triton, "missing", lambda *_: "no card")
     loss = fastkl.KLDivLoss(backend="triton")
     with pytest.raises(RuntimeError, match=r"backend='triton' was requested .*: no card"):
@@ -231,7 +231,7 @@ UNUSABLE = "'native' was requested but cannot be used here: the kernel takes .* 
 
 @pytest.mark.skipif(fastkl.unavailable_backends().get("native") is not None, reason="not built")
 def test_a_dtype_that_the_backend_does_not_take(monkeypatch):
-    """Not the machine is at fault."""
+    """The message blames the dtype, not the machine."""
     with pytest.raises(RuntimeError, match=f"^backend={UNUSABLE}"):
         fastkl.kl_div(F32.double(), F32, backend="native")
     monkeypatch.setenv("FASTKL_BACKEND", "native")

@@ -26,7 +26,7 @@ def test_reductions(pair):
 
 
 def test_direction(pair):
-    """The reference is P: as torch's kl_div of log-probabilities, and not the other way round."""
+    """P is the reference, as in torch's kl_div of log-probabilities, and not the circuit."""
     circuit, reference = pair
     theirs = torch.nn.functional.kl_div(
         circuit.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum"
@@ -81,7 +81,7 @@ def test_dtypes(pair, circuit_dtype, reference_dtype, result):
 
 
 def test_half_precision_is_not_rounded_first(generator):
-    """bf16 logits mean the numbers they hold: the result is that of their float32 copies."""
+    """bf16 logits are taken as the numbers they hold: float32 copies give the same result."""
     reference = (torch.randn(4, 3000, generator=generator) * 3).bfloat16()
     circuit = (reference.float() + 0.1 * torch.randn(4, 3000, generator=generator)).bfloat16()
     half = fastkl.kl_div(circuit, reference, reduction="none")
@@ -99,7 +99,7 @@ def test_no_rows_have_no_mean():
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
 @pytest.mark.parametrize("rows", ["all", "masked", "weighted"])
 def test_sums_are_accumulated_in_float64(reduction, rows):
-    """float32 has seven digits for the first row and the 3999 others; the sum is rounded once."""
+    """In float32, the first row would leave the 3999 others few digits; the sum is rounded once."""
     reference, circuit = torch.zeros(4000, 2), torch.zeros(4000, 2)
     circuit[:, 0] = torch.linspace(0.5, 2, 4000)
     circuit[0, 0] = 3e6
@@ -125,7 +125,7 @@ def test_generators_are_circuits(pair):
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("incoming", [1.0, 0.0])
 def test_gradients_at_the_edges(backend, direction, incoming):
-    """The paragraph on them in kl_div's docstring, on one row each."""
+    """Check the special cases that kl_div's docstring lists, on one row each."""
     if fastkl.unavailable_backends().get(backend):
         pytest.skip("not built")
     inf, nan = torch.inf, torch.nan

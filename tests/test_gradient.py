@@ -1,4 +1,4 @@
-"""The gradients against float64 autograd of the definition, and the table of what odd rows give."""
+"""The gradients against float64 autograd of the definition, and what unusual rows give."""
 
 import math
 import sys
@@ -11,7 +11,8 @@ from fastkl.backends import eager, native, triton
 
 INF, NAN = math.inf, math.nan
 NOISES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 5)
-# Norm-wise, a row: |dq - dq64| <= BOUND |dq64|. A few roundings of float32; 4e-7 was the most seen.
+# For each row, norm-wise: |dq - dq64| <= BOUND |dq64|. This allows a few float32 rounding errors;
+# 4e-7 was the most seen.
 BOUND = 2e-6
 
 
@@ -23,7 +24,7 @@ def make(generator, n_rows, n_cols, noise, scale=3, dtype=torch.float32):
 
 @pytest.fixture(params=["eager", *LEVELS, "triton"])
 def gradients(request, monkeypatch):
-    """Each backend's, and each instruction-set level's of native; Triton's in its interpreter."""
+    """Return each backend's function: native's at each level, Triton's in its interpreter."""
     if request.param == "triton":
         if ON_GPU or (reason := triton.missing()):
             pytest.skip("there is a card: see test_gpu.py" if ON_GPU else reason)
@@ -33,7 +34,7 @@ def gradients(request, monkeypatch):
 
 @pytest.fixture
 def one(gradients):
-    """The gradients (dq, dp) of one circuit's rows."""
+    """Return a function that returns the gradients (dq, dp) of one circuit's rows."""
 
     def function(circuit, reference, grad=None, temperature=1.0):
         if grad is None:
@@ -46,7 +47,7 @@ def one(gradients):
 
 @pytest.fixture
 def ordinary(gradients):
-    """The rows and tokens of an ordinary test: the interpreter is slow."""
+    """Return the shape of an ordinary test's rows, smaller for Triton's slow interpreter."""
     return (2, 1100) if gradients is triton.gradients else (4, 5000)
 
 
@@ -56,7 +57,7 @@ def eagerly(circuit, reference):
 
 
 def error(found, expected):
-    """The largest relative error of a row, norm-wise."""
+    """Return the largest relative error of any row, norm-wise."""
     norms = expected.double().norm(dim=-1)
     return ((found.double() - expected).norm(dim=-1) / norms).max().item()
 
@@ -65,7 +66,7 @@ def error(found, expected):
 @pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("noise", NOISES)
 def test_relative_error(gradients, one, generator, noise, scale, n_cols):
-    # test_compiled_gradients.py has the large ones.
+    # test_compiled_gradients.py tests Triton on large vocabularies.
     n_cols = 1600 if gradients is triton.gradients and n_cols > 1600 else n_cols
     n_rows = 1 if gradients is triton.gradients else 4
     circuit, reference = make(generator, n_rows, n_cols, noise, scale)
@@ -73,7 +74,7 @@ def test_relative_error(gradients, one, generator, noise, scale, n_cols):
     found, expected = one(circuit, reference, grad), oracle_gradients(circuit, reference, grad)
     for ours, exact in zip(found, expected, strict=True):
         assert error(ours, exact) <= BOUND
-    # Elementwise too, beside the rounding of what all tokens share: x, and the mean of d.
+    # Check each element too, allowing for the rounding of what all tokens share: x, and d's mean.
     bounds = [shared * reference.double().softmax(-1) * grad[:, None] for shared in (1e-6, 1e-5)]
     for ours, exact, bound in zip(found, expected, bounds, strict=True):
         assert ((ours - exact).abs() <= 1e-5 * exact.abs() + min(noise, 1) * bound + 1e-12).all()
@@ -91,7 +92,7 @@ def test_shifts_change_nothing(one, generator, ordinary, side, shift):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shift", [1.0, 16.0, -64.0, 256.0])
 def test_sides_on_either_side_of_0(gradients, one, generator, shift, temperature):
-    """Whichever side is moved to the other, float32 has no room for the last digits of likely tokens."""
+    """Whichever side is moved to the other, likely tokens' last digits do not fit into float32."""
     shape = (1, 300) if gradients is triton.gradients else (2, 1500)
     p = torch.randn(shape, generator=generator) * 0.3 + (shift / 2 - 0.25)
     q = p - shift + 1e-3 * torch.randn(shape, generator=generator)
@@ -103,7 +104,7 @@ def test_sides_on_either_side_of_0(gradients, one, generator, shift, temperature
 @pytest.mark.parametrize("mask", [torch.finfo(torch.float32).min, -3e38])
 @pytest.mark.parametrize("side", [0, 1])
 def test_masks_that_overflow_when_they_are_divided(gradients, one, generator, side, mask):
-    """Of a token without mass nothing is left, and not 0 times inf."""
+    """A token without mass contributes nothing, and not 0 times inf."""
     if gradients is triton.gradients:
         pytest.skip("in Triton logits below -1e38 count as masked: see README, Limits")
     rows = list(make(generator, 2, 40, 0.1))
@@ -117,7 +118,7 @@ def test_masks_that_overflow_when_they_are_divided(gradients, one, generator, si
 @pytest.mark.parametrize("huge", [1e8, -1e9])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_row_of_one_huge_logit_is_uniform(gradients, one, generator, side, huge):
-    """Multiples of 8 and more: what the other side's logits are is all rounded away in p - q."""
+    """Floats that large are multiples of 8 or more: in p - q the other side's logits round away."""
     if gradients is triton.gradients:
         pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
     ordinary = torch.randn(3, 5003, generator=generator) * 0.3
@@ -130,7 +131,7 @@ def test_a_row_of_one_huge_logit_is_uniform(gradients, one, generator, side, hug
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 7.0])
 @pytest.mark.parametrize("others", [-INF, 0.0])
 def test_one_token_of_a_huge_logit(gradients, one, others, temperature):
-    """It has all mass on both sides, which lie 4e35 apart there: no gradient, however rounded."""
+    """The token has all mass on both sides, 4e35 apart there: no gradient, however that rounds."""
     if gradients is triton.gradients:
         pytest.skip("a logit above 2e38 makes its row NaN in Triton: see README, Limits")
     reference, circuit = torch.full((2, 700), others), torch.full((2, 700), others)
@@ -140,17 +141,17 @@ def test_one_token_of_a_huge_logit(gradients, one, others, temperature):
 
 
 def test_logits_on_a_coarse_grid(gradients, one):
-    """Of 8e12, whose neighbors are 524288 away: what float32 loses of a maximum is not lost."""
+    """At 8e12 floats are 524288 apart: what rounding takes from a maximum must not get lost."""
     if gradients is triton.gradients:
         pytest.skip("Triton's sides are not to be 1e5 apart: see README, Limits")
     reference, circuit = torch.full((2, 3100), 8e12), torch.full((2, 3100), 8e12 - 2**20)
     reference[:, 5] -= 2**20
-    # The other gradient is 0 but for what rounding leaves.
+    # The reference's gradient is 0 except for rounding errors.
     assert error(one(circuit, reference)[0], oracle_gradients(circuit, reference)[0]) <= BOUND
 
 
 def test_both_rows_far_from_zero(one, generator, ordinary):
-    """Logits of -60 or so, as GPT-2's are: p - q is exact, and nothing is lost."""
+    """Logits are about -60, as GPT-2's are: p - q is exact, so that nothing is lost."""
     circuit, reference = make(generator, *ordinary, 0, 1)
     reference -= 60
     circuit = reference + 1e-3 * torch.randn(ordinary, generator=generator)
@@ -166,7 +167,7 @@ def test_identical_rows_have_no_gradient(one, generator, ordinary):
 
 
 def test_disjoint_peaks(one):
-    """Tokens with mass on one side only: Q - P where e^(q - p) overflows, and where P is 0."""
+    """Tokens with mass on one side have gradient Q - P, if e^(q - p) overflows and if P is 0."""
     reference, circuit = torch.zeros(2, 1500), torch.zeros(2, 1500)
     reference[:, 7] = circuit[:, 1203] = 300.0
     found, expected = one(circuit, reference), oracle_gradients(circuit, reference)
@@ -187,15 +188,15 @@ def test_confident_rows(one, generator, rest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(gradients, one, generator, ordinary, dtype):
-    """Computed in float32 from the numbers as they are, and rounded once."""
+    """Gradients are computed in float32 from the logits as they are, and rounded once."""
     circuit, reference = make(generator, *ordinary, 0.1, dtype=dtype)
     half = one(circuit, reference)
     whole = one(circuit.float(), reference.float())
     for ours, single in zip(half, whole, strict=True):
         assert ours.dtype == dtype
         if gradients is triton.gradients:
-            # The interpreter cuts digits off, compiled code rounds (test_compiled_gradients.py). And
-            # in tiles of another shape, sums are rounded otherwise.
+            # The interpreter truncates; compiled code rounds (test_compiled_gradients.py). Besides,
+            # tiles of another shape round sums differently.
             info = torch.finfo(dtype)
             spacing = info.eps * single.abs().clamp(min=info.smallest_normal)
             assert ((ours.float() - single).abs() <= spacing).all()
@@ -208,7 +209,7 @@ def test_float64(generator):
     found, expected = eagerly(circuit, reference), oracle_gradients(circuit, reference)
     for ours, exact in zip(found, expected, strict=True):
         assert ours.dtype == torch.float64
-        # What float64 autograd of the definition itself is off by, at such a small gradient.
+        # At such small gradients, float64 autograd of the definition is itself off by this much.
         assert error(ours, exact) <= 1e-9
 
 
@@ -240,7 +241,7 @@ def test_only_what_is_wanted(gradients, generator):
 
 
 def test_rows_do_not_depend_on_the_batch(gradients, one, generator):
-    """Nor on where the blocks of rows are cut."""
+    """They do not depend on where the blocks of rows are cut either."""
     # 4100 tokens are just above what Triton's forward takes as one slice.
     n_rows, n_cols = (2, 4100) if gradients is triton.gradients else (9, 40000)
     circuit, reference = make(generator, n_rows, n_cols, 0.1)
@@ -252,8 +253,8 @@ def test_rows_do_not_depend_on_the_batch(gradients, one, generator):
 
 
 def test_a_slice_of_the_circuit_alone(one, generator, monkeypatch):
-    """A KL of 1300, by the sum for small ones: what it may be off is no measure of its masses."""
-    # Of other numbers of tokens this shows nothing.
+    """KL is 1300, by the sum for small KL: the error allowed in KL does not bound its masses'."""
+    # With slices of another size this test would show nothing.
     if launch := sys.modules.get("fastkl._triton.launch"):
         monkeypatch.setattr(launch, "slices", lambda n_cols, itemsize: (n_cols // 128, 128))
     reference = torch.full((1, 512), -430.0)
@@ -267,7 +268,7 @@ def test_a_slice_of_the_circuit_alone(one, generator, monkeypatch):
 
 @pytest.mark.parametrize("side", ["p", "q", "both"])
 def test_masked_tokens(one, generator, side):
-    """A logit of -inf has gradient 0; of a token that the reference alone masks, the circuit's is Q."""
+    """A logit of -inf has gradient 0. Where only the reference is masked, the circuit's is Q."""
     circuit, reference = make(generator, 3, 700, 0.1)
     masked = torch.rand(3, 700, generator=generator) < 0.5
     masked[2] = False
@@ -286,7 +287,7 @@ def test_masked_tokens(one, generator, side):
         for ours, exact in zip((dq, dp), oracle_gradients(circuit, reference, grad), strict=True):
             assert error(ours, exact) <= BOUND
         return
-    # The divergence of the first two rows is infinite: Q - P, and NaN.
+    # The divergence of the first two rows is infinite: dq is Q - P, and dp is NaN.
     difference = (circuit.double().softmax(-1) - reference.double().softmax(-1)) * grad[:, None]
     assert error(dq, difference.masked_fill(masked, 0)) <= BOUND
     assert dp[:2][~masked[:2]].isnan().all()
@@ -294,7 +295,7 @@ def test_masked_tokens(one, generator, side):
 
 
 def test_masked_tokens_where_the_incoming_gradient_is_infinite(one, generator):
-    """As a loss scaler's may be for a step: 0 at a -inf logit, however large it is."""
+    """A loss scaler may make it infinite for a step: a -inf logit has gradient 0 even then."""
     circuit, reference = make(generator, 3, 700, 0.1)
     circuit[:, 5] = reference[:, 5] = -INF
     dq, dp = one(circuit, reference, torch.full((3,), INF))
@@ -304,7 +305,7 @@ def test_masked_tokens_where_the_incoming_gradient_is_infinite(one, generator):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_infinite_rows_where_one_token_has_all_mass(one, generator, ordinary, temperature):
-    """The others' logits are finite, though their probabilities are 0 in float32: NaN, not 0."""
+    """Other finite logits have gradient NaN, not 0, though their probability is 0 in float32."""
     circuit, reference = make(generator, 3, ordinary[1], 1, 1)
     reference[:, 7] = torch.tensor([88.0, 1e4, 65504.0])
     reference[:, 11] = -1e30
@@ -313,13 +314,13 @@ def test_infinite_rows_where_one_token_has_all_mass(one, generator, ordinary, te
     assert (dp[:, [7, 9]] == 0).all()
     dp[:, [7, 9]] = NAN
     assert dp.isnan().all()
-    # Q, where P is 0.
+    # dq is Q where P is 0.
     assert error(dq, (circuit.double() / temperature).softmax(-1) / temperature) <= BOUND
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_finite_masks_and_large_gradients(one, generator, temperature):
-    """A token without mass has no gradient, though what its mass is multiplied by overflows."""
+    """A token without mass has no gradient, although the factor of its mass overflows."""
     circuit, reference = make(generator, 2, 700, 0.1)
     reference[:, 5] = -1e30
     reference[:, 9] = circuit[:, 9] = -1e30
@@ -331,20 +332,20 @@ def test_finite_masks_and_large_gradients(one, generator, temperature):
 
 
 def test_a_mask_that_a_low_temperature_makes_infinite(gradients, one, generator):
-    """Of a token without mass nothing is left, though the difference of its logits overflows."""
+    """A token without mass contributes nothing, although the difference of its logits overflows."""
     circuit, reference = make(generator, 2, 700, 0.1)
     reference[:, 5] = -1e37
     dq, dp = one(circuit, reference, temperature=0.01)
     assert (dp[:, 5] == 0).all()
     assert dq.isfinite().all()
-    # Triton's may be NaN elsewhere: see README, Limits.
+    # Triton's dp may be NaN elsewhere: see README, Limits.
     assert dp.isfinite().all() or gradients is triton.gradients
 
 
 @pytest.mark.parametrize("p_v", [NAN, INF, 0.5])
 @pytest.mark.parametrize("q_v", [NAN, INF, 0.5])
 def test_undefined_rows(one, generator, p_v, q_v):
-    """A row whose divergence is NaN is NaN, alone; with masked tokens in it too."""
+    """Only a row whose divergence is NaN has NaN gradients, at its masked tokens too."""
     circuit, reference = make(generator, 3, 300, 0.1)
     clean = one(circuit, reference)
     reference[1, 5], circuit[1, 5] = p_v, q_v
@@ -389,7 +390,7 @@ def test_vocabularies(one, generator, n_cols):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_strided_rows_anywhere_in_memory(gradients, generator, dtype):
-    """Rows of a wider tensor that start at odd addresses, and a gradient with stride 0."""
+    """Rows lie in a wider tensor and start at odd addresses; the incoming gradient has stride 0."""
     circuit, reference = make(generator, 5, 701, 0.3, dtype=dtype)
     strided = []
     for rows, width in ((circuit, 1003), (reference, 811)):
@@ -415,7 +416,7 @@ def test_strided_rows_anywhere_in_memory(gradients, generator, dtype):
 @pytest.mark.parametrize("noise", [1e-3, 0.1])
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 3.0])
 def test_temperature(one, generator, ordinary, temperature, noise, offset):
-    """Logits are subtracted before they are divided: else what a quotient is rounded by would show."""
+    """Logits are subtracted before they are divided: the rounding of quotients would show."""
     circuit, reference = (t + offset for t in make(generator, *ordinary, noise))
     scaled = [t.double() / temperature for t in (circuit, reference)]
     exact = oracle_gradients(*scaled, torch.full((len(circuit),), 1 / temperature))

@@ -20,7 +20,7 @@ relaxed = settings(
 
 @st.composite
 def rows(draw):
-    """A reference and a circuit of up to 40 tokens: ordinary, masked, huge, or the very same."""
+    """Draw a circuit and a reference of up to 40 tokens: ordinary, masked, huge or nearly equal."""
     n_cols = draw(st.integers(1, 40))
     reference = draw(st.lists(LOGIT, min_size=n_cols, max_size=n_cols))
     same = draw(st.booleans())
@@ -32,12 +32,12 @@ def rows(draw):
 
 
 def apart(circuit, reference):
-    """How far apart the log-sum-exps lie."""
+    """Return how far apart the log-sum-exps lie."""
     return (circuit.double().logsumexp(-1) - reference.double().logsumexp(-1)).abs()
 
 
 def reliable(circuit, reference):
-    """Whether a row is one that the Triton kernels are to be relied on for: see README, Limits."""
+    """Return whether the Triton kernels can be relied on for a row: see README, Limits."""
     return apart(circuit, reference) <= 1e5 and min(circuit.max(), reference.max()) > -1e38
 
 
@@ -57,10 +57,10 @@ def test_any_row(backend, pair):
     if expected * reference.numel() > largest and divergence == torch.inf:
         # Sums overflow before they are divided.
         return
-    # A probability below float32's smallest may count as 0, which beside a finfo.min is seen.
+    # A probability below float32's smallest may count as 0, which shows if multiplied by finfo.min.
     log_p, log_q = reference.double().log_softmax(-1), circuit.double().log_softmax(-1)
     lost = (log_p.exp() * (log_p - log_q).abs())[(log_p.exp() < tiny) & (log_p > -torch.inf)]
-    # Native keeps the plain result, good to 1e-7, of sides further apart than float64 can tell.
+    # For sides further apart than float64 can tell, native keeps the plain result, good to 1e-7.
     plain = backend == "native" and apart(circuit, reference) > 1e12
     atol = (1e-7 if plain else ABSOLUTE) + lost.sum().item()
     torch.testing.assert_close(
@@ -89,7 +89,7 @@ def test_identical_rows_with_masked_tokens_measure_exactly_zero(backend, generat
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("power", [4, 6, 8, 12, 16])
 def test_sides_on_both_sides_of_a_power_of_two(backend, power, masked):
-    """The likeliest token lies above it and the others below, on a grid twice as fine."""
+    """The likeliest token lies above the power, the others below it, on a grid twice as fine."""
     apart = 2.0**power
     circuit = torch.linspace(-4.2, -3.2, 20)[None] + apart
     reference = torch.linspace(-3.8, -4.7, 20)[None] - apart
@@ -104,7 +104,7 @@ def test_sides_on_both_sides_of_a_power_of_two(backend, power, masked):
 def test_identical_rows_of_any_size_measure_exactly_zero(
     generator, implementation, scale, n_circuits
 ):
-    """The first tokens so far below the others that their weights are next to nothing, too."""
+    """Row 0's first tokens lie so far below the others that their weights nearly vanish."""
     reference = torch.randn(12, 13001, generator=generator) * scale
     reference[0] = torch.linspace(0, 1, 13001)
     reference[0, :512] = torch.linspace(-89, -86, 512)
@@ -128,7 +128,7 @@ def test_never_negative(backend, generator, noise):
 
 
 def test_never_negative_in_float64(generator):
-    """Where hardly more than the rounding of the pivot is left of a divergence."""
+    """Hardly more than the pivot's rounding error is left of these divergences."""
     for n_cols in range(1, 30):
         reference = torch.randn(40, n_cols, generator=generator, dtype=torch.float64) * 3
         shift = 1000 * torch.randn(1, generator=generator, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_a_constant_changes_nothing(backend, generator, shift):
     circuit, reference = make(generator, 0.05)
     for moved, still in ((circuit + shift, reference), (circuit, reference + shift)):
         assert_matches(kl_rows([moved], still, backend)[0], oracle(moved, still))
-        # The shifted logits are themselves rounded: half an ulp of the shift, of first order in d.
+        # The shifted logits are rounded by half an ulp of the shift, which is of first order in d.
         torch.testing.assert_close(
             oracle(moved, still), oracle(circuit, reference), rtol=1e-3, atol=1e-8
         )
@@ -149,7 +149,7 @@ def test_a_constant_changes_nothing(backend, generator, shift):
 @pytest.mark.parametrize("shift", [30.0, -100.0, 1e3, -1e4])
 @pytest.mark.parametrize("n_cols", [128, 5003])
 def test_sides_an_offset_apart(backend, generator, largest_vocabulary, n_cols, shift):
-    """Either side's, off any grid: differences rounded at the offset would show at once."""
+    """The logits share no grid: differences rounded at the offset's size would show at once."""
     n_rows, n_cols = 2 if backend == "triton" else 24, min(n_cols, largest_vocabulary)
     reference = torch.randn(n_rows, n_cols, generator=generator) * 5
     circuit = reference + 0.1 * torch.randn(n_rows, n_cols, generator=generator)
@@ -161,7 +161,7 @@ def test_sides_an_offset_apart(backend, generator, largest_vocabulary, n_cols, s
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("peak", [0.0, 56.0])
 def test_a_row_of_one_huge_logit_is_uniform(implementation, generator, peak, side, huge):
-    """Multiples of 8 and more: what the other side's logits are is all rounded away in p - q."""
+    """Floats that large are multiples of 8 or more: in p - q the other side's logits round away."""
     ordinary = torch.randn(3, 13011, generator=generator) * 0.3
     ordinary[:, 7] += peak
     flat, zero = torch.full_like(ordinary, huge), torch.zeros_like(ordinary)
@@ -182,9 +182,9 @@ def test_the_order_of_tokens_changes_nothing(backend, generator, noise):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_the_batch(backend, largest_vocabulary, generator, dtype):
-    """A row alone and the same row among quite different ones: the same bits.
+    """A row has the same bits alone and among quite different rows.
 
-    In memory that lies alike: as many columns as make every row start at 16 bytes.
+    The number of columns makes every row start at a multiple of 16 bytes, so that all lie alike.
     """
     n_cols = largest_vocabulary // 8 * 8
     reference = torch.randn(5, n_cols, generator=generator) * 2

@@ -60,7 +60,7 @@ def test_it_is_the_default_on_the_cpu(monkeypatch):
 
 @each_level
 def test_differences_beyond_float32(monkeypatch, level):
-    """Finite logits whose differences are not: weight 0 takes them out, and the rows are identical."""
+    """Differences of finite logits may be infinite: in identical rows, weight 0 takes them out."""
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     rows = torch.randn(3, 137)
     rows[:, 81], rows[:, 89], rows[:, 126] = 3e38, -3e38, -1e4
@@ -97,7 +97,7 @@ def test_an_unknown_level_is_an_error_and_no_fallback(monkeypatch):
     or [pytest.param("none", marks=pytest.mark.skip(reason=REASON or "one level alone here"))],
 )
 def test_the_suite_at_the_other_levels(level):
-    """Parity, laws, edge cases and shapes, which run at the best level by themselves."""
+    """Run parity, laws, edge cases and shapes again, which otherwise run at the best level."""
     files = [f"tests/test_{name}.py" for name in ("parity", "laws", "edge_cases", "shapes")]
     options = ("-q", "-x", "-k", "native", "-p", "no:cacheprovider")
     result = python("-m", "pytest", *options, *files, **{native.LEVEL_VARIABLE: level})
@@ -108,7 +108,7 @@ def test_the_suite_at_the_other_levels(level):
 
 @each_level
 def test_exponential_is_within_its_bound(level):
-    """As functions.hpp documents it: every 97th float32 of the range, both signs."""
+    """Check the bound in functions.hpp on every 97th float32 of the range, of both signs."""
 
     def bits(x):
         return int(torch.tensor(x).view(torch.int32))
@@ -129,7 +129,7 @@ def test_exponential_is_within_its_bound(level):
 
 @each_level
 def test_logarithm_is_within_its_bound(level):
-    """As functions.hpp documents it: every 997th float32, for x and for x - 1 to more digits."""
+    """Check the bound in functions.hpp on every 997th float32, for x and for a precise x - 1."""
 
     def bits(x):
         return int(torch.tensor(x).view(torch.int32))
@@ -148,7 +148,7 @@ def test_logarithm_is_within_its_bound(level):
         rest = sign * torch.arange(bits(1e-30), bits(largest), 997, dtype=torch.int32).view(
             torch.float32
         )
-        # From √½ to √2; beyond, what 1 + rest was rounded by is not asked for.
+        # From √½ to √2 the logarithm is that of 1 + rest; beyond, it is that of the rounded sum.
         near = rest[(rest > -0.2928) & (rest < 0.4142)]
         assert error(1 + near, near, near.double().log1p()) < 1.5e-7
         far = rest[(rest < -0.2930) | (rest > 0.4143)]
@@ -160,7 +160,7 @@ def test_logarithm_is_within_its_bound(level):
 @each_level
 @pytest.mark.parametrize(("wide", "reach"), [(False, 0.5), (True, 3.0)])
 def test_series_of_phi_is_within_its_bound(level, wide, reach):
-    """As functions.hpp documents it, between -reach and reach."""
+    """Check the bound in functions.hpp between -reach and reach."""
     d = torch.linspace(-reach, reach, 1_000_001)[1:-1][:999_984]
     y = torch.empty_like(d)
     native._extension().phi_over_square(level, d.data_ptr(), y.data_ptr(), len(d), wide)
@@ -191,7 +191,7 @@ def test_bits_do_not_depend_on_threads(generator, n_circuits, n_rows, n_cols):
         torch.set_num_threads(before)
     for result in results[1:]:
         assert torch.equal(result, results[0])
-    # Nor on the rows and circuits around: one alone is spread over threads in another way.
+    # Other rows and circuits do not change them either: threads share a row alone in another way.
     alone = native.kl_rows([circuits[-1][-1:]], reference[-1:])
     assert torch.equal(alone, results[0][-1:, -1:])
 
@@ -199,13 +199,14 @@ def test_bits_do_not_depend_on_threads(generator, n_circuits, n_rows, n_cols):
 @each_level
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_every_look(monkeypatch, generator, level, dtype):
-    """Tokens within each polynomial's reach, a few and many beyond it, and each after any other."""
+    """No, few or many tokens lie beyond each polynomial's reach; every look follows every other."""
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     reference = torch.randn(2, 50257, generator=generator) * 3
     noises = [0.1, 0.17, 0.25, 0.5, 0.75, 1.0]
     steps = torch.tensor(noises)[torch.randint(6, (14, 2, 13), generator=generator)]
     noise = torch.randn(50, 2, 50257, generator=generator)
-    # The same all along, tails as heavy as Student's t of 3, and another in each piece.
+    # The same noise all along; tails as heavy as those of Student's t with 3 degrees of freedom;
+    # another noise in each piece.
     noise[:6] *= torch.tensor(noises)[:, None, None]
     chi = torch.randn(3, 30, 2, 50257, generator=generator).square().mean(0).sqrt()
     noise[6:36] *= torch.logspace(-2, 0, 30)[:, None, None] / chi
@@ -221,7 +222,10 @@ def test_rows_of_every_look(monkeypatch, generator, level, dtype):
 @each_level
 @pytest.mark.parametrize("seed", [182, 559])
 def test_terms_of_few_kinds(monkeypatch, level, seed):
-    """Their roundings add up. Exponentials are summed 16 a lane in float32; of 32, one row had 0.58."""
+    """Their rounding errors add up.
+
+    Float32 sums take 16 exponentials a lane; with 32, one row had 0.58 of the tolerance.
+    """
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.rand(3, 64, 1, generator=generator) * 5 - 2.5
@@ -237,7 +241,7 @@ def test_terms_of_few_kinds(monkeypatch, level, seed):
 @each_level
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_bits_do_not_depend_on_who_shares_a_look(monkeypatch, generator, level, temperature):
-    """Circuits are looked at in groups of those that need the same look; this one is in all of them."""
+    """Circuits that need the same look share it; a circuit's bits are the same in any group."""
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     reference = torch.randn(2, 20011, generator=generator) * 3
     noises = (0.2, 0.2, 0.25, 0.2, 0.3, 1e-3, 1e-3, 3.0, 0.0, 1e-3, 3.0, 3.0, 4.0, 3.0, 3.0, 0.2)
@@ -259,7 +263,7 @@ def test_bits_do_not_depend_on_who_shares_a_look(monkeypatch, generator, level, 
 
 @needs_native
 def test_logits_near_the_limits_of_float32(generator):
-    """The lowest finite logit as a mask, in one row or both, over whole slices of the vocabulary."""
+    """The lowest finite logit masks tokens on one side or both, over whole slices of a row."""
     lowest = torch.finfo(torch.float32).min
     reference = torch.randn(6, 70000, generator=generator)
     circuit = reference + torch.randn(reference.shape, generator=generator)
@@ -271,7 +275,7 @@ def test_logits_near_the_limits_of_float32(generator):
     circuit[5, 65000] = -1e36
 
     def exact(p, q):
-        # Unlike the oracle, the maxima go first: beside 1e38 a log-sum-exp keeps no sum.
+        # Unlike the oracle, subtract the maxima first: next to 1e38 a log-sum-exp keeps no sum.
         log_p, log_q = (
             (x - x.amax(-1, keepdim=True)) - (x - x.amax(-1, keepdim=True)).logsumexp(-1, True)
             for x in (p.double(), q.double())
@@ -286,7 +290,7 @@ def test_logits_near_the_limits_of_float32(generator):
 @needs_native
 @pytest.mark.parametrize("n_cols", [322, 5003])
 def test_a_huge_logit_in_the_last_tokens(generator, n_cols):
-    """The padded ones: their exponential is clamped there, and the sum large but finite."""
+    """The last tokens are padded: their exponential is clamped, so its sum is large but finite."""
     reference = torch.randn(1, n_cols, generator=generator)
     circuit = reference.clone()
     circuit[0, -1] = 1e34
@@ -395,7 +399,7 @@ else:
     ],
 )
 def test_ctrl_c_stops_it_and_other_threads_run(n_rows, call):
-    """In slices of few rows, in many rows, and in rows of Jensen-Shannon divergences."""
+    """Interrupt slices of few rows, many rows, and rows of Jensen-Shannon divergences."""
     command = [sys.executable, "-c", LONG_CALL.format(rows=n_rows, call=call)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
@@ -406,7 +410,7 @@ def test_ctrl_c_stops_it_and_other_threads_run(n_rows, call):
             word, ticks = process.stdout.readline().split()
             assert word == "interrupted"
             assert time.monotonic() - sent < 5
-            # The GIL was free: another Python thread counted on.
+            # The GIL was free: another Python thread went on counting.
             assert int(ticks) > 5
         finally:
             process.kill()
@@ -415,7 +419,7 @@ def test_ctrl_c_stops_it_and_other_threads_run(n_rows, call):
 @each_level
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 3.0])
 def test_differences_beyond_float32_that_are_divided(monkeypatch, level, temperature):
-    """By a temperature: a finite logit stays finite, wherever the largest one lies."""
+    """Divided by a temperature, a finite logit stays finite, wherever the largest one lies."""
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     reference = torch.tensor([[3e38, -3e38, 0.0], [3e38, 3e38, -3e38]])
     circuit = torch.tensor([[3e38, -2e38, 3e38], [3e38, 3e38, -3e38]])
@@ -427,7 +431,10 @@ def test_differences_beyond_float32_that_are_divided(monkeypatch, level, tempera
 @each_level
 @pytest.mark.parametrize("temperature", [8e37, 8.6e37, 1e38, 3.3e38, 1e39])
 def test_temperatures_whose_inverse_is_no_normal_number(monkeypatch, level, temperature):
-    """Masks are all that is left of logits: beyond float32's largest, a temperature counts as that."""
+    """At such temperatures only masks are left of the logits.
+
+    A temperature beyond float32's largest number counts as that number.
+    """
     monkeypatch.setenv(native.LEVEL_VARIABLE, level)
     reference = torch.tensor([[0.0, -3.4e38, 1.0], [3e38, 0.0, 1e38]])
     circuit = torch.tensor([[0.0, -3.2e38, -3e38], [2e38, 1e38, 0.0]])
@@ -463,7 +470,7 @@ print(len(before), len(seen - before))
 @needs_native
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "GOMP_parallel"), reason="no OpenMP is shared")
 def test_it_works_on_pytorchs_threads():
-    """Not on some of its own, beside which PyTorch's would wait busily: none is started."""
+    """It starts no threads of its own, beside which PyTorch's threads would busy-wait."""
     result = python("-c", THREADS)
     assert result.returncode == 0, result.stderr
     n_before, n_new = map(int, result.stdout.split())
@@ -498,7 +505,7 @@ print(os.waitstatus_to_exitcode(status))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("parent", ["measure()", "import fastkl", "pass"])
 def test_a_forked_process_does_not_wait_for_threads_it_has_not(parent):
-    """Whether its parent has measured, has only loaded fastkl, or knows nothing of it."""
+    """This holds whether the parent has measured, only imported fastkl, or not even that."""
     result = python("-c", FORKED.format(parent=parent))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["0"]
@@ -522,7 +529,7 @@ print(peak() - before)
 @needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
 def test_peak_memory():
-    """Of whole tensors, of all positions but the first, and of a part of the vocabulary."""
+    """Measure whole tensors, all positions but the first, and a part of the vocabulary."""
     result = python("-c", PEAK)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 8 * 1024
@@ -530,7 +537,7 @@ def test_peak_memory():
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_each_file_compiles_by_itself(tmp_path, compiler):
-    """A header includes what it uses, so that no order of includes matters; by either compiler."""
+    """A header includes what it uses, so that no order of includes matters to either compiler."""
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler}")
     folder = ROOT / "kernels" / "cpu"
@@ -538,7 +545,7 @@ def test_each_file_compiles_by_itself(tmp_path, compiler):
     for source in sources:
         source.write_text(f'#include "{source.stem}"\n')
     if compiler == "clang++":
-        # What installs this is GCC's, mostly.
+        # Check the sources with Clang too: most installations compile them with GCC.
         sources += set(folder.glob("*.cpp")) - {folder / "module.cpp"}
     command = [compiler, "-std=c++17", "-fsyntax-only", "-I", folder, *sources]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -559,7 +566,7 @@ def machine_code():
 
 
 def inner_loops(circuits):
-    """The machine code of short loops that prefetch for so many circuits."""
+    """Yield the machine code of short loops that prefetch for so many circuits."""
     lines = machine_code().splitlines()
     where = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r" *([0-9a-f]+):\t", line))}
     for i, line in enumerate(lines):
@@ -574,9 +581,9 @@ def inner_loops(circuits):
 @needs_native
 @reads_machine_code
 def test_vectors_are_not_put_together_in_general_registers():
-    """As GCC does with vectors longer than the level's own: 1716 times in sums of float64, once."""
+    """GCC does this with vectors longer than the level's own: once 1716 times in float64 sums."""
     assert machine_code().count("vaddpd") > 100
-    # A few may put pointers together.
+    # A few may assemble pointers.
     assert machine_code().count("vpinsrq") < 100
 
 
@@ -588,10 +595,10 @@ def test_vectors_are_not_put_together_in_general_registers():
 def test_inner_loops_are_vectors(register, circuits, step):
     """Exponentials are inlined in vector registers: 8 FMA a vector with the sum, no call, no spill.
 
-    Of one circuit and of as many as share a look.
+    This holds for one circuit and for as many as share a look.
     """
-    # Circuits' exponentials: 2^n by a shift into the exponent or by an instruction of its own, and
-    # the prefetch of what is next, of each circuit.
+    # A loop of exponentials takes 2^n by a shift into the exponent or by one instruction, and
+    # prefetches what each circuit reads next.
     power = {"ymm": r"vpslld +\$0x17,", "zmm": "vscalefps "}[register]
     exponential = [
         loop
@@ -610,9 +617,10 @@ def test_inner_loops_are_vectors(register, circuits, step):
 @reads_machine_code
 @pytest.mark.parametrize(("degree", "bits"), [(4, 32), (9, 32), (4, 16), (9, 16)])
 def test_polynomials_take_few_instructions(degree, bits):
-    """Four circuits: a polynomial and two sums each, and one branch for all. Float16 is as bfloat16.
+    """Each of four circuits takes a polynomial and two sums, and all share one branch.
 
-    The longer polynomial may leave no register for one of the sums.
+    The longer polynomial may leave no register for one of the sums. Float16 is like bfloat16 and is
+    left out.
     """
     loops = [
         loop
@@ -626,6 +634,6 @@ def test_polynomials_take_few_instructions(degree, bits):
     assert len(re.findall(r"vcmp\w+ .*%zmm", shortest)) == 4
     assert len(re.findall(r"\tj\w+ ", shortest)) == 2
     assert len(re.findall(r"vmov\w+ +%zmm\d+,.*\(", shortest)) <= (degree > 4)
-    # Two differences, a square and a comparison, and a product; half precision is converted by two.
+    # Add two differences, a square, a comparison and a product, and two to convert half precision.
     arithmetic = degree + 2 + 5 + (2 if bits == 16 else 0)
     assert shortest.count("\n") < 4 * (arithmetic + 3) + 16

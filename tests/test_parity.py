@@ -16,7 +16,7 @@ def logits(generator, n_rows, n_cols, scale, noise, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1, 3])
 def test_all_noises(backend, largest_vocabulary, generator, dtype, scale):
-    # One circuit a noise: six make a group of four and one of two.
+    # One circuit per noise: six circuits make a group of four and a group of two.
     reference = (torch.randn(2, largest_vocabulary, generator=generator) * scale).to(dtype)
     circuits = [
         (reference + noise * torch.randn(reference.shape, generator=generator)).to(dtype)
@@ -47,7 +47,7 @@ def test_float64(generator, noise):
 
 
 def test_gpt2_vocabulary(backend, generator):
-    """The real vocabulary in every backend: several slices, an odd number of tokens."""
+    """Every backend takes the real vocabulary: several slices, and an odd number of tokens."""
     n_rows = 1 if interpreted(backend) else 2
     circuit, reference = logits(generator, n_rows, 50257, 3, 0.1)
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
@@ -63,7 +63,10 @@ def test_large_vocabularies(backend, generator, n_cols):
 
 
 def test_confident_rows(backend, generator):
-    """One token holds nearly all mass, the tail differs: first-order errors would drown the result."""
+    """One token holds nearly all mass and only the tails differ.
+
+    First-order errors would drown the result.
+    """
     reference = torch.randn(4, 2000, generator=generator)
     reference[torch.arange(4), torch.tensor([0, 3, 700, 1999])] = 25.0
     tails = torch.randn(4, 2000, generator=generator)
@@ -77,7 +80,10 @@ def test_confident_rows(backend, generator):
 
 @pytest.mark.parametrize("boost", [14.0, 40.0])
 def test_circuits_too_sure_of_a_token(backend, generator, boost):
-    """A base or pivot from other tokens is as far off, and rounds what is left of large sums."""
+    """A base or pivot taken from other tokens is off by as much as the boost.
+
+    Little is then left of large sums, and it is rounded.
+    """
     reference = torch.randn(40, 300, generator=generator)
     circuit = reference + 0.03 * torch.randn(40, 300, generator=generator)
     rest = torch.linspace(0.05, 0.6, 40) / boost
@@ -88,7 +94,10 @@ def test_circuits_too_sure_of_a_token(backend, generator, boost):
 
 @pytest.mark.parametrize("level", [-100.0, 40.0])
 def test_few_likely_tokens_of_logits_far_from_zero(backend, generator, level):
-    """As GPT-2's are: what rounding takes from a pivot or a base there, few terms do not average out."""
+    """GPT-2's logits are that far from zero.
+
+    Few terms do not average out the rounding error of a pivot or a base there.
+    """
     n_rows = 100 if interpreted(backend) else 400
     reference = torch.randn(n_rows, 4, generator=generator) + level
     circuit = reference + 0.6 * torch.randn(n_rows, 4, generator=generator)
@@ -96,7 +105,7 @@ def test_few_likely_tokens_of_logits_far_from_zero(backend, generator, level):
 
 
 def test_disjoint_peaks(backend):
-    """The two distributions live on different tokens: e^(q - p) overflows, the divergence does not."""
+    """The distributions live on different tokens: e^(q - p) overflows, the divergence does not."""
     reference = torch.zeros(2, 1500)
     circuit = torch.zeros(2, 1500)
     reference[:, 7] = 300.0
@@ -110,7 +119,7 @@ def test_circuit_mass_where_the_references_vanishes_in_float32(backend, generato
 
 
 def test_circuit_mass_where_the_reference_has_none(backend, generator):
-    """A masked prefix longer than any slice holds a logit of 10,000, which overflows as e^10000."""
+    """The circuit's e^10000 overflows in a masked prefix that is longer than any slice."""
     reference = torch.randn(1, 40000 if backend == "native" else 9000, generator=generator)
     circuit = reference + 0.1 * torch.randn(reference.shape, generator=generator)
     reference[:, : reference.shape[1] - 500] = -torch.inf
@@ -119,7 +128,7 @@ def test_circuit_mass_where_the_reference_has_none(backend, generator):
 
 
 def test_mixed_dtypes(backend, generator):
-    """A half-precision circuit against a float32 reference: neither is rounded to the other's."""
+    """A half-precision circuit and a float32 reference: neither is rounded to the other's dtype."""
     reference = torch.randn(3, 700, generator=generator)
     circuits = [reference.half(), reference.bfloat16(), reference]
     divergence = kl_rows(circuits, reference, backend)

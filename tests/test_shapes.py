@@ -91,7 +91,7 @@ VIEWS = (
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
 @pytest.mark.parametrize("which", ["reference", "circuit", "both"])
 def test_views(backend, generator, view, which, n_cols):
-    """A view gives what its copy gives, whichever side has it."""
+    """A view gives what its copy gives, whichever side is a view."""
     circuit, reference = make(generator, 6, n_cols)
     circuit, reference = view(circuit), view(reference)
     expected = oracle(circuit, reference).flatten()
@@ -104,7 +104,7 @@ def test_views(backend, generator, view, which, n_cols):
 
 
 def test_circuits_that_lie_differently(backend, generator):
-    """Circuits at every alignment, in one call, none like the reference."""
+    """One call takes circuits at every alignment, none of them laid out like the reference."""
     _, reference = make(generator, 3, 1300)
     circuits = []
     for lead in range(6):

@@ -1,4 +1,4 @@
-"""The algebra: slices of a vocabulary merge to what the whole gives, in any order."""
+"""The algebra of states: slices of a vocabulary merge to what the whole gives, in any order."""
 
 import functools
 from fractions import Fraction
@@ -11,7 +11,7 @@ from fastkl import backends, state
 
 
 def states(backend, circuits, reference, cuts):
-    """The states (K, R) of the slices between the cuts, by a backend."""
+    """Return a backend's states (K, R) of the slices between the cuts."""
     parts = zip((0, *cuts), (*cuts, reference.shape[1]), strict=True)
     compute = backends.choose(backend, reference.device, reference.dtype).row_states
     return [compute([c[:, a:b] for c in circuits], reference[:, a:b]) for a, b in parts]
@@ -46,7 +46,7 @@ def test_merging_is_associative_and_commutative(backend, generator):
 
 
 def test_masked_slices(backend, generator):
-    """A slice without any mass, of one side or of both, and one of infinite divergence."""
+    """Slices without any mass on one side or on both, and a slice of infinite divergence."""
     reference = torch.randn(4, 600, generator=generator)
     circuit = reference + 0.1 * torch.randn(4, 600, generator=generator)
     reference[0, :300] = circuit[0, :300] = -torch.inf
@@ -63,7 +63,7 @@ def test_masked_slices(backend, generator):
 
 
 def test_phi():
-    """Against the exact series, on both sides of the switch, in both precisions."""
+    """Check φ against the exact series, on both sides of the switch and in both precisions."""
     x = torch.cat([-torch.logspace(-9, 1.2, 200), torch.logspace(-9, 1.2, 200), torch.zeros(1)])
     exact = torch.tensor([phi_exact(float(v)) for v in x.double()], dtype=torch.float64)
     torch.testing.assert_close(state.phi(x.double()), exact, rtol=1e-14, atol=0)
@@ -71,7 +71,7 @@ def test_phi():
 
 
 def phi_exact(x):
-    """e^(-x) - 1 + x in rational arithmetic of the series."""
+    """Return e^(-x) - 1 + x by the series, in rational arithmetic."""
     total, term = Fraction(0), Fraction(1)
     for n in range(1, 120):
         term *= Fraction(-x) / n

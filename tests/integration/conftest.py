@@ -1,4 +1,4 @@
-"""The real auto_circuit, a transformer with GPT-2's vocabulary, and prompts: all made offline."""
+"""Fixtures: the real auto_circuit, and a model with GPT-2's vocabulary and prompts made offline."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ BATCH_SIZE = 2
 
 @pytest.fixture(scope="session")
 def ac():
-    """auto_circuit's modules; where it may be absent, skip."""
+    """Return auto_circuit's modules; skip if it is neither installed nor required."""
     if os.environ.get("FASTKL_REQUIRE_AUTO_CIRCUIT") != "1":
         reason = 'auto_circuit is not installed: pip install -e ".[auto-circuit]"'
         pytest.importorskip("auto_circuit", reason=reason)
@@ -45,7 +45,7 @@ def _leave_nothing_patched():
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    # The model is tiny: threads that wait for each other took six times the processor time.
+    # The model is tiny: several threads, waiting for each other, took six times the processor time.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def build_model(ac):
-    """Return a function that makes the same patchable transformer for any slice of its output."""
+    """Return a function that builds the same patchable transformer for any slice of its output."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig  # noqa: PLC0415
 
     def build(slice_output, **options):
@@ -101,7 +101,7 @@ def dataset(ac):
 
 @pytest.fixture(scope="session")
 def loader(ac, dataset):
-    """Three batches of two prompts; auto_circuit's loader drops the seventh."""
+    """Return a loader of three batches of two prompts; it drops the seventh prompt."""
     return ac.data.PromptDataLoader(
         dataset, seq_len=POSITIONS, diverge_idx=0, batch_size=BATCH_SIZE
     )
@@ -109,10 +109,10 @@ def loader(ac, dataset):
 
 @pytest.fixture(scope="session")
 def prune_scores():
-    """Return a function that scores a model's edges: at random, no two alike."""
+    """Return a function that gives a model's edges random scores, all different."""
 
     def score(model):
-        # The model keeps its modules in a set: their order differs from run to run.
+        # Sort: the model keeps its modules in a set, whose order differs from run to run.
         names = sorted(model.patch_masks)
         sizes = [model.patch_masks[name].numel() for name in names]
         ranks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(2)) + 1.0
@@ -125,7 +125,7 @@ def prune_scores():
 
 
 class Run(NamedTuple):
-    """Circuits of every size that have run, and all that measuring them takes."""
+    """measure_kl_div's arguments: a model, a loader, and outputs of circuits of several sizes."""
 
     model: Any
     loader: Any
@@ -134,7 +134,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_circuits(ac, prune_scores):
-    """Return a function that runs a model's circuits, their sizes in no particular order."""
+    """Return a function that runs a model's circuits, in no particular order of their sizes."""
 
     def run(model, loader, patch_type="TREE_PATCH", ablation="RESAMPLE"):
         outs = ac.prune.run_circuits(
@@ -152,7 +152,7 @@ def run_circuits(ac, prune_scores):
 
 @pytest.fixture(scope="session")
 def circuits(build_model, loader, run_circuits):
-    """Return a function that gives a :class:`Run`, run once for all tests."""
+    """Return a function that returns a :class:`Run`, computed only once for all tests."""
     build, run = functools.cache(build_model), functools.cache(run_circuits)
 
     def get(slice_output="last_seq", patch_type="TREE_PATCH", ablation="RESAMPLE"):

@@ -36,14 +36,15 @@ INPUTS = pytest.mark.parametrize("compare_to_clean", [True, False], ids=["clean"
 
 
 def oracle(run, compare_to_clean):
-    """Measure in float64 from the very logits: for each circuit (KL, what float32 may cost).
+    """Return (KL, bound) of each circuit: KL in float64 from the same logits, and float32's error.
 
-    KL is sum P φ(log P - log Q), φ(d) = exp(-d) - 1 + d: no cancellation, every term is positive.
+    KL is the sum of P φ(log P - log Q), φ(d) = exp(-d) - 1 + d. Every term is positive, so that
+    nothing cancels.
 
-    The second number bounds the error of two float32 log-softmaxes and a sum, as auto_circuit
-    does it. A sum of n terms is off by at most 4 sqrt(n) units of rounding relative to the sum of
-    their sizes, for all but one sum in a thousand (Higham and Mary, 2019): that holds for both
-    normalizations, and for the last sum. Each log-probability is rounded twice besides.
+    The bound is on the error of two float32 log-softmaxes and a sum, which is what auto_circuit
+    computes. For all but one sum in a thousand, a sum of n terms is off by at most 4 sqrt(n) units
+    of rounding, relative to the sum of the terms' sizes (Higham and Mary, 2019). This holds for
+    both normalizations and for the last sum. Besides, each log-probability is rounded twice.
     """
     unit = 2.0**-24
     rows = 0
@@ -67,9 +68,9 @@ def oracle(run, compare_to_clean):
 
 
 def assert_exact(measurements, run, compare_to_clean=True):
-    """Hold measurements to fastkl's promise, and return what :func:`oracle` says.
+    """Assert that measurements keep fastkl's promise, and return what :func:`oracle` returns.
 
-    The promise: within 1e-5 of the float64 value, and 1e-8 nats.
+    The promise is to be within 1e-5 of the float64 value, relative to it, plus 1e-8 nats.
     """
     truths = oracle(run, compare_to_clean)
     assert [edge_count for edge_count, _ in measurements] == list(run.outs)
@@ -80,7 +81,7 @@ def assert_exact(measurements, run, compare_to_clean=True):
 
 
 def measuring(sites):
-    """The sites of measure_kl_div: those of the other function depend on what has been imported."""
+    """Return the sites of measure_kl_div; multibatch_kl_div's depend on what has been imported."""
     return tuple(site for site in sites if not site.endswith(f".{MULTIBATCH}"))
 
 
@@ -125,7 +126,7 @@ def test_both_functions_agree_with_float64(ac, circuits, case, compare_to_clean)
         assert edge_count == their_count
         assert abs(their_kl - truth) <= noise
         assert abs(their_kl - kl) <= noise + 1e-5 * truth + 1e-8
-    # Values that are all about 0 would be met by any function.
+    # If all values were about 0, any function would pass.
     assert max(truth for truth, _ in truths) > 0.1
 
 
@@ -162,7 +163,7 @@ def test_a_circuit_that_is_the_model_measures_exactly_zero(
 
 
 def test_rows_count_alike_when_the_last_batch_is_smaller(ac, build_model, dataset, run_circuits):
-    # PromptDataLoader always drops it; run_circuits takes any loader of such batches.
+    # PromptDataLoader always drops a smaller last batch; run_circuits takes any loader of batches.
     loader = DataLoader(dataset, batch_size=3, collate_fn=ac.data.collate_fn)
     run = run_circuits(build_model(None), loader)
     assert [len(logits) for logits in run.outs[0].values()] == [3, 3, 1]
@@ -398,7 +399,7 @@ def test_copies_in_auto_circuit_are_swapped_and_elsewhere_are_not(ac, monkeypatc
     for module in modules:
         module.measure = original
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    # import leaves None where it has been told that there is no such module.
+    # A None in sys.modules tells import that there is no such module.
     monkeypatch.setitem(sys.modules, "auto_circuit.none", None)
 
     patched = fastkl.auto_circuit.patch()
@@ -444,7 +445,7 @@ def test_multibatch_kl_div_is_swapped_where_it_is_used(ac):
 
 @pytest.mark.parametrize("noise", [1e-3, 0.1, 3.0])
 def test_multibatch_kl_div_of_log_probabilities(ac, noise):
-    """The value, and the gradient that reaches the logits, beside auto_circuit's and float64's."""
+    """Compare the value, and the gradient at the logits, with auto_circuit's own in float64."""
     generator = torch.Generator().manual_seed(3)
     reference = torch.randn(2, 3, 5000, generator=generator) * 3
     logits = reference + noise * torch.randn(2, 3, 5000, generator=generator)
@@ -459,7 +460,7 @@ def test_multibatch_kl_div_of_log_probabilities(ac, noise):
     exact, exact_gradient = measured(torch.float64)
     with fastkl.auto_circuit.patch():
         ours, gradient = measured(torch.float32)
-    # Two log-softmaxes in float32 come before: their rounding is 5e-7 a token.
+    # The inputs are two log-softmaxes in float32, whose rounding error is 5e-7 per token.
     assert abs(ours - exact) <= 1e-5 * exact + 1e-6 * noise + 1e-8
     difference = (gradient.double() - exact_gradient).norm()
     assert difference <= 1e-5 * exact_gradient.norm() * max(1, 0.1 / noise)
@@ -467,13 +468,13 @@ def test_multibatch_kl_div_of_log_probabilities(ac, noise):
 
 @pytest.mark.parametrize("mask_fn", [None, "hard_concrete"])
 def test_subnetwork_probing(ac, build_model, loader, mask_fn, monkeypatch):
-    """A few steps, with the patch and without: the same losses and the same masks."""
+    """A few training steps give the same losses and masks with the patch and without it."""
     from auto_circuit.prune_algos import subnetwork_probing  # noqa: PLC0415
 
-    # It names a module that newer versions of PyTorch do not show.
+    # auto_circuit uses torch.optim.adam, a module that newer versions of PyTorch do not expose.
     monkeypatch.setattr(torch.optim, "adam", SimpleNamespace(Adam=torch.optim.Adam), raising=False)
 
-    # The same for both: the order of a model's modules decides which mask gets which random number.
+    # Both runs use one model: the order of its modules decides which mask gets which random number.
     model = build_model("last_seq")
 
     def probe():

@@ -1,6 +1,6 @@
-"""patch() where auto_circuit is missing, or is not the one it knows: nothing may be changed.
+"""patch() where auto_circuit is missing, or another version: it swaps all sites or changes nothing.
 
-These need no auto_circuit: a package of that name, written here, stands in for other versions.
+These tests do not need auto_circuit: a package of that name, written here, stands in for it.
 """
 
 import subprocess
@@ -38,7 +38,7 @@ CORRUPT_KL_DIV_METRIC = PruneMetric(partial(measure_kl_div, compare_to_clean=Fal
 
 @pytest.fixture
 def no_auto_circuit(monkeypatch):
-    """Forget what has been imported of auto_circuit, until the test is over."""
+    """Remove auto_circuit's modules from sys.modules until the test is over."""
     fastkl.auto_circuit.unpatch()
     for name in [name for name in sys.modules if name.partition(".")[0] == "auto_circuit"]:
         monkeypatch.delitem(sys.modules, name)
@@ -46,7 +46,7 @@ def no_auto_circuit(monkeypatch):
 
 @pytest.fixture
 def other_version(no_auto_circuit, monkeypatch, tmp_path):
-    """Return a function that installs version 9.9 of auto_circuit, made of these modules."""
+    """Return a function that installs a stand-in auto_circuit 9.9, made of the given modules."""
 
     def install(
         kl_div=KL_DIV_SOURCE, prune_metrics=PRUNE_METRICS_SOURCE, tensor_ops=TENSOR_OPS_SOURCE
