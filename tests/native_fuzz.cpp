@@ -1,8 +1,9 @@
-// Feeds the native kernel random rows and compares it with float64, under sanitizers: .ci/sanitize.
+// Feeds random rows to the native kernel, under sanitizers (see .ci/sanitize), and compares its results
+// with float64.
 //
 //   native_fuzz [first seed] [number of seeds]
 //
-// Every matrix lies in a block of the heap of just its size, so that a read beside it is seen.
+// Every matrix ends where its heap block ends, so that the sanitizers detect a read beyond its end.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -23,7 +24,7 @@ using namespace fastkl;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-// float16 by its bits: not every compiler has the type.
+// float16 as its bits, since not every compiler has the type.
 uint16_t half_of(float x) {
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     if (std::isnan(x)) return sign | 0x7e00;
@@ -47,7 +48,7 @@ class Random {
   public:
     explicit Random(uint64_t seed) : engine_(seed) {}
 
-    // Of 0 to n - 1.
+    // Returns one of 0 to n - 1.
     int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
     bool chance(double p) { return std::bernoulli_distribution(p)(engine_); }
     double uniform(double low, double high) {
@@ -63,7 +64,7 @@ class Random {
     std::normal_distribution<double> normal_;
 };
 
-// Rows of logits as the kernel gets them, and as the numbers that they are.
+// Rows of logits, both as the kernel gets them and as numbers.
 class Rows {
   public:
     Rows(Random& random, Dtype dtype, int64_t n_rows, int64_t n_cols)
@@ -158,8 +159,9 @@ std::vector<double> divided(std::vector<double> logits, double temperature) {
     return logits;
 }
 
-// Σ P φ(log P - log Q), and Q where P is 0; φ(x) = e^(-x) - 1 + x. `depth` is how far below the likeliest one a
-// token counts whose logit was rounded at that size.
+// Returns Σ P φ(log P - log Q), φ(x) = e^(-x) - 1 + x, where a token with P = 0 adds Q. `depth` is for
+// logits that were rounded at the size of their distance to the likeliest one: how far below it a token
+// still counts.
 Expected expect(const std::vector<double>& p, const std::vector<double>& q, double depth = 0) {
     const double lse_p = log_sum_exp(p), lse_q = log_sum_exp(q);
     if (std::isnan(lse_p) || std::isnan(lse_q)) return {kNan, 0};
@@ -180,11 +182,11 @@ Expected expect(const std::vector<double>& p, const std::vector<double>& q, doub
         } else {
             kl += std::exp(q[i] - lse_q) + weight * (d - 1);
         }
-        // Sides less than 4 apart are not brought together first.
+        // The kernel does not bring sides less than 4 apart together first.
         span = std::fmax(span, std::fabs(d) + 4 + depth);
     }
-    // Differences as large as `span` are rounded by up to 6e-8 of it, which moves the divergence by that
-    // times Σ |Q - P| <= sqrt(2 KL) (Pinsker); the rest is the tolerance of all backends.
+    // Differences as large as `span` are rounded by up to 6e-8 of it. That moves the divergence by the
+    // rounding error times Σ |Q - P| <= sqrt(2 KL) (Pinsker). The rest is the tolerance of all backends.
     return {kl, 1e-5 * kl + 1e-8 + std::sqrt(2 * kl) * 6e-8 * span};
 }
 
@@ -203,7 +205,7 @@ bool always(void*) { return true; }
 
 bool countdown(void* left) { return (*static_cast<int*>(left))-- > 0; }
 
-// A gradient as the kernel writes it: rows in a block of the heap of just their size.
+// A gradient as the kernel writes it: rows in a heap block of exactly their size.
 class Written {
   public:
     Written(const Rows& like, int64_t n_rows, int64_t n_cols)
@@ -233,7 +235,8 @@ class Written {
         return number;
     }
 
-    // An ulp of a number of the dtype, and what counts as 0 on the way to it.
+    // Returns an ulp of x in the dtype (0 for float32), plus the size below which a number may count as
+    // 0 on the way to it.
     double rounding(double x) const {
         if (dtype_ == Dtype::float32) return 2e-37;
         return dtype_ == Dtype::float16 ? std::fabs(x) * 0x1p-10 + 0x1p-24
@@ -246,10 +249,10 @@ class Written {
     std::unique_ptr<char[]> data_;
 };
 
-// Masses below float32's normal numbers, times a gradient of a loss, count as 0.
+// Masses below float32's normal range, times a gradient of a loss, count as 0.
 constexpr double kUnderflow = 1e-33;
 
-// What one circuit's row adds to the gradients, and how far off that may be.
+// What one circuit's row adds to the gradients, and the tolerances of both.
 struct ExpectedGradient {
     std::vector<double> dq, dp, dq_tolerance, dp_tolerance;
 };
@@ -265,7 +268,7 @@ ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector
         result.dp.assign(n, kNan);
         return result;
     }
-    // Apart, since a large maximum rounds the logarithm of the sum away.
+    // Keep the maximum and the sum apart, since a large maximum rounds the logarithm of the sum away.
     const double max_p = *std::max_element(p.begin(), p.end());
     const double max_q = *std::max_element(q.begin(), q.end());
     const auto below = [](std::vector<double> logits, double max) {
@@ -279,16 +282,16 @@ ExpectedGradient expect_gradient(const std::vector<double>& p, const std::vector
     for (size_t i = 0; i < n; ++i) {
         if (p[i] == -kInf || q[i] == -kInf) continue;
         const double weight = std::exp(log_p(i));
-        // A difference beyond float32's largest: what it is multiplied into may be infinite or NaN.
+        // A difference beyond float32's largest number: its products may be infinite or NaN.
         if (std::fabs(p[i] - q[i]) + std::fabs(max_p - max_q) > 1e38 / temperature) overflow = kInf;
-        // Sides less than 4 apart are not brought together first.
+        // The kernel does not bring sides less than 4 apart together first.
         if (weight > 1e-30) span = std::fmax(span, std::fabs(log_p(i) - log_q(i)) + 4);
         scatter += weight * std::fabs(log_p(i) - log_q(i));
     }
     for (size_t i = 0; i < n; ++i) {
         const double in_p = std::exp(log_p(i)), in_q = std::exp(log_q(i));
-        // Differences are rounded by 6e-8 of their size, and sums of them by a few times that; unlikely
-        // tokens that are moved, by as much of how far they are from the likeliest.
+        // Differences are rounded by 6e-8 of their size, and sums of them by a few times that. Unlikely
+        // tokens that are moved are rounded by as much of their distance to the likeliest token.
         const double rounded = 3e-7 * span + 2e-7 * std::fmin(max_p - p[i], 100);
         const double d = log_p(i) - log_q(i);
         if (q[i] != -kInf) {
@@ -386,8 +389,8 @@ Wide log_sum_exp(const std::vector<double>& logits, double temperature, double m
     return std::log(sum);
 }
 
-// A row's Jensen-Shannon divergence, its gradients with respect to logits over the temperature, and how far off each may
-// be: what differences of logits are rounded by, what a logarithm is off by, and what a sum is.
+// A row's Jensen-Shannon divergence, its gradients with respect to logits over the temperature, and how
+// far off each may be: the rounding of differences of logits, and the errors of a logarithm and a sum.
 struct ExpectedJs {
     bool defined = true;
     double js = 0, tolerance = 1e-8;
@@ -441,7 +444,7 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
             term = weights[0] * mass[0] * worth[0] + weights[1] * mass[1] * worth[1];
         }
         js += term;
-        // Of the difference of two logits, or of that less what lies between the maxima.
+        // The rounding error of the difference of two logits, less the maxima's distance if apart.
         const Wide difference = Wide(logits[0][i]) - logits[1][i];
         const Wide rounded =
             1.5e-7 * std::fabs(apart ? difference - offset : difference) / temperature;
@@ -452,7 +455,7 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
             if (mass[s] != 0) error = 4e-7 * std::fabs(worth[s]);
             if (mass[0] != 0 && mass[1] != 0) {
                 const Wide others = weights[1 - s] * mass[1 - s] / mixed;
-                // The last is what d is off by here.
+                // The last term is the error of d as computed here.
                 error += others * (rounded + 1e-6 * std::fmin(std::fabs(d), Wide(1)) + 2e-17);
                 result.tolerance +=
                     double(rounded * weights[s] * mass[s] * std::fabs(worth[s]));
@@ -479,7 +482,7 @@ ExpectedJs expect_js(const std::vector<double> (&logits)[2], double heavy, doubl
     return result;
 }
 
-// Each side's rows by themselves.
+// Tests the summaries of each side's rows.
 void try_summaries(uint64_t seed, Random& random, const std::vector<const Rows*>& sides,
                    int64_t n_rows, int64_t n_cols) {
     std::vector<Matrix> matrices;
@@ -518,7 +521,7 @@ void try_summaries(uint64_t seed, Random& random, const std::vector<const Rows*>
                 sum += weight;
                 if (weight > 0) below += weight * x, size -= weight * x;
             }
-            // Numbers too small for a normal float count as 0, and as the same.
+            // Subnormal numbers count as 0, and hence as equal.
             const bool exact = std::fabs(*largest) > 1e-37;
             if (exact ? row.max != *largest || row.likeliest != largest - logits.begin()
                       : std::fabs(logits.at(row.likeliest)) > 1e-37)
@@ -619,7 +622,7 @@ void try_seed(uint64_t seed) {
         if (!random.chance(special)) return usual;
         return random.among({-kInf, -kInf, -kInf, kNan, kInf, 3e38, -3e38, 1e4, -1e4, 1e-42});
     };
-    // Off any grid: p - q is not exact.
+    // These values lie on no grid, so that p - q is not exact.
     const auto level = [&] { return random.normal() * random.among({20.0, 20.0, 1e3, 1e5}); };
     const double center = random.chance(0.3) ? level() : 0.0;
     for (int64_t r = 0; r < n_rows; ++r) {
@@ -664,8 +667,8 @@ void try_seed(uint64_t seed) {
                 const float found = kl[k * n_rows + r];
                 const bool close =
                     found >= 0 && std::fabs(found - expected.kl) <= expected.tolerance;
-                // Sums of differences near float32's largest, not yet divided by that of the weights, may
-                // pass it, and a temperature below 1 takes a logit beyond it for the largest there is.
+                // Sums of differences near float32's largest number may overflow before they are divided
+                // by the sum of the weights, and a temperature below 1 clamps a larger logit to it.
                 const bool large = expected.kl > 1e34 &&
                                    (found == kInf || (temperature < 1 && found > 1e33));
                 const bool good = std::isnan(expected.kl) ? std::isnan(found) : close || large;

@@ -132,6 +132,8 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     divergence. m_p and m_q are not the maxima, but numbers near them.
     """
     m_p, z_p, m_q, z_q, divergence = _states(circuits, reference, 1.0).unbind(-1)
+    # The kernel leaves any number here if there is no mass.
+    m_p, m_q = (m.masked_fill(z == 0, -torch.inf) for m, z in ((m_p, z_p), (m_q, z_q)))
     pivot = (m_p - m_q) + torch.log(z_p / z_q)
     return RowState(
         m_p=m_p,

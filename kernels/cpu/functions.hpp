@@ -1,4 +1,4 @@
-// The functions of the inner loops, by polynomials: e^x, log x and φ(x) = e^(-x) - 1 + x.
+// The functions of the inner loops, as polynomials: e^x, log x and φ(x) = e^(-x) - 1 + x.
 #pragma once
 
 #include <cstdint>
@@ -8,22 +8,23 @@
 namespace fastkl {
 namespace {
 
-// Below it a weight is 0, and e^x, which must not be looked at there, is at most 1.7e-38.
+// Below kLowest a weight is 0, and exponential(), at most 1.7e-38 there, must not be relied on.
 constexpr float kLowest = -87.0f;
 constexpr float kHighest = 88.0f;
-// |d| from which φ is not summed as a polynomial: by default, and where more terms are worth it.
+// The |d| from which φ is not evaluated as a polynomial: by default, and where more terms pay off.
 constexpr float kNear = 0.5f, kWide = 3.0f;
 
-// e^x for kLowest <= x <= kHighest, and garbage for NaN. Other x count as the nearer limit where
-// CLAMPED. If not CLAMPED, AVX-512 saves the instructions for that: then e^x is inf or NaN above
-// kHighest, and below kLowest it is 0, or for x < -4e15 inf or NaN. The other levels always clamp.
+// Returns e^x for kLowest <= x <= kHighest, and garbage for NaN. If CLAMPED, any other x counts as the
+// nearer limit. If not, AVX-512 saves the clamping instructions: the result is then inf or NaN where e^x
+// overflows, 0 where it underflows, and inf or NaN for x < -4e15. The other levels always clamp.
 //
-// x = n log 2 + r, |r| <= 0.347, and a polynomial of degree 5 with a relative error of 1.1e-7 for
-// e^r. With the rounding of r and of the polynomial the relative error is below 4.2e-7 over the whole
-// range (where n is large, fused levels round n log 2 once), and below 2.2e-7 for |x| < 16; both are tested.
+// x = n log 2 + r with |r| <= 0.347, and a polynomial of degree 5 approximates e^r with a relative error
+// of 1.1e-7. Including the rounding of r and of the polynomial, the relative error is below 4.2e-7 over
+// the whole range (fused levels round log 2 to a single float32, which matters for large n), and below
+// 2.2e-7 for |x| < 16. Both bounds are tested.
 template <bool CLAMPED> inline vf exponential(vf x) {
     constexpr float kLog2E = 0x1.715476p+0f;
-    // Adding it rounds to an integer, which is left in the low bits.
+    // Adding kRound rounds to an integer, and leaves that integer in the low bits.
     constexpr float kRound = 0x1.8p+23f;
     if constexpr (CLAMPED || !kScales) x = min(max(x, splat(kLowest)), splat(kHighest));
     const vf shifted = fma(x, splat(kLog2E), splat(kRound));
@@ -32,7 +33,7 @@ template <bool CLAMPED> inline vf exponential(vf x) {
     if constexpr (kFused) {
         r = fma(n, splat(-0x1.62e430p-1f), x);
     } else {
-        // The first part of log 2 has 10 bits: its product with n is exact.
+        // The first part of log 2 has 9 significant bits: its product with n is exact.
         r = x - n * 0.693359375f;
         r = r - n * -2.12194440e-4f;
     }
@@ -45,12 +46,13 @@ template <bool CLAMPED> inline vf exponential(vf x) {
     return (vf)((vi)e + ((vi)shifted << 23));
 }
 
-// log x for a normal x > 0, and garbage for others. `rest` is x - 1 to more digits than x has of it: between
-// √½ and √2 the logarithm is taken as log(1 + rest), which is as accurate near 0 as `rest` is.
+// Returns log x for a normal x > 0, and garbage for any other x. `rest` is x - 1, with more digits of it
+// than x holds: between √½ and √2 the logarithm is computed as log(1 + rest), and near 0 it is as
+// accurate as `rest`.
 //
-// x = 2^n m, m between √½ and √2, and log m = f + f² times a polynomial of degree 7 in f = m - 1, with a
-// relative error of 3.5e-8. With roundings the relative error is below 1.5e-7 at all levels, of x and of
-// `rest`, which is tested; 1.2e-7 was the most seen.
+// x = 2^n m with m between √½ and √2, and log m = f + f² times a polynomial of degree 7 in f = m - 1,
+// with a relative error of 3.5e-8. Including rounding, the relative error is below 1.5e-7 at all levels,
+// with `rest` computed from x or more exact. The bound is tested; the largest error seen was 1.2e-7.
 inline vf logarithm(vf x, vf rest) {
     constexpr int32_t kRootHalf = 0x3f3504f3;
     const vi above = (vi)x - kRootHalf;
@@ -67,8 +69,9 @@ inline vf logarithm(vf x, vf rest) {
     return fma(__builtin_convertvector(exponent, vf), splat(0x1.62e430p-1f), log_m);
 }
 
-// c[0] + c[1] x + ... by as many operations in either way: pairs of terms take half as many steps that wait for
-// each other. AVX-512 has the registers to take other sums meanwhile, and none for the copies that pairs need.
+// Returns c[0] + c[1] x + ..., in the same number of operations either way. Pairing terms halves the
+// chain of dependent steps. AVX-512 has enough registers to interleave other sums instead, and none to
+// spare for the copies that pairs need.
 template <int N> INLINE vf polynomial(const float (&c)[N], vf x, vf square) {
     constexpr bool kPairs = W < 16;
     if constexpr (kPairs) {
@@ -82,7 +85,7 @@ template <int N> INLINE vf polynomial(const float (&c)[N], vf x, vf square) {
     return sum;
 }
 
-// φ(d) / d² for |d| < kNear, or kWide if WIDE: relative error below 9.1e-7, which is tested.
+// Returns φ(d) / d² for |d| < kNear, or kWide if WIDE, with a tested relative error below 9.1e-7.
 template <bool WIDE> INLINE vf phi_over_square(vf d, vf square) {
     if constexpr (WIDE) {
         static constexpr float kSeries[] = {

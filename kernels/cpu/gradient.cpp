@@ -1,4 +1,4 @@
-// How the rows of a gradient spread over threads.
+// The distribution of a gradient's rows over threads.
 #include <algorithm>
 #include <vector>
 
@@ -8,7 +8,7 @@
 namespace fastkl {
 namespace {
 
-// A thread costs about as long to start as this many logits' gradients.
+// Starting a thread takes about as long as the gradients of this many logits.
 constexpr int64_t kPairsPerThread = 1 << 15;
 
 }  // namespace
@@ -18,7 +18,7 @@ bool run(const Level& level, const GradientProblem& problem, int n_threads,
     if (problem.n_rows <= 0 || problem.n_cols <= 0) return true;
     const int64_t pairs = problem.n_rows * problem.n_cols * std::max<int64_t>(1, problem.n_circuits);
     const int64_t n = useful_threads(problem.n_rows, pairs, kPairsPerThread, n_threads);
-    // All that is allocated is allocated here, where running out of memory can be reported.
+    // Allocate everything here, where running out of memory can be reported.
     const bool both = problem.dp.data != nullptr;
     std::vector<RowBuffers> buffers;
     for (int64_t i = 0; i < n; ++i) buffers.emplace_back(problem.n_cols, both ? 4 : 2);

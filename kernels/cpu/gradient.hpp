@@ -1,5 +1,5 @@
-// The gradients of a row's divergences. The algebra is that of fastkl/gradient.py, whose names these are:
-// t = e^(p - m_p) expm1(-d'), summed at the pivot that the row's state knows, and x, what it is off by.
+// The gradients of a row's divergences. The algebra and the names are those of fastkl/gradient.py:
+// t = e^(p - m_p) expm1(-d'), summed at the pivot of the row's state, and x, the pivot's error.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,8 @@
 namespace fastkl {
 namespace {
 
-// What a row's logits are counted from, as its state says. They are divided by the temperature only as
-// differences: m_p, m_q and the pivot are between logits as they come.
+// What is subtracted from a row's logits, as its state says. Only differences of logits are divided by
+// the temperature: m_p, m_q and the pivot are in the units of undivided logits.
 struct Center {
     Center(const State& state, double temperature)
         : inverse(inverse_of(temperature)), m_p(float(state.p.max * temperature)),
@@ -28,11 +28,11 @@ struct Center {
           c(state.p.max * temperature, log_ratio(state.p, state.q) * temperature), rest(0), kl(0),
           near(0), wide(false), often_far(true) {
         if (c.lost) {
-            // No token is taken for near, though p - q - c may be rounded to 0.
+            // No token counts as near, even if p - q - c is rounded to 0.
             c = Pivot(0, 0);
         } else {
             const double pivot = log_ratio(state.p, state.q);
-            // What `high` is rounded by goes to `rest`.
+            // The rounding error of `high` goes into `rest`.
             c.apart = c.apart || pivot * pivot > kApartFrom * state.kl;
             rest = float(pivot - (c.apart ? c.value() : 0.0) / temperature);
             kl = float(state.kl);
@@ -43,8 +43,8 @@ struct Center {
         if (state.kl == double(__builtin_inff())) kl = __builtin_nanf("");
     }
 
-    // How far a logit over the temperature is above a state's maximum. Quotients and products are rounded, and
-    // of maxima of 1e38 by 1e22: a difference of up to 4 units in the last place counts as none.
+    // Returns how far a logit divided by the temperature is above a state's maximum. Quotients and
+    // products are rounded, by 1e22 for maxima of 1e38, so a difference of up to 4 ulps counts as none.
     static double above(double logit, double temperature, double max) {
         const double difference = logit / temperature - max;
         const bool rounded =
@@ -52,21 +52,21 @@ struct Center {
         return rounded ? 0.0 : difference;
     }
 
-    // The pivot's square over KL: of sides 50 times as far apart as tokens typically move (d² is about
-    // 2 KL), p - q is rounded by 1e-6 of that.
+    // The pivot's square over KL from which on the sides count as apart. Such sides are 50 times as far
+    // apart as tokens typically move (d² is about 2 KL), and p - q is rounded by 1e-6 of that move.
     static constexpr double kApartFrom = 5e3;
-    // From about there on there are so many tokens beyond kNear, and beyond kWide, that a branch for them
-    // costs more than it saves.
+    // The KL from about which on so many tokens are beyond kNear, or beyond kWide, that a branch for
+    // them costs more than it saves.
     static constexpr double kFarFrom = 0.01, kOftenFarFrom = 0.4;
 
     float inverse;
     float m_p, m_q;
-    float more_p, more_q;  // e^((q - m_q) inverse + more_q) are in the scale of the reference's weights
+    float more_p, more_q;  // e^((q - m_q) inverse + more_q) is in the scale of the reference's weights
     Pivot c;
     float rest;
-    float kl;    // the mean of d, near enough; NaN where it is infinite
-    float near;  // of d² from which on a token is far
-    bool wide;   // whether that is kWide²
+    float kl;    // approximately the mean of d; NaN if that is infinite
+    float near;  // the d² from which on a token is far
+    bool wide;   // whether `near` is kWide²
     bool often_far;
 };
 
@@ -74,8 +74,8 @@ struct Moments {
     Sum t, d;
 };
 
-// d of the reference's likeliest token. It stands in for KL where the sides lie so far apart that d is
-// rounded at the size of the divergence: at that token, at least, d - KL is then exactly 0.
+// Returns d of the reference's likeliest token. It stands in for KL if the sides lie so far apart that d
+// is rounded at the size of the divergence: at that token, at least, d - KL is then exactly 0.
 template <class P, class Q>
 float likeliest_ratio(const P* p, const Q* q, int64_t n, const Center& center) {
     const auto logit = [](const auto* row, int64_t i) { return load(Rest(row, i, i + 1).logits)[0]; };
@@ -85,13 +85,13 @@ float likeliest_ratio(const P* p, const Q* q, int64_t n, const Center& center) {
     return (logit(p, likeliest) - logit(q, likeliest)) * center.inverse - center.rest;
 }
 
-// Sets w = e^(p - m_p), t, and, where the reference's gradient is wanted, first = w (d - kl). A token that the
-// circuit masks has 0 in all of them, and one that the reference does in `first`.
+// Sets w = e^(p - m_p), t, and, if the reference's gradient is wanted, first = w (d - kl). A token that
+// the circuit masks has 0 in all of them, and a token that the reference masks has 0 in `first`.
 template <bool WIDE, class P, class Q>
 Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& center,
                           const GradientRoom& room) {
     constexpr float inf = __builtin_inff();
-    // A local copy, whose address nobody has: the compiler keeps it in registers.
+    // A local copy whose address does not escape, so that the compiler keeps it in registers.
     Center of = center;
     if (of.near == 0 && room.first && !__builtin_isnan(of.kl)) of.kl = likeliest_ratio(p, q, n, of);
     float *const w_to = room.w, *const t_to = room.t, *const first_to = room.first;
@@ -100,14 +100,15 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
         vf d[U], w[U], t[U], largest_square = {};
         for (int u = 0; u < U; ++u) {
             const vf logit_p = load(from_p + u * W), logit_q = load(from_q + u * W);
-            // Exact for logits alike. NaN where both are masked: neither near nor of any weight.
+            // Exact for similar logits. NaN if both are masked: such a token is not near and has no
+            // weight.
             const vf difference =
                 of.c.apart ? of.c.difference(logit_p, logit_q) : logit_p - logit_q;
             d[u] = fma(difference, splat(of.inverse), splat(-of.rest));
             w[u] = weight_of(fma(logit_p - of.m_p, splat(of.inverse), splat(of.more_p)));
             const vf square = d[u] * d[u];
             t[u] = w[u] * fma(square, phi_over_square<WIDE>(d[u], square), -d[u]);
-            // In this order a NaN is far.
+            // With the comparison written this way, a NaN is far.
             largest_square = max(largest_square, square < of.near ? vf{} : splat(1.0f));
         }
         const bool far = of.often_far || any_at_least(largest_square, 1.0f);
@@ -121,7 +122,7 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
                 sums.t.part[u] += t[u];
                 const vi no_q = logit_q == -inf;
                 t[u] = no_q ? vf{} : t[u];
-                // Of no mass there is nothing to weigh: not 0 · inf.
+                // A token without mass has 0 here, or NaN if kl is NaN, but not 0 · inf.
                 first = w[u] == 0.0f ? splat(of.kl * 0.0f) : first;
                 first = (no_q | (logit_p == -inf)) ? vf{} : first;
                 w[u] = no_q ? vf{} : w[u];
@@ -153,11 +154,12 @@ Moments weigh_differences(const P* p, const Q* q, int64_t n, const Center& cente
     return sums;
 }
 
-// Writes or adds up one circuit's gradients of a row: `dq` may be null, and so may room.total. `scale` is
-// the loss's gradient over z_p.
+// Writes one circuit's gradient of a row to `dq`, and adds its part of the reference's gradient to
+// room.total. Either may be null. `scale` is the loss's gradient divided by z_p.
 inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const Moments& sums,
                                 double z_p, double scale, float* dq) {
-    // That of a token without mass on either side, as of a masked one, however large `scale` is: not 0 · inf.
+    // The gradient of a token without mass on either side, such as a masked one. This avoids 0 · inf,
+    // however large `scale` is.
     const vf none = splat(__builtin_isnan(scale) ? __builtin_nanf("") : 0.0f);
     if (dq) {
         const double x = -::log1p(sums.t.value() / z_p);
@@ -169,7 +171,7 @@ inline void gradient_of_circuit(const GradientRoom& room, int64_t padded, const 
         }
     }
     if (room.total) {
-        // With a mean that is not finite the row's gradient is NaN, except at masked tokens.
+        // If the mean is not finite, the row's gradient is NaN, except at masked tokens.
         const double mean = sums.d.value() / z_p;
         const float of_d = float(scale);
         const float of_w = float(__builtin_isfinite(mean) ? -scale * mean : __builtin_nan(""));

@@ -1,4 +1,4 @@
-// Groups of tokens: how the logits of a row are gone through, and how they are summed.
+// Groups of tokens: loops over the logits of a row, and sums over them.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,17 @@ namespace fastkl {
 namespace {
 
 constexpr int64_t kGroup = kLanes;
-// Elements summed in float32 before the lanes go to float64: 32 a lane, so that a sum of positive
-// terms is off by less than 32 half ulps, 2e-6, whatever the terms, and by about 5e-8 typically.
+// Elements summed in float32 before the lanes are added to float64 totals: 32 per lane, so that a sum of
+// positive terms is off by less than 32 half ulps (2e-6) whatever the terms, and by 5e-8 typically.
 constexpr int64_t kChunk = 32 * kGroup;
-// The same where what is wanted is the small difference of two sums.
+// The same, for sums of which only the small difference matters.
 constexpr int64_t kShortChunk = kChunk / 2;
 static_assert(kChunk % kShortChunk == 0 && kShortChunk % kGroup == 0);
 
 // Logits of one row are prefetched this many tokens ahead.
 constexpr int64_t kAhead = 128 * kGroup;
 
-// A sum in 16 float32 lanes, and in as many float64 lanes beyond a chunk.
+// A sum: 16 float32 lanes within a chunk, and as many float64 lanes across chunks.
 struct Sum {
     vf part[U] = {};
     vd total[2 * U] = {};
@@ -55,8 +55,8 @@ template <int I> struct Index {
     constexpr operator int() const { return I; }
 };
 
-// Calls body(Index<0>), ..., body(Index<N - 1>), each at a place of its own in the code, so that an
-// array that they index can be kept in registers.
+// Calls body(Index<0>), ..., body(Index<N - 1>), each as separate code, so that the compiler can keep an
+// array that they index in registers.
 template <int N, class Body> INLINE void unrolled(Body body) {
     if constexpr (N > 0) {
         unrolled<N - 1>(body);
@@ -64,8 +64,8 @@ template <int N, class Body> INLINE void unrolled(Body body) {
     }
 }
 
-// Calls body(offset) for whole groups of kGroup tokens, and fold() after each CHUNK. Returns where
-// they end.
+// Calls body(offset) for whole groups of kGroup tokens, and fold() after each CHUNK. Returns the offset
+// at which the whole groups end.
 template <int64_t CHUNK = kChunk, class Body, class Fold>
 INLINE int64_t for_whole_groups(int64_t n, Body body, Fold fold) {
     const int64_t whole = n - n % kGroup;
@@ -77,7 +77,7 @@ INLINE int64_t for_whole_groups(int64_t n, Body body, Fold fold) {
     return whole;
 }
 
-// The tokens from `begin` on, fewer than a group, padded by -inf to one.
+// The tokens from `begin` on, fewer than a group, padded with -inf to a whole group.
 template <class T> struct Rest {
     T logits[kGroup];
 
@@ -100,12 +100,12 @@ INLINE void for_groups(const T* q, int64_t n, Body body, Fold fold) {
 }
 
 template <class T> float maximum(const T* q, int64_t n) {
-    // Of one running maximum each comparison would wait for the one before.
+    // With a single running maximum, each comparison would wait for the previous one.
     constexpr int kChains = 4, kStep = kChains * W;
     vf highs[kChains];
     for (vf& high : highs) high = splat(-__builtin_inff());
     const int64_t whole = n - n % kStep;
-    // In this order a NaN is dropped.
+    // With the operands in this order, max() drops a NaN.
     for (int64_t i = 0; i < whole; i += kStep)
         for (int j = 0; j < kChains; ++j) highs[j] = max(load(q + i + j * W), highs[j]);
     vf high = max(max(highs[0], highs[1]), max(highs[2], highs[3]));

@@ -1,4 +1,4 @@
-// The Jensen-Shannon divergence: the polynomials of a mixture, and how rows spread over threads.
+// The Jensen-Shannon divergence: a mixture's polynomials, and the distribution of rows over threads.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -9,13 +9,13 @@
 namespace fastkl {
 namespace {
 
-// A thread costs about as long to start as this many tokens' terms.
+// Starting a thread takes about as long as the terms of this many tokens.
 constexpr int64_t kPairsPerThread = 1 << 15;
-// Log-ratios up to which the polynomials are used, kNear of functions.hpp.
+// The log-ratio up to which the polynomials are used, kNear of functions.hpp.
 constexpr double kNear = 0.5;
 
-// Sets the coefficients of the polynomial that equals f at Chebyshev's points of [-kNear, kNear]: f is
-// analytic within π of 0, so that eight terms are off by 6e-10.
+// Sets the coefficients of the polynomial that interpolates f at the Chebyshev points of
+// [-kNear, kNear]. f is analytic within π of 0, so that eight terms are off by 6e-10.
 template <class Function> void interpolate(float (&coefficients)[Mixture::kTerms], Function f) {
     constexpr int n = Mixture::kTerms;
     double x[n], divided[n], sum[n] = {};
@@ -26,7 +26,7 @@ template <class Function> void interpolate(float (&coefficients)[Mixture::kTerms
     for (int order = 1; order < n; ++order)
         for (int i = n - 1; i >= order; --i)
             divided[i] = (divided[i] - divided[i - 1]) / (x[i] - x[i - order]);
-    // Newton's form, multiplied out from the inside.
+    // Expand Newton's form from the inside out.
     for (int i = n - 1; i >= 0; --i) {
         for (int k = n - 1; k > 0; --k) sum[k] = sum[k - 1] - x[i] * sum[k];
         sum[0] = divided[i] - x[i] * sum[0];
@@ -42,7 +42,7 @@ int64_t threads_for(const JsProblem& problem, int n_threads) {
 }  // namespace
 
 Mixture::Mixture(double lighter) {
-    // Its inverse, too, is to be a number in float32.
+    // The inverse of the lighter weight must also be representable in float32.
     const double l = std::max(lighter, 1e-30), h = 1 - l;
     heavy = float(h);
     light = float(l);

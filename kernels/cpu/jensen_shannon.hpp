@@ -1,19 +1,20 @@
 // The Jensen-Shannon divergence of two rows, and its gradients. The algebra is that of
 // fastkl/jensen_shannon.py, with other forms of its terms.
 //
-// Of the mixture M = h H + l L, H is the side of the heavier weight h >= 1/2. A token's log-ratio is
-// D = log H/L, and it adds to the divergence
+// In the mixture M = h H + l L, H is the side with the heavier weight h >= 1/2. A token's log-ratio is
+// D = log H/L, and the token adds to the divergence
 //
 //     h H log H/M + l L log L/M = H g(D)        g(D) = -(x log x + l e^-D D)        x = h + l e^-D = M/H
 //
-// which is never negative, and of second order in D. Where |D| < kNear, g(D) / D² is a polynomial, and so is
-// log(H/M) / D, the heavier side's `share`; log L/M is D less. Elsewhere the same is said of the side that
-// has more of the mixture, A of A and B, with weights a and b and D = log A/B. There b e^-D <= a, so that
-// nothing overflows, and log x = log a + y, where y = log(1 + b e^-D / a) is accurate however small.
+// which is never negative, and of second order in D. For |D| < kNear, g(D) / D² is a polynomial, and so
+// is log(H/M) / D, the heavier side's `share`; log L/M is smaller by D. Otherwise the same formula is
+// applied to the side that has more of the mixture: call it A, the other side B, their weights a and b,
+// and D = log A/B. Then b e^-D <= a, so that nothing overflows, and log x = log a + y, where
+// y = log(1 + b e^-D / a) is accurate however small it is.
 //
-// A gradient is its side's mass times log A/M less the mean of that. Where next to all of the mixture
-// is A wherever A has mass, all log A/M are -log a - y with a tiny y. Then only -y is kept, without the
-// -log a that they share, so that its digits are not lost.
+// A side's gradient is its mass times the difference between log A/M and the mean of log A/M. If A is
+// nearly all of the mixture wherever A has mass, every log A/M is -log a - y with a tiny y. Then only -y
+// is kept, without the -log a that all tokens share, so that the digits of y are not lost.
 #pragma once
 
 #include <cmath>
@@ -34,14 +35,14 @@ namespace {
 // differ by, each side's maximum is subtracted from its logits before they are subtracted from each
 // other.
 constexpr double kApart = 4.0, kTimesApart = 32.0;
-// Log-ratios are kept below it: a side with less than e^-128 of the other's mass has none to speak of.
+// Log-ratios are clamped to this: less than e^-128 of the other side's mass is negligible.
 constexpr float kLargestRatio = 128.0f;
 
-// One side's row, summed up.
+// The summary of one side's row.
 struct Side {
-    Mass mass;           // its logits divided by the temperature
-    float max;           // in logits as they are; 0 of a row of nothing but -inf
-    int64_t likeliest;   // where the largest logit stands
+    Mass mass;           // of logits divided by the temperature
+    float max;           // of undivided logits; 0 if all are -inf
+    int64_t likeliest;   // the index of the largest logit
     bool defined;        // some mass, and no NaN or +inf
 };
 
@@ -52,39 +53,39 @@ inline Side sum_up(const JsProblem& problem, int i, int64_t row, Scratch& scratc
     return {{double(max) * scale, side.sum}, max, side.likeliest, side.sum > 0};
 }
 
-// Two rows, and what vectors of their logits are computed with.
+// Two rows, and the functions of vectors of their logits.
 class Pair {
   public:
     Pair(const JsProblem& problem, const Side& heavy, const Side& light)
         : defined(heavy.defined && light.defined), mixture_(problem.mixture),
           scale_(problem.inverse_temperature), heavy_max_(heavy.max), light_max_(light.max) {
         const double offset = double(heavy.max) - double(light.max);
-        // A lower bound for how much log-ratios differ: by the mass that the sides have besides their
-        // largest logit, which shows it even in rows of nearly one token. NaN where there is no such
+        // A lower bound for how much log-ratios differ, from the mass that each side has besides its
+        // largest logit: it shows a difference even in rows of nearly one token. NaN if there is no such
         // mass.
         const double differ = __builtin_fabs(::log((heavy.mass.sum - 1) / (light.mass.sum - 1)));
         apart_ = __builtin_fabs(offset) >= kApart ||
                  !(__builtin_fabs(offset * scale_) <= kTimesApart * differ);
-        // In two parts, the first exact as it is subtracted: rounded to one, the difference of log-sum-exps
-        // would be off by more than nearly identical rows differ.
+        // The difference of log-sum-exps is kept in two parts, and subtracting the first is exact.
+        // Rounded to one number, it would be off by more than nearly identical rows differ.
         shift_ = float(apart_ ? 0.0 : offset);
         const double left = apart_ ? 0.0 : offset - shift_;
         rest_ = float(::log(heavy.mass.sum / light.mass.sum) + left * scale_);
     }
 
-    // D. 0 for identical rows; the largest where neither side has the token.
+    // Returns D: 0 for identical rows, and kLargestRatio if neither side has the token.
     vf log_ratio(vf heavy, vf light) const {
         const vf difference = apart_ ? difference_of_apart(heavy, light) : (heavy - light) - shift_;
-        // In this order a NaN is dropped.
+        // With the operands in this order, min() turns a NaN into kLargestRatio.
         return min(fma(difference, splat(scale_), splat(-rest_)), splat(kLargestRatio));
     }
 
     vf heavy_exponent(vf logit) const { return (logit - heavy_max_) * scale_; }
     vf light_exponent(vf logit) const { return (logit - light_max_) * scale_; }
 
-    // What is said of tokens that are not near.
+    // The terms of tokens that are not near.
     struct Far {
-        vi heavy;      // the heavier side has more of the mixture: it is A
+        vi heavy;      // whether the heavier side has more of the mixture, and is A
         vf ratio;      // D, of A over B
         vf a, rest;    // M/A = a (1 + rest)
         vf log_a, y;   // log M/A = log_a + y
@@ -111,10 +112,10 @@ class Pair {
 
     vf near_divergence(vf ratio) const { return ratio * ratio * series(mixture_.divergence, ratio); }
 
-    // log H/M and log L/M, but for -log a where a side is A and not near.
+    // log H/M and log L/M; a side that is A and not near leaves out -log a.
     struct Shares {
         vf of[2];
-        vi less[2];  // where log a was left out
+        vi less[2];  // whether -log a was left out
     };
 
     Shares shares_of(vf ratio) const {
@@ -138,11 +139,11 @@ class Pair {
     vf difference_of_apart(vf heavy, vf light) const {
         const vf d = (heavy - heavy_max_) - (light - light_max_);
         const vf off = rounded_off(heavy, heavy_max_) - rounded_off(light, light_max_);
-        // Of an infinite difference nothing is rounded off.
+        // An infinite difference has no rounding error to add back.
         return d + (d - d == 0.0f ? off : vf{});
     }
 
-    // What x - y is rounded by. Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
+    // The rounding error of x - y: Knuth, The Art of Computer Programming, vol. 2, 4.2.2, theorem B.
     static vf rounded_off(vf x, float y) {
         const vf d = x - y, back = d - x;
         return (x - (d - back)) - (y + back);
@@ -157,13 +158,15 @@ class Pair {
     const Mixture& mixture_;
     const float scale_, heavy_max_, light_max_;
     bool apart_;
-    float shift_, rest_;  // the log-sum-exps are shift · scale + rest apart, or their maxima and rest
+    // The log-sum-exps differ by shift · scale + rest, or, if apart_, by rest plus the maxima's
+    // distance · scale.
+    float shift_, rest_;
 };
 
-// Adds the terms of a group of tokens, not normalized by the sums of masses.
+// Adds the terms of a group of tokens, normalized by the sides' sums of masses.
 struct JsTerms {
     const Pair& pair;
-    float heavy_over, light_over;  // one over the sides' sums
+    float heavy_over, light_over;  // the inverses of the sides' sums
     Sum sum;
 
     void add(const float* heavy, const float* light) {
@@ -209,13 +212,14 @@ float js(const JsProblem& problem, int64_t row, Scratch& scratch) {
     return float(terms.sum.value());
 }
 
-// Sets tokens' masses and these times what each is worth, counted from one token of the side, and adds up
-// the latter.
+// Sets tokens' masses, and each mass times its token's worth, and sums the latter. A token's worth is
+// its side's log H/M or log L/M, relative to that of one token of the side.
 class JsWorths {
   public:
     JsWorths(const Pair& pair, const JsRoom (&room)[2]) : pair_(pair), room_(room) {}
 
-    // Where one token has nearly all mass, the mean is its worth but for the last few digits.
+    // Counts side i's worths from this token. If the side's likeliest token has nearly all mass, the
+    // mean equals that token's worth except for the last few digits.
     void count_from(int i, vf heavy, vf light) {
         const Pair::Shares shares = pair_.shares_of(pair_.log_ratio(heavy, light));
         const float there = shares.of[i][0], log_weight = pair_.log_weight(i);
@@ -246,7 +250,7 @@ class JsWorths {
   private:
     const Pair& pair_;
     const JsRoom (&room_)[2];
-    float less_[2], whole_[2];  // what is added where log a was left out, and elsewhere
+    float less_[2], whole_[2];  // added where -log a was left out, and elsewhere
     Sum sum_[2];
 };
 
@@ -296,7 +300,7 @@ void js_gradient(const JsProblem& problem, const JsGradients& gradients, int64_t
         for (int64_t j = 0; j < padded; j += W) {
             const vf mass = load(room[i].mass + j);
             const vf value = fma(-mass, mean, load(room[i].worth + j)) * scale;
-            // A masked token's is 0 however large `grad` is.
+            // A masked token's gradient is 0, however large `grad` is.
             store(room[i].worth + j, mass == 0.0f ? vf{} : value);
         }
         write_row(gradients.sides[i], row, room[i].worth, n_cols);

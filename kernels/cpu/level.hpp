@@ -1,5 +1,5 @@
-// One instruction-set level: the table of its functions. Each file level_*.cpp includes this one, is
-// compiled with a level's flags, and defines the level's table, the only name of it that others see.
+// One instruction-set level: the table of its functions. Each level_*.cpp file includes this header, is
+// compiled with its level's flags, and defines its level's table, the only name that other files see.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,8 @@ void phi_over_square_of(const float* d, float* y, int64_t n, bool wide) {
     }
 }
 
-// A constant, since code that fills it in at run time could have instructions that the processor lacks.
+// A constant, since code that fills in the table at run time could use instructions that the processor
+// lacks.
 constexpr Level level_table(const char* name, bool (*supported)()) {
     return {name,      supported,      slice,        gradient,          js, js_gradient,
             summarize, exponential_of, logarithm_of, phi_over_square_of};

@@ -1,4 +1,4 @@
-// x86-64 with AVX2, FMA and F16C: about 2013 on.
+// x86-64 with AVX2, FMA and F16C: from about 2013 on.
 #if defined(__x86_64__)
 #include <cpuid.h>
 

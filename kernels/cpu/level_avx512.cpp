@@ -1,4 +1,4 @@
-// x86-64 with AVX-512 F, BW, DQ and VL: about 2017 on.
+// x86-64 with AVX-512 F, BW, DQ and VL: from about 2017 on.
 #if defined(__x86_64__)
 #include "level.hpp"
 

@@ -1,7 +1,8 @@
-// The two passes ("looks") that a circuit's block may need, while the reference's is in the cache.
+// The two passes ("looks") that a circuit's block may need, while the reference's block is in the cache.
 //
-// q is a circuit's logits, in its own dtype and of any alignment. Looks that are MASKED take any logits,
-// others only finite ones: with any other logit of the circuit one of their sums is not finite.
+// q is a circuit's logits, in their own dtype and with any alignment. MASKED looks accept any logits.
+// Other looks accept only finite ones: if a logit of the circuit is not finite, neither is one of their
+// sums.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +17,16 @@
 namespace fastkl {
 namespace {
 
-// A circuit's logits, and where in memory, in a dtype of their own, the ones lie that are prefetched
-// meanwhile: one for each token that is looked at, or for 2^pace where one circuit is looked at alone.
+// A circuit's logits, and the address of the logits to prefetch meanwhile, which have a dtype of their
+// own. One logit is prefetched per token that is looked at, or per 2^pace tokens if the circuit is
+// looked at alone.
 template <class T, class Ahead = T> struct Circuit {
     const T* q;
     const Ahead* ahead;
     int pace;
 };
 
-// Look 1: the circuit's exponentials, and the first moment of d. One exponential a token.
+// Look 1: the circuit's exponentials, and the first moment of d. One exponential per token.
 struct ExponentialPass {
     struct Result {
         double y;        // Σ e^(q - base)
@@ -37,7 +39,7 @@ struct ExponentialPass {
         Sum y, s;
         vi undefined = {}, infinite = {};
 
-        // As in read_reference: identical rows have identical sums.
+        // The same chunks as in read_reference, so that identical rows have identical sums.
         static constexpr int64_t kSummed = kShortChunk;
         INLINE void fold() { y.fold(), s.fold(); }
         Result value() const { return {y.value(), s.value(), any(undefined), any(infinite)}; }
@@ -50,7 +52,7 @@ struct ExponentialPass {
         constexpr float inf = __builtin_inff();
         for (int u = 0; u < U; ++u) {
             vf x = load(from + u * W) - base;
-            // A finite logit keeps a finite x, as it keeps a finite a.
+            // The x of a finite logit stays finite, as its `a` does in read_reference.
             if constexpr (MASKED) x = max(x, splat(-__FLT_MAX__));
             vf e = exponential<MASKED>(x);
             vf d = load(block.a + i + u * W) - x;
@@ -69,10 +71,10 @@ struct ExponentialPass {
     }
 };
 
-// Look 2: the divergence without cancellation. Tokens with |d| >= reach, and those without reference
-// mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. Where m_p less a float32 base is a
-// float32 too, as mostly, that is the pivot. Elsewhere the rounding of base, by 4e-6 where logits are 100,
-// would change the circuit's mass by that part of itself: `lost_by_base` makes up for it.
+// Look 2: the divergence without cancellation. Tokens with |d| >= reach, and tokens without reference
+// mass, add w φ(d) = e^(q - base) + w (d - 1), with base = m_p - c. If m_p minus a float32 base is a
+// float32 too, as it usually is, that difference is the pivot. Otherwise rounding the base, by 4e-6 for
+// logits of 100, would change the circuit's mass by that fraction, and `lost_by_base` corrects for it.
 struct DivergencePass {
     struct Result {
         double s;  // Σ w d, with d = p - q - c
@@ -89,18 +91,18 @@ struct DivergencePass {
         Result value() const { return {s.value(), h.value(), total(n_far)}; }
     };
 
-    // What is known of a group of tokens before they are added. One whose `extent` is at least the square
-    // of the reach is far.
+    // A group of tokens before they are added. A token is far if its `extent` is at least the square of
+    // the reach.
     struct Moved {
         vf d[U], square[U], extent[U];
     };
 
     Pivot c;
-    float top, base, lost_by_base;  // the base is one for q + c.of_q
+    float top, base, lost_by_base;  // `base` is subtracted from q + c.of_q
     float far_from;                 // reach_squared(wide)
-    bool corrected;                 // by any of these
-    bool wide;                      // the reach is kWide, not kNear
-    bool often_far;                 // a branch on whether a token is far would be mispredicted
+    bool corrected;                 // x is not simply q - base: see add_far()
+    bool wide;                      // whether the reach is kWide, not kNear
+    bool often_far;                 // whether a branch on far tokens would be mispredicted
 
     static constexpr float reach_squared(bool wide) { return wide ? kWide * kWide : kNear * kNear; }
 
@@ -113,7 +115,7 @@ struct DivergencePass {
         const double moved = double(block.max) - c.of_p;
         const double left = pivot - c.of_p - c.of_q;
         base = float(moved - left);
-        // In this order: of logits beyond 1e9 even a float64 keeps too little beside them.
+        // Keep this order: beside logits beyond 1e9 even a float64 keeps too few digits of `left`.
         lost_by_base = float((moved - base) - left);
         const bool as_it_is = !c.apart && c.of_p == 0 && c.of_q == 0;
         if (as_it_is && double(float(moved - base)) == moved - base) {
@@ -129,7 +131,7 @@ struct DivergencePass {
         Moved to;
         for (int u = 0; u < U; ++u) {
             const vf logit = load(block.p + i + u * W);
-            // Exact for logits alike, unlike the difference of a and q - base.
+            // Exact for similar logits, unlike the difference of `a` and q - base.
             to.d[u] = c.template difference<MAYBE_APART>(logit, load(from + u * W));
             if constexpr (MASKED) to.d[u] = logit == -inf ? vf{} : to.d[u];
             to.square[u] = to.d[u] * to.d[u];
@@ -151,7 +153,7 @@ struct DivergencePass {
             const vf weight = load(block.w + i + u * W), d = tokens.d[u];
             const vf square = tokens.square[u];
             sums.s.part[u] = fma(weight, d, sums.s.part[u]);
-            // In this order the weight does not wait for the series.
+            // Grouped this way, the product with the weight does not wait for the series.
             sums.h.part[u] =
                 fma(weight * square, phi_over_square<WIDE>(d, square), sums.h.part[u]);
         }
@@ -170,8 +172,9 @@ struct DivergencePass {
                 const vf back = q + c.of_q;
                 x = (back - base) - lost_by_base;
                 if (c.apart) {
-                    // Where the move rounded q, x follows from d, which knows what was rounded off. Not
-                    // so for tokens without mass, whose a and d are large and rounded at that size.
+                    // If the move rounded q, compute x from d, which includes the rounding error. This
+                    // does not hold for tokens without mass: their `a` and d are large, and rounded at
+                    // that size.
                     const vf a = logit - top;
                     x = ((a < kLowest) | (back - c.of_q == q)) ? x : a - d;
                 }
@@ -206,7 +209,7 @@ struct DivergencePass {
     }
 };
 
-// Ways to add a group of tokens of G circuits: this one takes any.
+// One of three ways to add a group of tokens of G circuits: it takes any pass and any circuits.
 template <bool MASKED> struct OneByOne {
     template <int G, class T, class Ahead, class Pass>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
@@ -217,7 +220,7 @@ template <bool MASKED> struct OneByOne {
     }
 };
 
-// Without a branch on whether a token is far, which would be mispredicted where they often are.
+// Adds tokens without a branch on whether a token is far: if many are, it would be mispredicted.
 struct OftenFar {
     template <int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
@@ -230,8 +233,8 @@ struct OftenFar {
     }
 };
 
-// Of sides that are not apart, all with the same reach. Where a group is one vector, and its differences stay
-// in registers, there is one branch for all circuits.
+// For circuits that are not apart from the reference, all with the same reach. If a group is one vector,
+// so that its differences stay in registers, one branch serves all circuits.
 template <bool WIDE> struct HardlyFar {
     template <int G, class T, class Ahead>
     static INLINE void add(const Block& block, int64_t i, const Circuit<T, Ahead>* circuits,
@@ -271,19 +274,19 @@ void add_rest(const Block& block, int64_t begin, const T* q, const Pass& pass,
     sums.fold();
 }
 
-// Looks at G circuits of a block, which share what is read of the reference. A circuit's sums do not depend
-// on the others. Never inlined: its loop has all registers to itself.
+// Looks at G circuits of a block, which share what is read of the reference. A circuit's sums do not
+// depend on the other circuits. Never inlined, so that its loop has all registers to itself.
 template <class How, int G, class T, class Ahead, class Pass>
 __attribute__((noinline)) void look_how(const Block& shared, const Circuit<T, Ahead>* circuits,
                                         const Pass* passes, typename Pass::Result* results) {
-    // Local copies, whose address nobody has: the compiler keeps them in registers.
+    // Local copies whose address does not escape, so that the compiler keeps them in registers.
     const Block block = shared;
     typename Pass::Sums sums[G];
     const int64_t whole = for_whole_groups<Pass::Sums::kSummed>(
         block.n,
         [&](int64_t i) INLINE_LAMBDA {
             unrolled<G>([&](auto g) INLINE_LAMBDA {
-                // Elsewhere in memory: no prefetcher guesses that.
+                // These logits lie elsewhere in memory: no hardware prefetcher guesses that.
                 const int64_t so_far = G == 1 ? i >> circuits[g].pace : i;
                 __builtin_prefetch(circuits[g].ahead + so_far, 0, 3);
             });
@@ -303,7 +306,7 @@ void look(const Block& block, const Circuit<T, Ahead>* circuits, const Exponenti
     look_how<OneByOne<MASKED>, G>(block, circuits, passes, results);
 }
 
-// Circuits whose tokens are often far are looked at together with their like.
+// Circuits whose tokens are often far are looked at only with each other: the first pass speaks for all.
 template <bool MASKED, int G, class T, class Ahead>
 void look(const Block& block, const Circuit<T, Ahead>* circuits, const DivergencePass* passes,
           DivergencePass::Result* results) {

@@ -1,4 +1,4 @@
-// Where the rows of a matrix lie, and what type their logits have.
+// The addresses of a matrix's rows, and the type of their logits.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// fastkl._native: the kernel as a Python module, in Python 3.10's limited API (setup.py asks for it).
+// fastkl._native: the kernel as a Python module, built for Python 3.10's limited API (see setup.py).
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -75,8 +75,8 @@ bool read_matrices(PyObject* list, std::vector<Matrix>& matrices) {
     return true;
 }
 
-// Runs work(poll) without the GIL. None, or null with the exception set: a signal handler's, if that stopped
-// it.
+// Runs work(poll) without the GIL. Returns None, or null with an exception set: a signal handler's, if
+// that stopped the work.
 template <class Work> PyObject* compute(Work work) {
     Caller caller;
     caller.thread = PyEval_SaveThread();
@@ -313,7 +313,7 @@ PyModuleDef module = {
 PyMODINIT_FUNC PyInit__native() {
     PyObject* self = PyModule_Create(&module);
 #ifdef Py_GIL_DISABLED
-    // Calls share nothing; without this the import would give a free-threaded Python its lock back.
+    // Calls share no state. Without this, importing would give a free-threaded Python its GIL back.
     if (self) PyUnstable_Module_SetGIL(self, Py_MOD_GIL_NOT_USED);
 #endif
     return self;

@@ -11,35 +11,36 @@
 namespace fastkl {
 namespace {
 
-// p, a = p - m_p and w = e^a are float32, and padded to whole groups with tokens that have no mass: a finite
-// a, and w = 0.
+// p, a = p - m_p and w = e^a are float32, padded to whole groups with tokens that have no mass: `a` is
+// finite, and w = 0.
 struct Block {
     const float* p;
     const float* a;
     const float* w;
     int64_t n;
-    float max;    // m_p; -inf without mass
+    float max;    // m_p; -inf if there is no mass
     double sum;   // Σ w; NaN if a logit is NaN or +inf
     double first; // Σ w of the first kChunk tokens
-    bool masked;  // a logit is -inf
+    bool masked;  // whether a logit is -inf
 };
 
-// What will be looked at next: where it lies, and the bytes of a logit.
+// The logits that will be looked at next: their address, and the bytes per logit.
 struct Next {
     const char* from;
     int64_t logit_size;
 };
 
-// Reads a block of the reference into `scratch`: its logits, its weights, and what they sum to, counted
-// from `base`, a finite guess of its largest logit. Exponentials take longer than memory does, and so half of
-// what is looked at next is asked for meanwhile.
+// Reads a block of the reference into `scratch`, its logits and its weights, and sums the weights. They
+// are relative to `base`, a finite guess of the block's largest logit. Exponentials take longer than
+// memory accesses, so half of what is looked at next is prefetched meanwhile.
 template <class T>
 Block read_reference(const T* p, int64_t n, float base, const Next& next, Scratch& scratch) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
-    // 0 while all logits are finite: any other times 0 is NaN.
+    // 0 while all logits are finite: inf or NaN times 0 is NaN.
     vf finite = {};
-    // The same exponentials in the same order as in ExponentialPass: identical rows have identical sums.
+    // The same exponentials in the same order as in ExponentialPass, so that identical rows have
+    // identical sums.
     Sum z;
     double first = 0.0;
     int64_t summed = 0;
@@ -50,9 +51,9 @@ Block read_reference(const T* p, int64_t n, float base, const Next& next, Scratc
             const vf x = load(from + u * W), below = x - base;
             high = max(x, high);
             if constexpr (!padded) finite = fma(x, vf{}, finite);
-            // Of a token without mass it is 2e-38, which no sum notices but one of nothing else.
+            // For a token without mass, e is 2e-38: it changes no sum, except one of such tokens alone.
             const vf e = exponential<true>(below);
-            // Finite, or its weight of 0 would not take it out of a sum.
+            // Keep `a` finite: otherwise a weight of 0 would not remove the token from a sum.
             const vf a = max(below, splat(-__FLT_MAX__));
             z.part[u] += e;
             store(scratch.p + i + u * W, x);
@@ -72,13 +73,14 @@ Block read_reference(const T* p, int64_t n, float base, const Next& next, Scratc
         weigh(whole, rest.logits, Index<1>{});
         fold();
     }
-    // The last group may be padding for the most part.
+    // `finite` covers whole groups only, since padding with -inf would make it NaN: check the rest one
+    // by one.
     int32_t masked = 0, undefined = 0;
     for (int64_t i = any(finite != finite) ? 0 : whole; i < n; ++i) {
         masked |= scratch.p[i] == -inf;
         undefined |= !(scratch.p[i] < inf);
     }
-    // Weights much above 1 overflow the sooner where a logit is huge; much below, too many are 0.
+    // Weights much above 1 overflow sooner if a logit is huge; much below 1, too many of them are 0.
     constexpr float kAbove = 4.0f, kBelow = -16.0f;
     const float max = largest(high), off = max - base;
     if (max > -inf && !undefined && !(kBelow < off && off < kAbove))

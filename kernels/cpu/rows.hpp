@@ -1,5 +1,5 @@
-// Rows, or pieces of them, as float32: how they are read, what their exponentials sum to, and how they
-// are written in their own dtype.
+// Rows, or pieces of rows, as float32: reading them, summing their exponentials, and writing them in
+// their own dtype.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@
 namespace fastkl {
 namespace {
 
-// Copies a row as float32 and pads its last group with -inf. Sets `undefined` if there is a NaN or
-// +inf, and returns the largest logit.
+// Copies a row as float32 and pads its last group with -inf. Sets `undefined` to whether there is a NaN
+// or +inf, and returns the largest logit.
 template <class T> float read_row(const T* from, int64_t n, float* to, bool& undefined) {
     constexpr float inf = __builtin_inff();
     vf high = splat(-inf);
@@ -32,11 +32,11 @@ template <class T> float read_row(const T* from, int64_t n, float* to, bool& und
     return largest(high);
 }
 
-// e^a, 0 where that is below float's normal numbers.
+// Returns e^a, or 0 where it is below float's normal range.
 inline vf weight_of(vf a) { return a < kLowest ? vf{} : exponential<true>(a); }
 
-// Sets e = e^((x - base) scale), 0 where that is below float's normal numbers, and returns the sum. Meanwhile
-// the logits `ahead` come from memory.
+// Sets e = e^((x - base) scale), or 0 where it is below float's normal range, and returns the sum.
+// Meanwhile it prefetches the logits `ahead`.
 template <class T>
 double weigh_row(const float* x, int64_t padded, float base, float scale, float* e, const T* ahead) {
     Sum z;
@@ -53,7 +53,7 @@ double weigh_row(const float* x, int64_t padded, float base, float scale, float*
     return z.value();
 }
 
-// Rounded to the nearest, ties to even; a NaN stays one.
+// Converts to the type of `to`, rounding to nearest with ties to even; a NaN stays a NaN.
 inline void convert(const float* from, int64_t n, float* to) {
     __builtin_memcpy(to, from, n * int64_t(sizeof *to));
 }
@@ -82,7 +82,7 @@ inline void convert(const float* from, int64_t n, Float16* to) {
         } else if (magnitude >= 0x47800000) {
             half = 0x7c00;
         } else if (magnitude < 0x38800000) {
-            // Subnormal: adding 1/2 leaves multiples of 2^-24, rounded, in the lowest bits.
+            // Subnormal: adding 1/2 rounds to a multiple of 2^-24, and leaves it in the lowest bits.
             const float x = from[i] < 0 ? -from[i] : from[i];
             half = bits_of(x + 0.5f) - bits_of(0.5f);
         } else {
@@ -104,7 +104,7 @@ inline void write_row(const Matrix& matrix, int64_t row, const float* from, int6
     }
 }
 
-// Where the largest logit stands; 0 if it is nowhere.
+// Returns the first index of the largest logit, or 0 if no logit equals `max`.
 inline int64_t position(const float* x, int64_t padded, float max) {
     for (int64_t i = 0; i < padded; i += W)
         if (any(load(x + i) == max))

@@ -1,4 +1,4 @@
-// The levels of this build, and how rows spread over threads.
+// The levels of this build, and the distribution of rows over threads.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -32,9 +32,9 @@ const Level* const* levels() {
 
 namespace {
 
-// A thread costs about as long to start as this many logits to measure.
+// Starting a thread takes about as long as measuring this many logits.
 constexpr int64_t kPairsPerThread = 1 << 16;
-// From so many rows a thread on, a row is one task, and its slices' states need no room.
+// From this many rows per thread on, a row is one task, and its slices' states need no room.
 constexpr int64_t kRowsPerThread = 4;
 
 // One call of run().
@@ -50,7 +50,7 @@ class Job {
         by_rows_ = n_slices_ == 1 || problem.n_rows >= kRowsPerThread * n_threads_;
         n_tasks_ = by_rows_ ? problem.n_rows : problem.n_rows * n_slices_;
         if (!by_rows_) states_.resize(n_tasks_ * problem.n_circuits);
-        // All that is allocated is allocated here, where running out of memory can be reported.
+        // Allocate everything here, where running out of memory can be reported.
         for (int64_t i = 0; i < n_threads_; ++i) rooms_.push_back(Room(problem.n_circuits));
     }
 

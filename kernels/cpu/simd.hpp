@@ -1,9 +1,9 @@
-// Vectors of floats, W at a time: compiler vector extensions, and the few operations in which the
-// levels differ.
+// SIMD vectors of W floats: compiler vector extensions, and the few operations that differ between
+// levels.
 //
-// Each level compiles this header and those that include it with instructions of its own. Their code is
-// in an unnamed namespace, so that the linker cannot put one level's in place of another's; for the
-// same reason it calls C's ::log and the like, and no function of the C++ library.
+// Each level compiles this header, and the headers that include it, with its own instructions. Their
+// code is in an unnamed namespace, so that the linker cannot replace one level's functions with
+// another's. For the same reason it calls C functions such as ::log, and no function of the C++ library.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 namespace fastkl {
 namespace {
 
-// A call that is not inlined would keep sums in memory.
+// A call that is not inlined would keep sums in memory, not in registers.
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define INLINE inline INLINE_LAMBDA
 
@@ -29,7 +29,7 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-// Sums are kept in 16 lanes at every level: U vectors.
+// Every level keeps its sums in 16 lanes: U vectors.
 constexpr int kLanes = 16;
 constexpr int U = kLanes / W;
 
@@ -47,7 +47,7 @@ constexpr bool kFused = false;
 
 inline vf splat(float x) { return x - vf{}; }
 
-// a b + c, rounded once where the level has the instruction.
+// Returns a b + c, rounded once if the level has a fused multiply-add.
 inline vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -60,7 +60,7 @@ inline vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// Where a is NaN this is b; where b is, the levels differ.
+// If a is NaN, the result is b. If b is NaN, the result depends on the level.
 inline vf max(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -89,8 +89,8 @@ inline vf min(vf a, vf b) {
 #endif
 }
 
-// The first and the last W / 2 lanes. Of vectors twice as long as the level's own, GCC copies the pieces about
-// in general registers.
+// The first and the last W / 2 lanes, as float64. Written with intrinsics, since GCC moves the parts of
+// vectors twice as long as the level's own through general registers.
 inline vd first_half(vf x) {
 #if defined(__AVX512F__)
     return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
@@ -135,7 +135,7 @@ inline bool any(vi mask) {
 #endif
 }
 
-// Whether a lane of x is at least as large as the bound; a NaN is not.
+// Whether any lane of x is at least as large as the bound; a NaN is not.
 inline bool any_at_least(vf x, float bound) {
 #if defined(__AVX512F__)
     return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(bound), _CMP_GE_OQ) != 0;
@@ -144,7 +144,7 @@ inline bool any_at_least(vf x, float bound) {
 #endif
 }
 
-// Whether all vectors are below their bounds in all lanes; a NaN is not.
+// Whether all lanes of all vectors are below their vector's bound; a NaN is not.
 class Below {
   public:
 #if defined(__AVX512F__)
@@ -164,7 +164,8 @@ class Below {
 #endif
 };
 
-// a 2^n for integers n of any size, where the level has the instruction: inf or 0 beyond float's range.
+// Returns a 2^n for an integer n of any size, if the level has the instruction; inf or 0 beyond float's
+// range.
 #if defined(__AVX512F__)
 constexpr bool kScales = true;
 inline vf scale(vf a, vf n) { return (vf)_mm512_scalef_ps((__m512)a, (__m512)n); }
@@ -209,10 +210,10 @@ inline vh load_bits(const void* from) {
 
 inline vf load(const BFloat16* from) {
 #if defined(__AVX512F__)
-    // The compiler's own way takes three instructions, of halves that it puts together.
+    // The compiler's own conversion takes three instructions: it joins two halves.
     return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)load_bits(from)) << 16);
 #elif defined(__AVX2__)
-    // One shuffle, in both halves of what a load has doubled, in place of two and a shift.
+    // Broadcast the load to both halves, then shuffle once: instead of two shuffles and a shift.
     const __m256i twice = _mm256_broadcastsi128_si256((__m128i)load_bits(from));
     const __m256i places = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,
                                             -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1,
@@ -231,7 +232,7 @@ inline vf load(const Float16* from) {
     vf x = (vf)_mm256_cvtph_ps((__m128i)load_bits(from));
 #endif
 #if defined(__clang__)
-    // Seen through, x == -inf would become a comparison of float16, which is done one by one.
+    // If Clang saw the conversion, it would compare x == -inf in float16, one lane at a time.
     asm("" : "+v"(x));
 #endif
     return x;
@@ -240,9 +241,9 @@ inline vf load(const Float16* from) {
 #else
     const vu bits = __builtin_convertvector(load_bits(from), vu);
     const vu sign = (bits & 0x8000) << 16;
-    // Exponent and fraction in float's places: the value times 2^-112, subnormal ones too.
+    // Exponent and fraction at float's bit positions: the value times 2^-112, subnormals included.
     const vu shifted = (bits & 0x7fff) << 13;
-    // A subnormal times 2^112 would be flushed: its fraction is converted as an integer instead.
+    // Multiplying a subnormal by 2^112 would flush it to 0, so its fraction is converted as an integer.
     const vf subnormal = __builtin_convertvector((vi)(bits & 0x3ff), vf) * 0x1p-24f;
     const vu normal = shifted + (112u << 23);
     const vu special = shifted | 0x7f800000u;
@@ -257,8 +258,8 @@ template <> inline float minus_infinity<float>() { return -__builtin_inff(); }
 template <> inline BFloat16 minus_infinity<BFloat16>() { return {0xff80}; }
 template <> inline Float16 minus_infinity<Float16>() { return {0xfc00}; }
 
-// Numbers too small for a normal float count as 0 while it lives: nothing here needs them, and some
-// processors take a hundred times as long for each.
+// Flushes subnormal numbers to 0 during its lifetime: nothing here needs them, and some processors take
+// a hundred times as long for each.
 class FlushSubnormals {
   public:
 #if defined(__SSE2__)

@@ -17,21 +17,22 @@
 namespace fastkl {
 namespace {
 
-// A block's plain result is used from here on: sums of a few distinct terms, whose rounding is alike, are
-// off by up to 1e-6, and Σ w d is up to four times as large as the result.
+// The divergence from which on a block's plain result is used: sums of a few distinct terms, whose
+// rounding errors are alike, are off by up to 1e-6, and Σ w d is up to four times the result.
 constexpr double kAccurateBelow = 0.3;
 // Sums of exponentials outside this range were taken at a base too far from the maximum.
 constexpr double kLeastSum = 1e-12;
 constexpr double kLargestSum = 1e30;
-// A mean of φ(d) from which on a block's pivot was a wrong guess, and Σ w (e^(-d) - 1) is lost in rounding.
+// The mean of φ(d) from which on a block's pivot was a wrong guess, and Σ w (e^(-d) - 1) is lost in
+// rounding.
 constexpr double kLargestMean = 16;
-// A slice's first block, where neither the pivot nor the look are well known: a short one, so that little
-// is looked at twice.
+// The length of a slice's first block. Neither the pivot nor the look is well known there, so the block
+// is short: little of it is looked at twice.
 constexpr int64_t kFirstBlock = 2048;
-// How many tokens are asked for a first guess of lse_p - lse_q.
+// How many tokens are sampled for a first guess of lse_p - lse_q.
 constexpr int64_t kSample = 256;
 
-// |x| up to which e^(-x) - 1 and x cancel.
+// The |x| below which e^(-x) - 1 and x cancel.
 constexpr double kSmall = 1e-2;
 
 inline double phi(double x) {
@@ -41,16 +42,16 @@ inline double phi(double x) {
 
 inline double finite_or_zero(double x) { return __builtin_isfinite(x) ? x : 0.0; }
 
-// Circuits of a block that are looked at together, so that they share what is loaded of the reference
-// from the second level cache: as many as the level has registers for.
+// How many circuits of a block are looked at together, to share what is loaded of the reference from the
+// second-level cache: as many as the level has registers for.
 constexpr int kTogether = W == 16 ? kMostTogether : W == 8 ? 2 : 1;
 
-// From one token beyond kNear, or kWide, in so many on, a wider look is faster.
+// If at least one token in this many is beyond kNear, or kWide, the next wider look is faster.
 constexpr int64_t kTokensPerNear = 512, kTokensPerWide = 64;
-// A divergence from which on so many tokens are beyond kNear, if all move alike.
+// The divergence from which on that many tokens are beyond kNear, if all tokens move alike.
 constexpr double kWideFrom = 0.01;
-// A divergence from which on few blocks are below kAccurateBelow, where exponentials are not enough: a
-// row's blocks differ from each other, the more so the fewer tokens have most of its mass.
+// The divergence from which on few blocks are below kAccurateBelow, where exponentials are not enough. A
+// row's blocks differ from each other, and the more so, the fewer tokens hold most of its mass.
 constexpr double kExponentialsFrom = 0.35;
 
 // Whether circuits that need these looks can be looked at together.
@@ -59,15 +60,15 @@ inline bool shared(Look a, Look b) {
     return a == b || (by_polynomial(a) && by_polynomial(b));
 }
 
-// A circuit's block. `guess` of lse_p - lse_q is NaN where there is none; where there is one, `next` is
-// the look that is likely to be enough, and becomes the next block's.
+// A circuit's block. `guess` estimates lse_p - lse_q, and is NaN if there is no estimate. If there is
+// one, `next` is the look that is likely to be enough; it is updated to the next block's.
 template <class T, class Ahead> class CircuitBlock {
   public:
     CircuitBlock() = default;
     CircuitBlock(const Block& block, const Circuit<T, Ahead>& circuit, double guess, Look& next)
         : block_(&block), circuit_(circuit), guess_(guess), next_(&next), masked_(block.masked) {}
 
-    // Which look is asked first.
+    // Returns the look to start with, after guessing lse_p - lse_q if there is no guess.
     Look first_look() {
         if (__builtin_isnan(block_->sum)) return Look::alone;
         bool guessed = __builtin_isfinite(guess_);
@@ -80,7 +81,7 @@ template <class T, class Ahead> class CircuitBlock {
         return *next_;
     }
 
-    // The look at so many circuits, of which this is the first, and their states.
+    // Looks at G circuits together, of which blocks[0] is the first, and sets their states.
     template <int G> static void look_together(Look first, CircuitBlock* blocks, State* states) {
         if (first == Look::exponentials) {
             look_together<G>(blocks, states, [](const CircuitBlock& block) {
@@ -116,7 +117,7 @@ template <class T, class Ahead> class CircuitBlock {
         for (int g = 0; g < G; ++g) states[g] = blocks[g].state(passes[g], results[g]);
     }
 
-    // Without exponentials where all tokens are near: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
+    // If all tokens are near, no exponentials are needed: Σ w e^(-d) = Σ w - Σ w d + Σ w φ(d).
     State state(const DivergencePass& pass, const DivergencePass::Result& sums) {
         if (!__builtin_isfinite(sums.s) || !__builtin_isfinite(sums.h)) return state();
         const double rise = (sums.h - sums.s) / block_->sum, ratio = 1 + rise;
@@ -124,12 +125,12 @@ template <class T, class Ahead> class CircuitBlock {
         const double x = -::log1p(rise);
         const double accurate = sums.h / block_->sum;
         const double change = __builtin_fabs(x) < kSmall ? phi(x) : rise + x;
-        // Half of it may cancel; more, and the block is looked at again, from a better pivot.
+        // Half of `accurate` may cancel. If more does, the block is looked at again from a better pivot.
         const double kl = change > accurate / 2 ? at_pivot(pass.c.value() + x, accurate - change)
                                                 : accurate - change;
         *next_ = next_look(kl, sums.n_far);
         const double max_q = block_->max - pass.c.value();
-        // What a float64 loses of the pivot beside logits beyond 1e9.
+        // The part of the pivot that a float64 loses beside logits beyond 1e9.
         const double left = (block_->max - max_q) - pass.c.value();
         const double sum_q = block_->sum * ratio * (left == 0 ? 1.0 : ::exp(left));
         return {{block_->max, block_->sum}, {max_q, sum_q}, kl};
@@ -139,13 +140,13 @@ template <class T, class Ahead> class CircuitBlock {
         return state(pass.base, sums);
     }
 
-    // The look for blocks of a divergence, if all tokens move alike.
+    // Returns the look for blocks of this divergence, if all tokens move alike.
     static Look look_for(double divergence) {
         if (divergence >= kExponentialsFrom) return Look::exponentials;
         return divergence >= kWideFrom ? Look::wide : Look::near;
     }
 
-    // The look after one that found so many tokens beyond its reach.
+    // Returns the look to use after one that found `n_far` tokens beyond its reach.
     Look next_look(double divergence, int64_t n_far) const {
         if (*next_ == Look::near)
             return n_far * kTokensPerNear < block_->n ? Look::near : Look::wide;
@@ -177,7 +178,7 @@ template <class T, class Ahead> class CircuitBlock {
         return {p, q, at_pivot((double(block_->max) - base) + x, plain)};
     }
 
-    // Σ w d, of finite logits, where it is beyond float32.
+    // Returns Σ w d of finite logits in float64, for sums beyond float32's range.
     double wide_sum(float base) const {
         double s = 0.0;
         const auto group = [&](int64_t i, const T* from) {
@@ -195,13 +196,14 @@ template <class T, class Ahead> class CircuitBlock {
         return maximum(row, block_->n < kSample ? block_->n : kSample);
     }
 
-    // A better guess, and whether the divergence is small, by look 1 at a part of the block.
+    // Improves the guess by look 1 at the block's first chunk, and predicts the next look from its
+    // divergence. Returns whether this succeeded.
     bool guess_from_first_chunk() {
         Block chunk = *block_;
         chunk.n = kChunk;
         const ExponentialPass::Result sums = look_alone<false>(chunk, ExponentialPass{base()});
-        // Tokens so far below the others that their weights may be cut off to 0 below different logits
-        // on each side: then even identical rows would seem to differ.
+        // These tokens are so far below the others that their weights may be cut off to 0 below
+        // different logits on each side: then even identical rows would seem to differ.
         if (!(block_->first >= kLeastSum)) return false;
         const double x = without_rounding(::log(block_->first / sums.y));
         if (masked_ || !__builtin_isfinite(x) || !__builtin_isfinite(sums.s)) return false;
@@ -226,16 +228,16 @@ template <class T, class Ahead> class CircuitBlock {
         return look_alone(ExponentialPass{base});
     }
 
-    // These sums, or, where they are not finite, those of a look that takes any logits.
+    // Returns these sums, or, if they are not finite, the sums of a look that takes any logits.
     ExponentialPass::Result finite_or_masked(float base, const ExponentialPass::Result& sums) {
         if (masked_ || (__builtin_isfinite(sums.s) && __builtin_isfinite(sums.y))) return sums;
         masked_ = true;
         return exponentials(base);
     }
 
-    // The divergence at a pivot whose only error is its rounding to float32, which is corrected for
-    // where it matters. Where p - q - c is too inexact, or overflows for a token without mass, it is
-    // `known`, the plain result.
+    // Returns the divergence at a pivot whose only error is its rounding to float32, which is corrected
+    // for where it matters. If p - q - c is too inexact, or overflows for a token without mass, it
+    // returns `known`, the plain result.
     double at_pivot(double pivot, double known) const {
         known = known > 0 ? known : 0;
         const DivergencePass pass(*block_, pivot, look_for(known));
@@ -253,7 +255,7 @@ template <class T, class Ahead> class CircuitBlock {
     bool masked_;
 };
 
-// Looks at the first G of n circuits together, with G halved until there are so many; returns how many.
+// Looks at the first G of n circuits together, after halving G until n >= G. Returns how many that is.
 template <int G, class Block>
 int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
     if constexpr (G > 1)
@@ -262,9 +264,9 @@ int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
     return G;
 }
 
-// The states of a block for circuit k and those after it that are looked at together with it. `so_far`
-// are all circuits' states of the blocks before, and `taken_p` is what was taken from the reference's
-// block. Returns how many circuits these are.
+// Sets the states of a block for circuit k and the circuits after it that are looked at together with
+// it. `so_far` holds all circuits' states of the previous blocks, and `taken_p` is what cool()
+// subtracted from the reference's block. Returns the number of these circuits.
 template <class T, bool COOL>
 int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block,
                   double taken_p, int64_t k, const State* so_far, Look* looks, Scratch& scratch,
@@ -279,8 +281,9 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         const Matrix& circuit = problem.circuits[k + n];
         if (circuit.dtype != problem.circuits[k].dtype) break;
         const T* logits = reinterpret_cast<const T*>(address(circuit, row, start));
-        // Prefetched meanwhile: the circuit that is kTogether further on, perhaps in the next block. A
-        // single one's first half came while the reference was read: its second half is.
+        // Meanwhile, prefetch the circuit that is kTogether further on, perhaps in the next block. With
+        // a single circuit, its first half was prefetched while the reference was read; prefetch the
+        // second half now.
         const int64_t after = k + n + kTogether;
         const bool single = !COOL && problem.n_circuits == 1;
         const T* ahead = reinterpret_cast<const T*>(
@@ -290,7 +293,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
         Circuit<L, T> q;
         if constexpr (COOL) {
-            // One that another look waits for is not divided yet.
+            // A circuit that needs another look is left for later: its logits are not divided yet.
             if (n > 0 && __builtin_isfinite(guess) && !shared(looks[k + n], first))
                 break;
             float* cooled = scratch.cooled[n];
@@ -320,15 +323,15 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
     return count;
 }
 
-// Reads a block of the reference, given the mass of the blocks before. `taken` is set to what was taken
-// from it.
+// Reads a block of the reference, given the mass of the previous blocks. Sets `taken` to what was
+// subtracted from the block's logits.
 template <bool COOL, class T>
 Block read_reference_block(const T* p, int64_t n, double temperature, const Mass& so_far,
                            const Next& next, Scratch& scratch, double& taken) {
     if constexpr (COOL) {
         float* cooled = scratch.cooled[0];
         taken = cool(p, n, temperature, cooled);
-        // The largest is 0, or there is none.
+        // The largest logit is now 0, or it is not finite.
         return read_reference(cooled, n, 0.0f, next, scratch);
     } else {
         taken = 0;

@@ -1,4 +1,4 @@
-// Row states in float64: how two merge, and how the last becomes a divergence; and the inverse
+// Row states in float64: how two are merged, and how the last one becomes a divergence. Also the inverse
 // temperature.
 #include <cmath>
 #include <limits>
@@ -10,12 +10,12 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-// The divergence of two coins, of which the first shows its rarer side with probability b, and the
-// second with b e^(-difference) / scale, where scale = 1 - b + b e^(-difference). `log_scaled` is
-// log(b e^(-difference)).
+// Returns the divergence of two coins. The first shows its rarer side with probability b, and the second
+// shows that side with probability b e^(-difference) / scale, where scale = 1 - b + b e^(-difference).
+// `log_scaled` is log(b e^(-difference)).
 double coin_divergence(double b, double difference, double log_scaled) {
     if (std::fabs(difference) < 1e-2) {
-        // The cumulants, since log(scale) and b difference cancel; the next term is below 2e-8.
+        // Sum the cumulants, since log(scale) and b difference cancel; the next term is below 2e-8.
         const double variance = b * (1 - b);
         return variance * difference * difference / 2 *
                (1 - difference / 3 * ((1 - 2 * b) - difference / 4 * (1 - 6 * variance)));
@@ -39,7 +39,7 @@ float inverse_of(double temperature) {
 }
 
 Shares shares(const Mass& first, const Mass& second) {
-    // A sum that is NaN fails both comparisons, and comes through the total.
+    // A NaN sum fails both comparisons, and propagates through the total.
     if (first.sum == 0) return {second, 0.0, second.sum == 0 ? 0.0 : 1.0, -kInf, 0.0};
     if (second.sum == 0) return {first, 1.0, 0.0, 0.0, -kInf};
     const double max = first.max > second.max ? first.max : second.max;
@@ -71,8 +71,8 @@ State merge(const Shares& reference, const State& first, const State& second) {
     if (first.kl == kInf || second.kl == kInf) {
         merged.kl = kInf;
     } else if (first.p.sum == 0 || second.p.sum == 0) {
-        // The reference's mass, if any, is in one piece: what the circuit has in the other one is
-        // missing there.
+        // The reference's mass, if any, is in one piece, `full`. The circuit's mass in the other piece
+        // is missing from `full`.
         const State& full = first.p.sum == 0 ? second : first;
         const State& rest = first.p.sum == 0 ? first : second;
         merged.kl = full.kl;
@@ -84,7 +84,7 @@ State merge(const Shares& reference, const State& first, const State& second) {
         const bool swap = reference.second > reference.first;
         const State& rare = swap ? first : second;
         const State& common = swap ? second : first;
-        // Differences of the same row first, where the two rows are far apart.
+        // Subtract within the same row first, since the two rows may be far apart.
         const double difference = without_rounding(
             ((rare.p.max - common.p.max) - (rare.q.max - common.q.max)) +
             std::log((rare.p.sum / rare.q.sum) / (common.p.sum / common.q.sum)));

@@ -1,11 +1,11 @@
-// How the summaries of rows spread over threads.
+// The distribution of the summaries of rows over threads.
 #include "kl.hpp"
 #include "threads.hpp"
 
 namespace fastkl {
 namespace {
 
-// A thread costs about as long to start as this many logits to sum up.
+// Starting a thread takes about as long as summarizing this many logits.
 constexpr int64_t kLogitsPerThread = 1 << 16;
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A row of one side, summed up by itself: what of it is the same beside any other side.
+// The summary of one side's row by itself: what does not depend on the other side.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ inline float read_block(const Matrix& matrix, int64_t row, int64_t start, int64_
                       [&](auto logits) { return read_row(logits, n, to, undefined); });
 }
 
-// Calls visit(start, n) for the row's blocks.
+// Calls visit(start, n) for each of the row's blocks.
 template <class Visit> inline void for_blocks(int64_t n_cols, Visit visit) {
     const int64_t length = piece_length(n_cols, kBlock);
     for (int64_t start = 0; start < n_cols; start += length)
@@ -29,13 +29,13 @@ template <class Visit> inline void for_blocks(int64_t n_cols, Visit visit) {
 
 inline int64_t padded_to_groups(int64_t n) { return (n + kGroup - 1) / kGroup * kGroup; }
 
-// Σ w (x - base) scale, given the weights w.
+// Returns Σ w (x - base) scale, given the weights w.
 inline double weighted_exponents(const float* x, const float* w, int64_t padded, float base,
                                  float scale) {
     Sum sum;
     for (int64_t i = 0; i < padded; i += kGroup) {
         for (int u = 0; u < U; ++u) {
-            // A token without weight adds nothing: not 0 · inf.
+            // Clamp the exponent, so that a token without weight adds nothing: not 0 · inf.
             const vf exponent = max((load(x + i + u * W) - base) * scale, splat(kLowest));
             sum.part[u] = fma(load(w + i + u * W), exponent, sum.part[u]);
         }
@@ -45,7 +45,7 @@ inline double weighted_exponents(const float* x, const float* w, int64_t padded,
     return sum.value();
 }
 
-// The summary of two disjoint pieces of a row together, which have some mass or none.
+// Returns the combined summary of two disjoint pieces of a row, each with some mass or none.
 inline Summary joined(const Summary& first, const Summary& second, double scale) {
     if (second.sum == 0) return first;
     if (first.sum == 0) return second;
@@ -76,7 +76,7 @@ inline Summary summary_of(const Matrix& matrix, int64_t row, int64_t n_cols, flo
         });
         Summary block{max, sum, 0.0, 0};
         if (below) block.below = weighted_exponents(scratch.p, scratch.w, padded, max, scale);
-        // Of a block below the others nobody asks where.
+        // The position is needed only if this block's maximum is the largest so far.
         if (max > whole.max) block.likeliest = start + position(scratch.p, padded, max);
         whole = joined(whole, block, scale);
     });

@@ -10,21 +10,22 @@
 namespace fastkl {
 namespace {
 
-// A temperature, or the nearest one that float32 takes for neither 0 nor inf.
+// Returns the temperature, or the nearest one that float32 rounds to neither 0 nor inf.
 inline double limited(double temperature) {
     const double less = temperature < double(__FLT_MAX__) ? temperature : double(__FLT_MAX__);
     return less > double(__FLT_MIN__) ? less : double(__FLT_MIN__);
 }
 
-// Writes n logits, less the largest and divided, and the padding of their last group. Returns what was taken
-// from them, divided too.
+// Subtracts the largest logit from n logits, divides the differences by the temperature, and writes them
+// and the padding of their last group. Returns the subtracted logit, also divided.
 //
-// No divergence notices what is taken from a side, and the rounding of the products is relative, and so small
-// then for tokens that count in the block. A finite logit stays finite, and anything else what it is.
+// A constant subtracted from one side does not change the divergence. The products' rounding errors are
+// relative, so after the subtraction they are small for the tokens that matter in the block. A finite
+// logit stays finite, and any other stays as it is.
 template <class T> double cool(const T* from, int64_t n, double temperature, float* to) {
     const double inverse = 1 / limited(temperature);
-    // A division takes several times as long as the two products. The largest temperatures' inverses would
-    // count as 0: a part of them is taken first, exactly.
+    // A division takes several times as long as the two products. The inverses of the largest
+    // temperatures would be flushed to 0, so `part` is multiplied in first, which is exact.
     const float part = inverse < __FLT_MIN__ ? 0.25f : 1.0f;
     const double left = inverse / part;
     const vf by = splat(float(left)), rest = splat(float(left - float(left)));
@@ -32,7 +33,7 @@ template <class T> double cool(const T* from, int64_t n, double temperature, flo
     const auto divide = [&](int64_t i, const T* group) INLINE_LAMBDA {
         for (int u = 0; u < U; ++u) {
             const vf x = load(group + u * W), below = (x - top) * part;
-            // In this order what is no number is the least one.
+            // With the operands in this order, max() turns a NaN into -FLT_MAX.
             const vf divided = max(fma(below, rest, below * by), splat(-__FLT_MAX__));
             store(to + i + u * W, x - x == 0.0f ? divided : x);
         }

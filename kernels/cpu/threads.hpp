@@ -1,4 +1,4 @@
-// How tasks spread over threads, and the memory that a thread has to itself.
+// The distribution of tasks over threads, and the memory that each thread has to itself.
 #pragma once
 
 #include <algorithm>
@@ -15,20 +15,21 @@
 
 namespace fastkl {
 
-// How many threads tasks are worth, of `n_threads`: one costs about as long to start as `worth` logits.
+// Returns how many of `n_threads` threads are worth starting for the tasks: starting one takes about as
+// long as `worth` logits.
 inline int64_t useful_threads(int64_t n_tasks, int64_t n_logits, int64_t worth, int n_threads) {
     const int64_t useful = std::min(n_tasks, 1 + n_logits / worth);
     return std::max<int64_t>(1, std::min<int64_t>(n_threads, useful));
 }
 
-// What so many threads need.
+// Returns the scratch memory of `n_threads` threads.
 inline std::vector<std::unique_ptr<Scratch>> scratch_for(int64_t n_threads) {
     std::vector<std::unique_ptr<Scratch>> scratch;
     for (int64_t i = 0; i < n_threads; ++i) scratch.emplace_back(new Scratch);
     return scratch;
 }
 
-// So many rows of float32 of a thread's own, on cache lines' boundaries.
+// `count` rows of float32 for one thread, aligned to cache lines.
 class RowBuffers {
   public:
     RowBuffers(int64_t n_cols, int count) : length_((n_cols + 63) / 64 * 64) {
@@ -45,15 +46,16 @@ class RowBuffers {
     float* first_;
 };
 
-// Hands tasks out by a counter. `work(task, thread, poll)` is false where the poll stopped it. The
-// calling thread is thread 0, and the only one that asks `caller`. `work` must not throw: all memory is
-// to be taken before.
+// Hands out tasks by a counter. `work(task, thread, poll)` returns false if the poll stopped it. The
+// calling thread is thread 0, and the only one that calls `caller`. `work` must not throw: all memory
+// must be allocated before.
 template <class Work> class Tasks {
   public:
     Tasks(int64_t n_tasks, int64_t n_threads, const Poll& caller, const Work& work)
         : n_tasks_(n_tasks), n_threads_(n_threads), caller_(caller), work_(work) {}
 
-    // False if it was stopped. A team of as many threads as PyTorch has does it, or threads of our own.
+    // Runs the tasks on PyTorch's team of `team` threads, or, without one, on threads of our own.
+    // Returns false if it was stopped.
     bool run(int team) {
         if (n_threads_ == 1) {
             take(0);
@@ -70,15 +72,15 @@ template <class Work> class Tasks {
         try {
             for (int64_t i = 1; i < n_threads_; ++i) threads.emplace_back(join, this);
         } catch (const std::system_error&) {
-            // As many threads as the system gives; the calling one does what is left.
+            // Use as many threads as the system gives; the calling thread does what is left.
         } catch (const std::bad_alloc&) {
-            // As many as there is memory for.
+            // Use as many threads as there is memory for.
         }
         take(0);
         for (std::thread& thread : threads) thread.join();
     }
 
-    // What each thread is given. A team may have more threads than there is work for.
+    // The function that each thread runs. A team may have more threads than there is work for.
     static void join(void* context) {
         Tasks& tasks = *static_cast<Tasks*>(context);
         const bool calls = std::this_thread::get_id() == tasks.calling_;
@@ -109,7 +111,7 @@ template <class Work> class Tasks {
     std::atomic<bool> stop_{false};
 };
 
-// Runs tasks on `n_threads` of the `team` threads that PyTorch has. False if it was stopped.
+// Runs tasks on `n_threads` of the `team` threads that PyTorch has. Returns false if it was stopped.
 template <class Work>
 bool run_tasks(int64_t n_tasks, int64_t n_threads, int team, const Poll& caller, const Work& work) {
     return Tasks<Work>(n_tasks, n_threads, caller, work).run(team);
