@@ -1,4 +1,4 @@
-"""`python -m fastkl`, the command where no script of that name was installed."""
+"""Run the command line as `python -m fastkl`, which needs no installed script."""
 
 import sys
 

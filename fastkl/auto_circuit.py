@@ -27,7 +27,7 @@ _PRUNE_METRICS = "auto_circuit.metrics.prune_metrics.prune_metrics"
 _TENSOR_OPS = "auto_circuit.utils.tensor_ops"
 _METRICS = ("CLEAN_KL_DIV_METRIC", "CORRUPT_KL_DIV_METRIC")
 _MEASURE, _MULTIBATCH = "measure_kl_div", "multibatch_kl_div"
-# Where each function is defined, and the parameters by which it is known.
+# For each function to swap: the module that defines it, and the parameters it must take.
 _FUNCTIONS = {
     _MEASURE: (_KL_DIV, ("model", "dataloader", "circuit_outs", "compare_to_clean")),
     _MULTIBATCH: (_TENSOR_OPS, ("input_logprobs", "target_logprobs")),
@@ -46,13 +46,13 @@ class _Site(NamedTuple):
     before: Any
 
     def write(self, value: object) -> None:
-        # A PruneMetric is frozen, and PRUNE_METRIC_DICT, PRUNE_METRICS and users' code all hold
-        # the same object: it has to stay that object, so its field is written past the freeze.
+        # A PruneMetric is frozen. PRUNE_METRIC_DICT, PRUNE_METRICS and users' code all hold the
+        # same object, so it cannot be replaced by a copy: object.__setattr__ bypasses the freeze.
         object.__setattr__(self.owner, self.attribute, value)
 
 
 class Patch:
-    """What one call of :func:`patch` swapped; a context manager that swaps it back on exit.
+    """Record of what one :func:`patch` swapped; a context manager that swaps it back on exit.
 
     Attributes
     ----------
@@ -92,23 +92,24 @@ class Patch:
         return "\n  ".join([title, *self.sites])
 
 
-# Oldest first. Each patch has saved what the one before it put in place.
+# Patches in force, oldest first. Each has saved what the patch before it put in place.
 _active: list[Patch] = []
-# Held while attributes are swapped, by whichever thread.
+# A thread holds this lock while it swaps attributes.
 _lock = threading.RLock()
 
 
 def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
-    """Make auto_circuit measure KL divergence, and train on it, with fastkl.
+    """Make auto_circuit use fastkl wherever it measures KL divergence or trains on it.
 
-    Swaps ``measure_kl_div`` and ``multibatch_kl_div`` in the modules that define them, every copy of
-    them in a module of auto_circuit that is already imported, and the ``metric_func`` of
-    ``CLEAN_KL_DIV_METRIC`` and ``CORRUPT_KL_DIV_METRIC``, which ``PRUNE_METRICS``,
-    ``PRUNE_METRIC_DICT`` and ``measure_prune_metrics`` use. The metric objects stay the same objects.
+    This swaps ``measure_kl_div`` and ``multibatch_kl_div`` in the modules that define them and in
+    every module of auto_circuit that has already imported them. It also swaps the ``metric_func``
+    of ``CLEAN_KL_DIV_METRIC`` and ``CORRUPT_KL_DIV_METRIC``, which ``PRUNE_METRICS``,
+    ``PRUNE_METRIC_DICT`` and ``measure_prune_metrics`` use. The metrics themselves stay the same
+    objects.
 
-    The patch holds for the whole process until :func:`unpatch`, or until the end of the block
-    when used in a ``with`` statement, whether it ends by an exception or not. It imports
-    auto_circuit, which takes seconds, unless that has been done.
+    The patch applies to the whole process until :func:`unpatch` is called. In a ``with``
+    statement, it ends with the block, even if the block raises an exception. If auto_circuit has
+    not been imported yet, ``patch`` imports it, which takes seconds.
 
     Parameters
     ----------
@@ -121,17 +122,17 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
     Returns
     -------
     Patch
-        Says what was swapped (``sites``), and restores the state before this call when left as
-        a context manager.
+        Lists what was swapped (``sites``). Used as a context manager, it restores the state
+        before this call on exit.
 
     Raises
     ------
     ImportError
         If auto_circuit is not installed, or one of its own dependencies is not.
     RuntimeError
-        If the installed auto_circuit is not what fastkl knows how to patch: the message names what
-        is missing or different, and nothing has been changed. Also if the
-        backend cannot run on this machine.
+        If the installed auto_circuit is not one that fastkl can patch: the message names what is
+        missing or different, and nothing is changed. Also if the backend cannot run on this
+        machine.
     ValueError
         If there is no such backend.
 
@@ -141,21 +142,21 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
 
     Notes
     -----
-    Patches nest. A later patch (``backend="eager"``, say) is in force until it is left, which restores
-    the earlier one; leaving the earlier one first undoes both. Calling ``patch()`` repeatedly is
-    harmless: one ``unpatch()`` undoes all calls. Threads may patch at the same time; the last patch is
-    in force.
+    Patches nest. A later patch (``backend="eager"``, say) is in force until its ``with`` block
+    ends, which restores the earlier patch. If the earlier patch ends first, both are undone.
+    Calling ``patch()`` repeatedly is harmless: one ``unpatch()`` undoes all calls. Threads may
+    patch at the same time; the last patch is in force.
 
-    Only modules of auto_circuit are touched: a name that another module has imported, such as
-    ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div`` before the patch,
-    keeps the function it had.
+    Only modules of auto_circuit are changed. If another module imported a function before the
+    patch, as by ``from auto_circuit.metrics.prune_metrics.kl_div import measure_kl_div``, it
+    keeps that function.
 
-    ``multibatch_kl_div`` takes log-probabilities, which are logits too, so that :func:`fastkl.kl_div`
-    gives the same divergence. Subnetwork probing and the training of knockouts differentiate it. The
-    gradient with respect to a log-probability is then Q - P in place of -P, which makes no difference
-    once it has passed through the log-softmax that the log-probability came from.
+    ``multibatch_kl_div`` takes log-probabilities. These are logits too, so :func:`fastkl.kl_div`
+    gives the same divergence. Subnetwork probing and the training of knockouts differentiate it.
+    The gradient with respect to a log-probability is then Q - P instead of -P. Backpropagated
+    through the log-softmax that computed the log-probability, both give the same gradient.
 
-    A ``PruneMetric`` hashes by its fields, so its hash differs while it is patched; auto_circuit
+    A ``PruneMetric`` hashes by its fields, so its hash differs while it is patched. auto_circuit
     itself looks metrics up by ``key``.
 
     Examples
@@ -171,14 +172,14 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
       auto_circuit.metrics.prune_metrics.prune_metrics.CLEAN_KL_DIV_METRIC.metric_func
       auto_circuit.metrics.prune_metrics.prune_metrics.CORRUPT_KL_DIV_METRIC.metric_func
     """
-    # Refused here, not by the first measurement, which may be hours of circuit search away.
+    # Check the backend now: the first measurement may be hours of circuit search away.
     check_backend(backend)
     requested(backend)
     with _lock:
         sites = _find_sites()
         replacements = _replacements(backend, progress)
         patched = Patch(sites, replacements, backend)
-        # Known as active before the first write, so that an interrupt in between can be undone.
+        # Record the patch before the first write, so that it can be undone after an interrupt.
         _active.append(patched)
         for site in sites:
             replacement = replacements[site.function]
@@ -190,7 +191,7 @@ def patch(*, backend: str | None = None, progress: bool = True) -> Patch:
 
 
 def unpatch() -> tuple[str, ...]:
-    """Undo every :func:`patch`: auto_circuit holds its own objects again, the very same ones.
+    """Undo every :func:`patch`: put the objects back that auto_circuit held before.
 
     Returns
     -------
@@ -208,7 +209,7 @@ def unpatch() -> tuple[str, ...]:
 
 
 def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:
-    """Build the functions that stand in for auto_circuit's: its parameters, and our own by name."""
+    """Build the replacements: auto_circuit's parameters, then fastkl's as keyword-only ones."""
 
     def measure(
         model: Model,
@@ -242,8 +243,8 @@ def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:
 
 
 def _find_sites() -> list[_Site]:
-    """List every attribute to swap, or raise and say which is not as it should be."""
-    # The package itself first, so that its absence is not taken for that of a module in it.
+    """List every attribute to swap; raise an error if one is missing or not as expected."""
+    # Import the package first, so that its absence is not reported as that of a module in it.
     _import("auto_circuit")
     prune_metrics = _import(_PRUNE_METRICS)
     problems: list[str] = []
@@ -253,7 +254,7 @@ def _find_sites() -> list[_Site]:
         original = originals[name] = getattr(_import(module_name), name, None)
         if original is None:
             raise _mismatch([f"{module_name}.{name} is missing"])
-        # Our own, which may stand there already, takes more of them by name.
+        # An earlier patch may have put fastkl's function here: skip its keyword-only parameters.
         ours = getattr(original, "__module__", None) == __name__
         parameters = tuple(
             name
@@ -281,8 +282,8 @@ def _find_sites() -> list[_Site]:
 
 
 def _copies(name: str, function: _Function) -> Iterator[_Site]:
-    """Yield every attribute of a module of auto_circuit that is this very function."""
-    # Copies, since another thread may be importing.
+    """Yield a site for each attribute of an auto_circuit module that is this function object."""
+    # Iterate over copies, because another thread may be importing modules.
     for module_name, module in sorted(sys.modules.copy().items()):
         if module_name.partition(".")[0] != "auto_circuit" or not isinstance(module, ModuleType):
             continue
@@ -299,8 +300,8 @@ def _undo(first: int) -> tuple[str, ...]:
         for site in patched._saved:
             site.write(site.before)
             names.append(site.name)
-        # What was imported meanwhile has copied the replacement: put the function there too that
-        # it would have found without the patch.
+        # Modules imported since the patch hold the replacement. Give them the function that they
+        # would have imported without the patch.
         for name, replacement in patched._replacements.items():
             original = next(site.before for site in patched._saved if site.function == name)
             for late in list(_copies(name, replacement)):

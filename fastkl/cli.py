@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# What the extra `demo` brings. Imported where it is used: the other commands do without it.
+# Packages that the extra `demo` installs. Only `fastkl demo` needs them, so they are not imported
+# at the top of this file.
 _EXTRA = ("rich", "matplotlib")
 
-# argparse's own code for a command line that cannot be carried out.
+# argparse's own exit code for a command line that it rejects.
 _USAGE = 2
 _FAILURE = 1
-# The shells' code for a program that Ctrl-C (signal 2) ended: 128 + 2.
+# The exit code that shells give a program ended by Ctrl-C (signal 2): 128 + 2.
 _INTERRUPTED = 130
 
 
@@ -41,21 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if all went well, 1 if the work failed or its output could not be written, 2 if it can
-        not be begun as asked, 130 if it was interrupted.
+        0 if all went well, 1 if the work failed or its output could not be written, 2 if the work
+        could not be started as requested, 130 if it was interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A ‖ that a terminal cannot show is no reason to stop. stderr is never strict.
+        # If the terminal's encoding has no ‖, write a "?" rather than fail. stderr never fails so.
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
             return _run(argv)
         finally:
-            # What is still buffered fails here, where it is handled, or else as Python exits.
+            # Flush here, where a write error is handled, rather than when Python exits.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has seen enough, as `head` has of a long one.
+        # The reader has closed the pipe, as `head` does when it has read enough lines.
         _drop(sys.stdout)
         return _FAILURE
     except OSError as error:
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seed(text: str) -> int:
-    """Read a seed that torch.Generator.manual_seed takes."""
+    """Parse a seed that torch.Generator.manual_seed accepts."""
     try:
         seed = int(text)
     except ValueError:
@@ -128,7 +129,7 @@ def _seed(text: str) -> int:
 
 
 def _folder(text: str) -> Path:
-    """Read a folder's name; an empty one, as of a variable not set, is not the current folder."""
+    """Parse a folder's name; refuse an empty one (an unset variable?) rather than take it as "."."""
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got an empty text")
     return Path(text)
@@ -145,7 +146,7 @@ def _backends() -> int:
     for device in devices:
         try:
             chosen = _chosen(device)
-            # A backend for cards alone, asked for where there is one, is no mistake.
+            # One device is enough: FASTKL_BACKEND may name a GPU-only backend if there is a GPU.
             code = 0
         except (RuntimeError, ValueError) as error:
             chosen = f"none: {error}"
@@ -154,9 +155,9 @@ def _backends() -> int:
 
 
 def _chosen(device: str) -> str:
-    """Say which backend takes logits of a device; raise what `choose` does if none can."""
+    """Name the backend chosen for logits on a device; raise what `choose` raises if none can run."""
     with warnings.catch_warnings():
-        # The list says it, and nothing is measured.
+        # The list printed above says what is missing, and nothing is measured with the backend.
         warnings.simplefilter("ignore")
         chosen = backends.choose(None, torch.device(device), torch.float32).NAME
     variable = backends.ENVIRONMENT_VARIABLE
@@ -164,7 +165,7 @@ def _chosen(device: str) -> str:
 
 
 def _demo(seed: int, backend: str | None, out: Path) -> int:
-    # All that can stop the job is looked at before the training.
+    # Before the training, check everything that could make the job fail.
     try:
         _check_extra()
         place = demo.pick_place(backend)
@@ -180,13 +181,13 @@ def _demo(seed: int, backend: str | None, out: Path) -> int:
         result = demo.run(seed, place)
     except demo.NotLearnedError as error:
         return _complain(error, _FAILURE)
-    # Before anything is shown: output that fails loses no results.
+    # Write the files before printing, so that no results are lost if printing fails.
     try:
         names = _write_files(result, out)
     except OSError as error:
         return _complain(f"cannot write to the folder {out}: {_reason(error)}", _FAILURE)
     _show(result, console)
-    # A folder's name may hold brackets, which are markup to rich.
+    # A folder's name may hold brackets, which rich would take for markup.
     console.print(f"Wrote {' and '.join(names)}", soft_wrap=True, markup=False)
     return 0
 
@@ -216,7 +217,7 @@ def _check_out(folder: Path) -> None:
 
 
 def _show(result: demo.Result, console: "Console") -> None:
-    """Print the tables, and what to see in them."""
+    """Print the tables, then the heads of each role."""
     training = result.training
     console.print(
         f"After {training.steps} steps, {training.seconds:.0f} s, its {len(result.heads)} heads "
@@ -291,22 +292,22 @@ def _complain(error: Exception | str, code: int) -> int:
     try:
         print(f"fastkl: error: {error}", file=sys.stderr)
     except OSError:
-        # Nobody is there to be told; the code still tells.
+        # The message cannot be shown; the exit code still reports the failure.
         _drop(sys.stderr)
     return code
 
 
 def _reason(error: OSError) -> str:
-    """Return what the system says, without its number and a file's name."""
+    """Return the system's message, without the error number and the file's name."""
     return error.strerror or str(error)
 
 
 def _drop(stream: TextIO | None) -> None:
-    """Lead a stream nowhere, so that what is left in its buffer does not fail again at the exit."""
+    """Redirect a stream to the null device, so that its buffer cannot fail again at Python's exit."""
     try:
         number = stream.fileno() if stream else None
     except OSError:
-        # An object of the caller's, with no file below it.
+        # The caller has replaced the stream by an object without a file descriptor.
         number = None
     if number is not None:
         with open(os.devnull, "w") as nowhere:

@@ -1,13 +1,14 @@
-"""The PyTorch operators behind `kl_div`: what compiles, exports, batches and differentiates.
+"""The PyTorch operators behind `kl_div` and `js_div`, and their fake, autograd and vmap rules.
 
-`fastkl::kl_div` measures K circuits by a backend. `fastkl::kl_div_backward` is its derivative, and
-cannot itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` are the same for the
-Jensen-Shannon divergence of one circuit. All take rows (R, V) of any strides, or (B, S, V), with R = B
-S, where there are gaps between the rows that no view (R, V) could have. What has no view as rows with a
-contiguous last dimension is copied.
+`fastkl::kl_div` measures K circuits with a backend. `fastkl::kl_div_backward` computes its
+gradients and cannot itself be differentiated. `fastkl::js_div` and `fastkl::js_div_backward` do the
+same for the Jensen-Shannon divergence of one circuit. All take rows (R, V) of any strides. Rows
+with gaps between them that no view (R, V) can skip may come as (B, S, V), with R = B·S. Logits
+without a view as rows with a contiguous last dimension are copied.
 
-Beside the divergences `fastkl::kl_div` returns what its backend keeps of each row (N, K, R), which
-saves the derivative work. Without `keep`, and for backends that keep nothing, N is 0.
+Besides the divergences, `fastkl::kl_div` returns the N numbers (N, K, R) that its backend keeps of
+each row and circuit to save work in the backward pass. Without `keep`, and for backends that keep
+nothing, N is 0.
 """
 
 import math
@@ -26,7 +27,7 @@ from fastkl.views import as_rows, asked_for, with_gaps
 def measure(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the divergences (K, R) of rows, with a gradient where one is wanted."""
+    """Return the divergences (K, R) of rows, differentiable if any logits require a gradient."""
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (*circuits, reference))
     divergence: Tensor = kl_div(circuits, reference, temperature, backend, keep)[0]
     return divergence
@@ -43,7 +44,7 @@ def kl_div(
     backend: str | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergences (K, R) of rows, with a gradient, and what is kept for it."""
+    """Return the divergences (K, R) of rows, and what is kept for the backward pass."""
     errors.check_rows(circuits, reference)
     chosen = backends.choose_for(backend, (reference, *circuits))
     if not circuits or not math.prod(reference.shape[:-1]):
@@ -71,10 +72,10 @@ def kl_div_backward(
     temperature: float,
     backend: str | None,
 ) -> list[Tensor]:
-    """Return the gradients that are wanted, the circuits' first, each like its logits."""
+    """Return the wanted gradients, the circuits' first, each in its logits' shape and dtype."""
     errors.check_rows(circuits, reference, grad=grad, kept=kept)
     chosen = backends.choose_for(backend, (reference, *circuits))
-    # The environment may name another backend than it did at the forward.
+    # FASTKL_BACKEND may have changed since the forward pass and name another backend now.
     its_own = kept.shape[0] == chosen.N_KEPT and kept.dtype == chosen.KEPT_DTYPE
     dqs, dp = chosen.gradients(
         grad,
@@ -94,7 +95,7 @@ def _empty_divergence(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 
 def _empty_kept(divergence: Tensor, chosen: backends.Backend, keep: bool) -> Tensor:
-    """Return what a backend keeps of divergences (K, R), or would."""
+    """Return an uninitialized tensor for what a backend keeps of divergences (K, R)."""
     shape = (chosen.N_KEPT if keep else 0, *divergence.shape)
     return divergence.new_empty(shape, dtype=chosen.KEPT_DTYPE)
 
@@ -109,7 +110,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     del temperature
     divergence = _empty_divergence(circuits, reference)
-    # No backend runs on the meta device, and one that is forced would say so.
+    # Skip the choice on the meta device: a requested native or triton backend would refuse it.
     on_meta = reference.device.type == "meta"
     chosen = backends.eager if on_meta else backends.choose_for(backend, (reference, *circuits))
     return divergence, _empty_kept(divergence, chosen, keep)
@@ -133,8 +134,8 @@ def _(
 
 
 def _keep(ctx: Any, *tensors: Tensor) -> None:
-    """Save the logits: a backward pass reads them again rather than keep more of their size."""
-    # Inference tensors, such as a teacher's logits, are cloned: autograd cannot see whether they are
+    """Save tensors for backward, which rereads the logits: nothing else of their size is kept."""
+    # Clone inference tensors, such as a teacher's logits: autograd cannot detect whether they are
     # changed in place before the backward pass, and refuses to save them.
     ctx.save_for_backward(*(t.clone() if t.is_inference() else t for t in tensors))
 
@@ -178,13 +179,13 @@ torch.library.register_autograd(kl_div_backward, _refuse)
 
 
 def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, torch.Size]:
-    """Return rows of a batch as (batch * R, V), and the shape of each one's."""
+    """Return a vmap batch of logits as rows (batch * R, V), and the shape of one batch element."""
     batch = batch_first(t, dim, size)
     return as_rows(batch), batch.shape[1:]
 
 
 def _fold_values(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return numbers of rows (..., R) of a batch as (..., batch * R)."""
+    """Return a vmap batch of numbers per row (..., R) as (..., batch * R)."""
     return batch_first(t, dim, size).movedim(0, -2).flatten(-2)
 
 
@@ -246,7 +247,7 @@ def _(
 def js_div(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the Jensen-Shannon divergences (R,) of rows, with a gradient."""
+    """Return the Jensen-Shannon divergences (R,) of rows."""
     errors.check_rows([circuit], reference)
     chosen = backends.choose_for(backend, (reference, circuit))
     if not math.prod(reference.shape[:-1]):
@@ -269,7 +270,7 @@ def js_div_backward(
     reference_wanted: bool,
     backend: str | None,
 ) -> list[Tensor]:
-    """Return the gradients that are wanted, the circuit's first, each like its logits."""
+    """Return the wanted gradients, the circuit's first, each in its logits' shape and dtype."""
     errors.check_rows([circuit], reference, grad=grad[None])
     found = backends.choose_for(backend, (reference, circuit)).js_gradients(
         grad, as_rows(circuit), as_rows(reference), beta, temperature, wanted, reference_wanted

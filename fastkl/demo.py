@@ -1,8 +1,9 @@
-"""The package's main job on a model that needs no download: how many heads copying takes.
+"""The demo: measure how many heads copying takes, on a model that needs no download.
 
-A small transformer is trained to copy from its context. Its heads are ranked by what ablating each
-one alone does to the predictions, circuits of the most important heads are run with all the others
-ablated, and `fastkl.measure_kl_div` tells how far each circuit is from the full model.
+A small transformer is trained to copy from its context. Its heads are ranked by how much the
+predictions change when each head alone is ablated. Then circuits of the most important heads are
+run with all other heads ablated, and `fastkl.measure_kl_div` measures how far each circuit is from
+the full model.
 """
 
 import json
@@ -29,23 +30,23 @@ from fastkl.demo_model import (
 __all__ = ["Head", "NotLearnedError", "Result", "pick_place", "run"]
 
 Key = TypeVar("Key", bound=Hashable)
-# Device and name of the backend.
+# The device to run on, and the name of the backend.
 Place = tuple[torch.device, str]
 
-# A head is named after what it attends to for this share of its attention or more.
+# A head has a role if it gives at least this share of its attention to that role's tokens.
 _ROLE_SCORE = 0.3
 
 
 @dataclass(frozen=True)
 class Head:
-    """An attention head and what was found out about it.
+    """An attention head and what was measured of it.
 
     Attributes
     ----------
     layer, index : int
-        Its place, both from 0.
+        Its layer, and its index within the layer, both from 0.
     kl : float
-        KL divergence of the full model from the model without this head, in nats.
+        KL(full model ‖ model with this head ablated), in nats.
     induction : float
         Mean attention from a token of the second copy to the token after its first occurrence.
     previous_token : float
@@ -60,12 +61,12 @@ class Head:
 
     @property
     def name(self) -> str:
-        """Layer and index, for people."""
+        """Layer and index in readable form, such as L0H1."""
         return f"L{self.layer}H{self.index}"
 
     @property
     def role(self) -> str:
-        """What it mostly does; empty if neither."""
+        """Either "induction" or "previous token"; empty if both scores are low."""
         if max(self.induction, self.previous_token) < _ROLE_SCORE:
             return ""
         return "induction" if self.induction > self.previous_token else "previous token"
@@ -78,17 +79,17 @@ class Result:
     Attributes
     ----------
     heads : list of Head
-        The most important first.
+        All heads, the most important first.
     layers : list of (int, float)
-        Layers, and the KL divergence (nats) of ablating all heads of each; most important first.
+        Each layer and the KL divergence (nats) with all its heads ablated; most important first.
     sizes : list of int
-        Heads in each circuit: circuit n is the first n of `heads`.
+        Number of heads in each circuit: a circuit of n heads holds the first n of `heads`.
     kl : list of float
         KL(full model ‖ circuit) of each circuit, in nats.
     agreement : list of float
         Share of predictions where circuit and full model have the same most probable token.
     rows : int
-        Predictions that each of these numbers is a mean of.
+        Number of predictions that each divergence and agreement is averaged over.
     """
 
     seed: int
@@ -104,7 +105,7 @@ class Result:
     rows: int
 
     def to_json(self) -> str:
-        """Return all of it but the training's seconds, which no seed decides."""
+        """Return everything as JSON but the training's seconds, which the seed does not determine."""
         facts = {
             "fastkl": fastkl.__version__,
             "torch": torch.__version__,
@@ -134,21 +135,21 @@ class Result:
 
 
 def pick_place(backend: str | None) -> Place:
-    """Return the device to run on, a GPU if there is one, and the backend to measure with.
+    """Return the device to run on, a GPU if the backend can use one, and the backend's name.
 
     Raises
     ------
     ValueError
         There is no backend of that name.
     RuntimeError
-        It cannot run here.
+        The backend cannot run here.
     """
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
         try:
             return gpu, choose(backend, gpu, torch.float32).NAME
         except RuntimeError:
-            # The backend asked for may be one for the CPU.
+            # The requested backend may be one for the CPU.
             pass
     cpu = torch.device("cpu")
     return cpu, choose(backend, cpu, torch.float32).NAME
@@ -163,25 +164,25 @@ def run(
     n_prompts: int = 256,
     progress: bool = True,
 ) -> Result:
-    """Train, rank, ablate and measure.
+    """Train the model, rank its heads and layers by ablation, and measure its circuits.
 
     Parameters
     ----------
     seed : int
-        Of the weights and all prompts.
+        Seed of the weights and all prompts.
     place : tuple of torch.device and str
-        Device and backend.
+        Device, and name of the backend.
     task, shape : Task, Shape, optional
         What the model learns, and its size.
     n_prompts : int
-        Prompts that the circuits are measured on.
+        Number of prompts that the circuits are measured on.
     progress : bool
         Show the training's progress.
 
     Raises
     ------
     NotLearnedError
-        The model did not learn to copy; a RuntimeError.
+        The model did not learn to copy; a subclass of RuntimeError.
     """
     task, shape = task or Task(), shape or Shape()
     device, backend = place
@@ -233,7 +234,7 @@ def run_circuits(
     model : CopyModel
         The full model.
     batches : sequence of Prompts
-        What to run on.
+        The prompts to run on.
     keep : mapping {key: bool Tensor (layers, heads)}
         The heads of each circuit.
 
@@ -252,7 +253,7 @@ def run_circuits(
 
 
 def rank_heads(model: CopyModel, batches: Sequence[Prompts], backend: str) -> list[Head]:
-    """Ablate each head alone; return the heads, those that matter most first."""
+    """Ablate each head alone; return the heads, the most important first."""
     everything = _no_heads(model).logical_not()
     keep = {}
     for layer, index in everything.nonzero().tolist():
@@ -271,7 +272,7 @@ def rank_heads(model: CopyModel, batches: Sequence[Prompts], backend: str) -> li
 def rank_layers(
     model: CopyModel, batches: Sequence[Prompts], backend: str
 ) -> list[tuple[int, float]]:
-    """Ablate each layer alone; return layers and KL (nats), those that matter most first."""
+    """Ablate each layer alone; return layers and KL (nats), the most important first."""
     everything = _no_heads(model).logical_not()
     keep = {layer: everything.clone() for layer in range(len(everything))}
     for layer, mask in keep.items():
@@ -282,7 +283,7 @@ def rank_layers(
 
 
 def growing_circuits(model: CopyModel, heads: Sequence[Head]) -> dict[int, Tensor]:
-    """Return the heads to keep (layers, heads) of circuits of 0, 1, ... all of the ranked heads."""
+    """Return masks (layers, heads) of the first 0, 1, ... all ranked heads, by their number."""
     mask = _no_heads(model)
     circuits = {0: mask}
     for size, head in enumerate(heads, start=1):
@@ -301,7 +302,7 @@ def attention_scores(model: CopyModel, batches: Sequence[Prompts]) -> tuple[Tens
     """
     induction, previous = [], []
     for batch in batches:
-        # Of shape (B, layers, heads, queries, keys).
+        # `patterns` has the shape (B, layers, heads, queries, keys).
         patterns = torch.stack(model.trace(batch.clean).patterns, dim=1)
         previous.append(patterns.diagonal(-1, -2, -1).mean(-1))
         queries = patterns[..., model.out_slice[1], :]
@@ -331,8 +332,8 @@ def top1_agreement(
 def _one_thread() -> Iterator[None]:
     """Keep PyTorch to one thread.
 
-    Tensors this small gain little from a second one and lose much to waiting where cores are
-    shared; and a seed's figures then do not depend on the number of cores.
+    Tensors this small gain little from a second thread and lose much time to waiting where cores
+    are shared. Also, with one thread a seed's results do not depend on the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,10 +1,10 @@
 """A small attention-only transformer that learns to copy from its context, and its training.
 
 A prompt holds a passage of distinct tokens twice, at a distance that changes from prompt to prompt.
-To predict the second copy a model has to look for the token after the earlier occurrence of the
-current one; the known way to do so takes two heads in two layers: a previous-token head, and an
-induction head that reads what it wrote. The corrupted prompt ends in the same passage but has
-nothing to copy it from.
+To predict the second copy, a model has to find the token after the earlier occurrence of the
+current token. The known way to do so takes two heads in two layers: a previous-token head, and an
+induction head that reads its output. The corrupted prompt ends with the same passage, but has no
+earlier copy of it.
 """
 
 import math
@@ -23,16 +23,18 @@ _STEPS_BETWEEN_CHECKS = 25
 
 @dataclass(frozen=True)
 class Task:
-    """The shape of a copying prompt: filler, passage, filler, passage; all in distinct tokens.
+    """The shape of a copying prompt: filler, passage, filler, and the passage again.
+
+    All tokens before the second copy of the passage are distinct.
 
     Attributes
     ----------
     n_vocab : int
         Tokens in the vocabulary.
     n_passage : int
-        Tokens in the passage, which stands twice in the prompt.
+        Tokens in the passage, which occurs twice in the prompt.
     n_filler : int
-        Tokens of filler in all. A random part of it stands before the first copy, so that
+        Tokens of filler in total. A random part of it comes before the first copy, so that
         attending a fixed number of positions back does not solve the task.
     """
 
@@ -59,11 +61,11 @@ class Task:
 
     def prompts(self, n: int, generator: torch.Generator, key: int = 0) -> "Prompts":
         """Draw `n` prompts and their corrupted twins."""
-        # A permutation of the vocabulary makes all tokens of a prompt distinct.
+        # Each row is a permutation of the vocabulary, so the tokens that it gives are distinct.
         tokens = torch.rand(n, self.n_vocab, generator=generator).argsort(-1)
         start = torch.randint(0, self.n_filler + 1, (n, 1), generator=generator)
         passage = tokens[:, : self.n_passage]
-        # The first copy is the context's columns rolled to the right by `start`.
+        # Roll the context to the right by `start`: the passage, its first part, then starts there.
         column = (torch.arange(self.n_context) - start) % self.n_context
         clean = torch.cat([tokens.gather(1, column), passage], dim=1)
         other = tokens[:, self.n_context : 2 * self.n_context]
@@ -75,7 +77,7 @@ class Prompts(NamedTuple):
 
     key: int
     clean: Tensor  # (B, S)
-    corrupt: Tensor  # (B, S), nothing to copy from
+    corrupt: Tensor  # (B, S), without the first copy
     start: Tensor  # (B, 1), position of the first copy
 
 
@@ -92,12 +94,12 @@ class Trace(NamedTuple):
     """What one run of the model computed."""
 
     logits: Tensor  # (B, S, V)
-    heads: list[Tensor]  # a layer: (B, H, S, D), the heads' outputs
-    patterns: list[Tensor]  # a layer: (B, H, S, S), attention from query to key
+    heads: list[Tensor]  # per layer: (B, H, S, D), the heads' outputs
+    patterns: list[Tensor]  # per layer: (B, H, S, S), attention from query to key
 
 
 class Attention(nn.Module):
-    """A layer of causal attention heads, each of which can be replaced from outside."""
+    """A layer of causal attention heads, whose outputs the caller can replace before `write`."""
 
     def __init__(self, shape: Shape, generator: torch.Generator) -> None:
         super().__init__()
@@ -111,8 +113,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs (B, H, S, D) and their attention patterns (B, H, S, S)."""
         x = self.norm(x)
-        # Positions enter queries and keys alone. Values then carry tokens and nothing else, which
-        # makes induction heads form early in training.
+        # Add positions to queries and keys only. Values then carry nothing but tokens, which makes
+        # induction heads form early in training.
         query, key = F.linear(x + position, self.query_key).chunk(2, dim=-1)
         query, key, value = map(self._split, (query, key, F.linear(x, self.value)))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
@@ -135,17 +137,17 @@ class CopyModel(nn.Module):
     Parameters
     ----------
     task : Task
-        What it reads.
+        The task, whose prompts the model reads.
     shape : Shape
-        How large it is.
+        The size of the model.
     generator : torch.Generator
-        Where its first weights come from.
+        Source of the initial weights.
 
     Attributes
     ----------
     out_slice : tuple of slice
         The logits that predict the second copy: `model(tokens)[model.out_slice]` has shape
-        (B, n_passage - 1, V). The passage's first token cannot be known and is left out.
+        (B, n_passage - 1, V). The passage's first token cannot be predicted and is left out.
     """
 
     def __init__(self, task: Task, shape: Shape, generator: torch.Generator) -> None:
@@ -155,7 +157,7 @@ class CopyModel(nn.Module):
         self.embedding = nn.Parameter(torch.randn(task.n_vocab, d, generator=generator))
         self.position = nn.Parameter(torch.randn(task.n_tokens, d, generator=generator))
         self.attention = [Attention(shape, generator) for _ in range(shape.n_layers)]
-        # Registered so that their weights move and train with the model's.
+        # Register the layers, so that their weights move and train with the model's.
         self.layers = nn.ModuleList(self.attention)
         self.norm = nn.LayerNorm(d)
         self.unembedding = _weight(task.n_vocab, d, generator)
@@ -170,16 +172,16 @@ class CopyModel(nn.Module):
         keep: Tensor | None = None,
         substitutes: list[Tensor] | None = None,
     ) -> Trace:
-        """Run the model, with only some of its heads at work.
+        """Run the model, optionally with the outputs of some heads replaced.
 
         Parameters
         ----------
         tokens : Tensor (B, S)
             What the model reads.
         keep : bool Tensor (layers, heads), optional
-            The heads that work; all by default.
+            The heads that keep their own outputs; all by default.
         substitutes : list of Tensor (B, H, S, D), optional
-            A layer's outputs that the other heads' are replaced with.
+            For each layer, the outputs that replace those of the other heads.
         """
         x = self.embedding[tokens]
         outputs, patterns = [], []
@@ -221,26 +223,26 @@ def train(
     Parameters
     ----------
     model : CopyModel
-        Trained in place.
+        The model, trained in place.
     task : Task
-        The prompts to learn.
+        The task to learn.
     generator : torch.Generator
-        Where the prompts come from.
+        Source of the random prompts.
     accuracy : float
-        Share of held-out tokens to get right before stopping.
+        Stop when this share of held-out tokens is predicted correctly.
     max_steps : int
-        Steps to give up after.
+        Give up after this number of steps.
     batch_size : int
-        Prompts a step.
+        Prompts per step.
     learning_rate : float
-        AdamW's, after a short warm-up.
+        AdamW's learning rate, after a short warm-up.
     progress : bool
-        Show a bar, if the output is a terminal.
+        Show a progress bar, if the output is a terminal.
 
     Returns
     -------
     Training
-        Steps taken, accuracy reached, seconds it took.
+        Steps taken, accuracy reached, and duration in seconds.
 
     Raises
     ------
@@ -253,7 +255,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / _WARMUP_STEPS))
     reached = 0.0
-    # disable=None: silent where the output is no terminal.
+    # With disable=None, tqdm shows nothing if the output is not a terminal.
     hidden = None if progress else True
     with tqdm(range(1, max_steps + 1), "training", disable=hidden, leave=False) as bar:
         for step in bar:
@@ -277,7 +279,7 @@ def train(
 
 @torch.inference_mode()
 def copying_accuracy(model: CopyModel, tokens: Tensor) -> float:
-    """Return the share of the second copies' tokens that the model predicts, for prompts (B, S)."""
+    """Return the share of the second copies' tokens in prompts (B, S) that the model predicts."""
     predicted = model(tokens)[model.out_slice].argmax(-1)
     return float((predicted == _copied(model, tokens)).double().mean())
 

@@ -1,7 +1,7 @@
-"""Checks of what a user hands in, and their messages.
+"""Checks of the arguments that users pass, and the messages of the errors that these raise.
 
-They run before any work, and look at arguments' types, shapes, dtypes and devices, never at the
-contents of tensors. A backend itself says what it is missing.
+The checks run before any computation. They look at arguments' types, shapes, dtypes and devices,
+never at the contents of tensors. What a backend is missing, the backend itself reports.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# PyTorch's own business: where it has moved, transforms are not refused, and nothing else is the worse.
+# A private module of PyTorch. If it moves, transforms are no longer refused, but all else works.
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _is_batched = getattr(_functorch, "is_batchedtensor", lambda _: False)
 _is_tracking = getattr(_functorch, "is_gradtrackingtensor", lambda _: False)
@@ -30,21 +30,21 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that is not in the table."""
+    """Refuse a reduction that is not one of REDUCTIONS."""
     if reduction not in REDUCTIONS:
         got = repr(reduction) if isinstance(reduction, str) else type(reduction).__name__
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {got}")
 
 
 def check_direction(direction: str) -> None:
-    """Refuse a direction that is not in the table."""
+    """Refuse a direction that is not one of DIRECTIONS."""
     if direction not in DIRECTIONS:
         got = repr(direction) if isinstance(direction, str) else type(direction).__name__
         raise ValueError(f"direction must be one of {DIRECTIONS}, got {got}")
 
 
 def check_temperature(temperature: object) -> None:
-    """Refuse what logits cannot be divided by."""
+    """Refuse a temperature that is not a positive, finite number."""
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise _no_number(temperature, "temperature")
     if not 0 < _as_float(temperature) < math.inf:
@@ -52,7 +52,7 @@ def check_temperature(temperature: object) -> None:
 
 
 def check_beta(beta: object) -> None:
-    """Refuse a weight that leaves no mixture."""
+    """Refuse a beta that is not a number between 0 and 1, where one side would have no weight."""
     if isinstance(beta, bool) or not isinstance(beta, Real):
         raise _no_number(beta, "beta")
     if not 0 < _as_float(beta) < 1:
@@ -65,7 +65,7 @@ def check_beta(beta: object) -> None:
 
 
 def _no_number(value: object, name: str) -> TypeError:
-    # Refused, since reading one would wait for its device, unseen, and lose its gradient.
+    # Tensors are refused too: reading one would silently wait for its device and lose its gradient.
     instead = ""
     if isinstance(value, Tensor) and value.requires_grad:
         instead = f": there is no gradient with respect to {name}"
@@ -84,7 +84,7 @@ def _as_float(number: Real) -> float:
 
 
 def check_vocab_size(vocab_size: object) -> None:
-    """Refuse what cannot be a number of tokens."""
+    """Refuse a vocab_size that cannot be a number of tokens."""
     if vocab_size is None:
         return
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral):
@@ -94,7 +94,7 @@ def check_vocab_size(vocab_size: object) -> None:
 
 
 def check_vocab_fits(vocab_size: int | None, logits: Tensor, name: str) -> None:
-    """Refuse more tokens than there are logits for."""
+    """Refuse a vocab_size that exceeds the number of logits in a row."""
     if vocab_size is not None and vocab_size > logits.shape[-1]:
         raise ValueError(
             f"vocab_size must be at most {logits.shape[-1]}, the number of tokens of {name} with shape "
@@ -103,7 +103,7 @@ def check_vocab_fits(vocab_size: int | None, logits: Tensor, name: str) -> None:
 
 
 def check_row_values(values: object, reference: Tensor, name: str, *, boolean: bool) -> None:
-    """Refuse a mask or weights that are not one number a row."""
+    """Refuse a mask or weights that do not hold one value of their kind per row."""
     if values is None:
         return
     if not isinstance(values, Tensor):
@@ -133,12 +133,12 @@ def check_row_values(values: object, reference: Tensor, name: str, *, boolean: b
 
 
 def names_of(dtypes: Iterable[torch.dtype]) -> str:
-    """Return dtypes as a text lists them."""
+    """Return the names of dtypes, separated by commas."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def check_logits(logits: object, name: str) -> None:
-    """Refuse what is not a tensor of logits (..., V)."""
+    """Refuse anything but a dense tensor of logits (..., V)."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor of logits, got {type(logits).__name__}{_with_logits(logits)}"
@@ -149,7 +149,7 @@ def check_logits(logits: object, name: str) -> None:
         what = "a nested one" if logits.is_nested else f"layout {logits.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {what}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        # What a circuit (V,) that is taken for a sequence of circuits is made of.
+        # A single circuit (V,), passed as the sequence of circuits, falls apart into scalars.
         single = _SINGLE if name == "circuits[0]" and logits.dim() == 0 else ""
         raise ValueError(
             f"{name} must have shape (..., V) with a vocabulary of at least one token, "
@@ -160,8 +160,8 @@ def check_logits(logits: object, name: str) -> None:
 def are_alike(circuits: Sequence[object], reference: Tensor) -> bool:
     """Return whether circuits are dense tensors of a reference's shape, dtype and device.
 
-    Nothing is wrong with such circuits if nothing is with the reference, and to ask this takes half the
-    time of asking what is wrong with each, which calls with many circuits notice.
+    If the reference is valid, such circuits are valid too. This check takes half the time of
+    checking each circuit for every possible mistake, which matters in calls with many circuits.
     """
     shape, dtype, device = reference.shape, reference.dtype, reference.device
     return all(
@@ -176,12 +176,12 @@ def are_alike(circuits: Sequence[object], reference: Tensor) -> bool:
 
 
 def _with_logits(output: object) -> str:
-    """Say what to do with a model's output that has logits and is none."""
+    """Return a hint if a value is a model's output with an attribute `logits`, else nothing."""
     return "; it has .logits: pass those" if hasattr(output, "logits") else ""
 
 
 def check_circuits(circuits: object) -> None:
-    """Refuse what does not list circuits."""
+    """Refuse anything but an iterable of circuits or a Tensor of them."""
     wanted = "circuits must be an iterable of Tensors, or one Tensor of them stacked (K, ..., V)"
     if isinstance(circuits, Tensor):
         if circuits.dim() == 0:
@@ -198,9 +198,10 @@ def _is_iterable(value: object) -> bool:
 def check_pair(
     circuit: Tensor, reference: Tensor, name: str = "circuit", *, sliced: bool = False
 ) -> None:
-    """Refuse logits that do not belong to one another; both are already known to be logits.
+    """Refuse a circuit whose vocabulary, shape or device is not the reference's.
 
-    If the reference is `sliced`, it is what model.out_slice picks, and the messages say so.
+    Both must be known to be logits. With `sliced`, the messages add that the reference is what
+    model.out_slice picks from the model's output.
     """
     if circuit.shape == reference.shape and circuit.device == reference.device:
         return
@@ -226,8 +227,8 @@ def check_pair(
 
 
 def _likely_mistake(circuit: Tensor, reference: Tensor, name: str) -> str:
-    """Say which call was meant, if shapes that differ by leading dimensions tell."""
-    # A circuit of the reference's shape, taken for a sequence of circuits, falls into such.
+    """Return a hint at the likely mistake, if the shapes differ by leading dimensions only."""
+    # A single circuit, passed as the sequence of circuits, falls apart along its first dimension.
     if name == "circuits[0]" and circuit.shape == reference.shape[1:]:
         return _SINGLE
     if name == "circuits[0]" and circuit.shape == reference.shape[2:]:
@@ -242,7 +243,7 @@ def check_rows(
     grad: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Refuse other shapes than rows (R, V) or (B, S, V), and rows that do not belong to one another."""
+    """Refuse logits that are not rows (R, V) or (B, S, V), or that do not match one another."""
     if reference.dim() not in (2, 3) or reference.shape[-1] == 0:
         raise ValueError(
             f"reference must be rows (R, V), or (B, S, V), of at least one token; "
@@ -250,7 +251,7 @@ def check_rows(
         )
     whole, device = reference.shape, reference.device
     for k, circuit in enumerate(circuits):
-        # Asked here too, since a name for each takes as long as the question.
+        # Compare here first: making a name for each circuit takes as long as the comparison.
         if circuit.shape != whole or circuit.device != device:
             check_pair(circuit, reference, f"circuits[{k}]")
     shape = (len(circuits), math.prod(reference.shape[:-1]))
@@ -263,12 +264,12 @@ def check_rows(
 
 
 def check_transforms(logits: Sequence[Tensor]) -> None:
-    """Refuse derivatives that the operators have no rules for; PyTorch would take some of them as 0.
+    """Refuse derivatives for which the operators have no rules; PyTorch would take some as 0.
 
-    Tensors that `torch.vmap` batches pass: the operators' rules for it look at what is in the batch.
+    Tensors that `torch.vmap` batches pass: the operators' vmap rules check the tensors inside.
     """
     if torch.compiler.is_compiling():
-        # A compiler sees no tangents of what its function is called with.
+        # A compiler does not see the tangents of its inputs: refuse forward mode altogether.
         if getattr(forward_ad, "_current_level", -1) >= 0:
             raise _no_forward_mode()
         return
@@ -294,7 +295,7 @@ def _no_forward_mode() -> RuntimeError:
 
 
 def check_backend(backend: object) -> None:
-    """Refuse what cannot be the name of a backend."""
+    """Refuse a backend that is neither None nor a string."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(
             f"backend must be a string such as 'native', or None; got {type(backend).__name__}"
@@ -302,7 +303,7 @@ def check_backend(backend: object) -> None:
 
 
 def check_model(model: object) -> None:
-    """Refuse what is not a model with an out_slice."""
+    """Refuse a model that cannot be called or has no out_slice."""
     if not callable(model):
         raise TypeError(f"model must be callable on prompts, got {type(model).__name__}")
     if not hasattr(model, "out_slice"):
@@ -313,7 +314,7 @@ def check_model(model: object) -> None:
 
 
 def check_compare_to_clean(compare_to_clean: object) -> None:
-    """Refuse what does not say yes or no, such as the name of the prompts."""
+    """Refuse anything but a boolean or an integer, such as the name of the prompts."""
     if not isinstance(compare_to_clean, (Integral, np.bool_)):
         what = compare_to_clean
         got = repr(what) if isinstance(what, str) else type(what).__name__
@@ -323,7 +324,7 @@ def check_compare_to_clean(compare_to_clean: object) -> None:
 
 
 def check_dataloader(dataloader: object) -> None:
-    """Refuse what cannot be iterated."""
+    """Refuse a dataloader that cannot be iterated."""
     if not _is_iterable(dataloader):
         raise TypeError(
             f"dataloader must be an iterable of batches, got {type(dataloader).__name__}"
@@ -331,7 +332,7 @@ def check_dataloader(dataloader: object) -> None:
 
 
 def unusable_output(output: object, error: Exception) -> TypeError | ValueError:
-    """Build the error of a model's output from which model.out_slice could not pick logits."""
+    """Build the error for a model's output from which model.out_slice could not pick logits."""
     if isinstance(output, Tensor):
         return ValueError(
             f"model.out_slice does not index the model's output of shape {tuple(output.shape)}: "
@@ -345,7 +346,7 @@ def unusable_output(output: object, error: Exception) -> TypeError | ValueError:
 
 
 def check_circuit_outs(circuit_outs: object) -> None:
-    """Refuse what is not {edge_count: {batch key: logits}}."""
+    """Refuse circuit_outs that are not a mapping {edge_count: {batch key: logits}}."""
     if not isinstance(circuit_outs, Mapping):
         raise TypeError(
             "circuit_outs must be a mapping {edge_count: {batch key: logits}}, "
@@ -360,7 +361,7 @@ def check_circuit_outs(circuit_outs: object) -> None:
 
 
 def check_batch(batch: object, inputs: str) -> None:
-    """Refuse a batch without a key to look up or the prompts to run."""
+    """Refuse a batch without the attribute `key` or the attribute that holds the prompts."""
     for attribute in ("key", inputs):
         if not hasattr(batch, attribute):
             raise TypeError(
@@ -370,7 +371,7 @@ def check_batch(batch: object, inputs: str) -> None:
 
 
 def check_batch_key(key: object) -> None:
-    """Refuse what no mapping can be asked for."""
+    """Refuse a batch key that is not hashable."""
     try:
         hash(key)
     except TypeError as error:
@@ -383,7 +384,7 @@ def check_batch_key(key: object) -> None:
 def missing_batch_key(
     edge_count: object, key: Hashable, circuit_outs: Mapping[Any, Mapping[Any, Any]]
 ) -> KeyError:
-    """Build the error of a batch for which a circuit has no output, with the likeliest cause."""
+    """Build the error for a batch for which a circuit has no output, with the likeliest cause."""
     outputs = circuit_outs[edge_count]
     has = _count(len(outputs), "other key")
     if outputs:
@@ -397,7 +398,7 @@ def missing_batch_key(
         cause = f"The batch key is of another type, {type(key).__name__}"
     counts = f"batch key {key!r} is" if key in circuit_outs else "these keys are"
     if key in circuit_outs or (outputs and all(other in circuit_outs for other in outputs)):
-        # Small numbers may be both.
+        # Small integers may be both batch keys and edge counts, so the other cause stays.
         cause = (
             f"circuit_outs must be {{edge_count: {{batch key: logits}}}}, and {counts} among its "
             f"edge counts: is the nesting swapped? If not: {cause[0].lower()}{cause[1:]}"
@@ -414,7 +415,7 @@ def _can_equal(key: object, other: object) -> bool:
 
 
 def no_rows(n_batches: int) -> ValueError:
-    """Build the error of a loader with nothing to average over."""
+    """Build the error for a dataloader that gave no rows to average over."""
     return ValueError(
         f"the dataloader gave {_count(n_batches, 'batch', 'batches')} and no rows, so there is no KL "
         f"divergence to average (an iterator that was already used up gives none)"
@@ -426,7 +427,7 @@ def _count(n: int, one: str, many: str | None = None) -> str:
 
 
 def not_in_this_folder(what: str, why: str) -> str:
-    """Say that something that is built with the package is not where it is imported from."""
+    """Return the message that something built with the package is not in the imported folder."""
     folder = Path(__file__).parent
     if not (folder.parent / "setup.py").exists():
         return f"{what} not in {folder}: {why}"
@@ -437,15 +438,15 @@ def not_in_this_folder(what: str, why: str) -> str:
 
 
 def unknown_backend(name: object, names: Sequence[str], source: str) -> ValueError:
-    """Build the error of a backend that is not in the table."""
+    """Build the error for a backend's name that is not in the table."""
     return ValueError(f"{source} must be one of {', '.join(names)}; got {name!r}")
 
 
 def no_backend(device: torch.device, reason: str | None) -> RuntimeError:
-    """Build the error of logits on a device on which no backend runs."""
+    """Build the error for logits on a device on which no backend runs."""
     return RuntimeError(f"no backend runs on {device}: {reason}")
 
 
 def unusable_backend(name: str, reason: str, source: str) -> RuntimeError:
-    """Build the error of a backend that cannot run on this machine, or on these logits."""
+    """Build the error for a requested backend that cannot run on this machine or these logits."""
     return RuntimeError(f"{source}={name!r} was requested but cannot be used here: {reason}")

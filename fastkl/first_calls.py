@@ -1,8 +1,9 @@
-"""Calls of PyTorch's functions that must come before threads call them.
+"""First calls of PyTorch's functions, made before several threads call them at once.
 
-oneMKL chooses the code for a function when it is first called. If two threads call it at once, then one
-may get code that is off by 1e-4, for its share of that one call: seen in 8 of 65 processes, in KL
-as 2.6e-4 of itself. One number, in one thread, is enough to have chosen [1]_.
+oneMKL chooses the code for a function when the function is first called. If two threads make that
+call at once, one of them may get code with an error of 1e-4, for its share of that one call. This
+was seen in 8 of 65 processes, where KL had a relative error of 2.6e-4. A call with one number, in
+one thread, is enough to make the choice [1]_.
 
 References
 ----------
@@ -11,7 +12,7 @@ References
 
 import torch
 
-# What is called on tensors of logits on the CPU.
+# The functions that fastkl calls on CPU tensors of logits' size.
 _FUNCTIONS = (torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p)
 
 

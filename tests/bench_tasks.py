@@ -1,4 +1,4 @@
-"""What workers are asked to prepare under test: they import it, so it stands apart from the tests."""
+"""Tasks that workers prepare in tests; a module of its own, since workers import it."""
 
 import os
 import resource
@@ -21,13 +21,13 @@ def unsendable():
 
 
 def after(n_calls, end):
-    """A function that ends at its n-th call."""
+    """Return a function that calls `end` at its n-th call."""
     calls = count(1)
     return lambda: end() if next(calls) == n_calls else 0.0
 
 
 def slow_first(seconds):
-    """A function that sleeps, every other time as good as not at all."""
+    """Return a function that sleeps for `seconds` and for 1 ms in turn."""
     calls = count()
     return lambda: time.sleep(1e-3 if next(calls) % 2 else seconds)
 
@@ -41,7 +41,7 @@ def die():
 
 
 def talk():
-    """A function that writes to the standard output, by Python's way and by C's."""
+    """Return a function that writes to the standard output, as Python does and as C does."""
 
     def function():
         print("from Python", flush=True)
@@ -56,7 +56,7 @@ def variable(name):
 
 
 def faults():
-    """A function that counts the pages it gets from the system for 64 MiB."""
+    """Return a function that counts the page faults of allocating 64 MiB."""
 
     def function():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -67,16 +67,16 @@ def faults():
 
 
 def scaled(factor, inputs):
-    """Measures what float64 says, times a factor."""
+    """Return a function that measures the float64 results times a factor."""
     return lambda: [factor * value for value in inputs.expected]
 
 
 def broken(inputs):
-    """Measures right the first time only."""
+    """Return a function that measures correctly the first time only, then raises."""
     calls = count()
     return lambda: boom() if next(calls) else inputs.expected
 
 
 def seen(inputs):
-    """A function that tells of the inputs and the threads in its process."""
+    """Return a function that reports the inputs and the number of threads in its process."""
     return lambda: (inputs.reference, inputs.circuits, torch.get_num_threads())

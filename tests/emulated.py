@@ -1,9 +1,9 @@
 """Run the launcher with its kernels compiled for a real GPU and executed by the PTX emulator.
 
-`emulate` puts itself in the place of the kernels, so that everything else is the launcher's own: the
-grouping, the copy of a reference that lies otherwise, the tiles, the grids. Every row of a logits
-tensor is an allocation of its own: one byte read outside of it is a fault, and so is a load that is
-not aligned to its width.
+`emulate` replaces only the kernels, so everything else is the launcher's own: the grouping, the
+copy of a reference with another layout, the tiles, the grids. Every row of a logits tensor is a
+separate allocation: reading one byte outside it is a fault, and so is a load that is not aligned to
+its width.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from fastkl._triton import gradient_kernels, kernels
 from ptx_emulator import Memory, Stats, as_compiled, compile_ptx
 from ptx_emulator import launch as run
 
-# The package's `launch` is the function of that name.
+# The package's attribute `launch` is the function, not the module.
 launch = importlib.import_module("fastkl._triton.launch")
 gradient_launch = importlib.import_module("fastkl._triton.gradient_launch")
 
@@ -50,9 +50,9 @@ def compiled(name, arch, signature, constexprs, divisible, options):
 
 
 def compilations(generator, step, longest):
-    """Return how many kernels had been compiled after each of some steps(reference, K), from none.
+    """Clear the cache; return how many kernels are compiled after each of several steps.
 
-    One row or many, 4 circuits or 8, odd or round vocabularies, from any address.
+    step(reference, K) gets one row or many, 4 or 8 circuits, odd or round sizes, from any address.
     """
     compiled.cache_clear()
     found = []
@@ -82,7 +82,7 @@ class EmulatedKernel:
         return functools.partial(self.launch, grid)
 
     def launch(self, grid, **arguments):
-        """Specialize as Triton's launcher does: on types, on being 1, on being a multiple of 16."""
+        """Run, specialized as by Triton's launcher: on types, on ones, on multiples of 16."""
         parameters = as_compiled(self.function).params
         names = [parameter.name for parameter in parameters]
         options = {key: value for key, value in arguments.items() if key not in names}
@@ -94,7 +94,7 @@ class EmulatedKernel:
                 constexprs[name] = value
                 continue
             if isinstance(value, tuple):
-                # What is said of its name does not hold for what is in it.
+                # The parameter's do_not_specialize options do not apply to a tuple's elements.
                 assert all(number >= 2**31 and number % 16 for number in value)
                 signature[name] = ("i64",) * len(value)
                 continue
@@ -127,7 +127,7 @@ class EmulatedKernel:
 
 
 class CountedMemory(Memory):
-    """Counts bytes: by the first word of the allocation's name, "load" or "store", and width."""
+    """Count bytes by the first word of the allocation's name, "load" or "store", and width."""
 
     def __init__(self, counts):
         super().__init__()
@@ -135,7 +135,7 @@ class CountedMemory(Memory):
 
     def access(self, addresses, unit, count, *, values=None, align=None):
         words = super().access(addresses, unit, count, values=values, align=align)
-        # One instruction accesses one tensor's row.
+        # All lanes of an instruction access the same kind of allocation.
         name = self.find(int(addresses[0]), unit * count).name.split()[0]
         what = "load" if values is None else "store"
         self.counts[name, what, unit * count] += unit * count * addresses.size
@@ -143,7 +143,7 @@ class CountedMemory(Memory):
 
 
 class Session:
-    """What is emulated, and what was counted, by kernel."""
+    """The settings of an emulation, and what was counted, by kernel."""
 
     def __init__(self, arch, approx_ulp):
         self.arch, self.approx_ulp = arch, approx_ulp
@@ -156,7 +156,7 @@ class Session:
         return sum(self.stats[name], Stats())
 
     def accessed(self, kernel, name, what):
-        """Bytes that a kernel loads from, or stores to, logits' "row"s, or a "gradient": by width."""
+        """Return by width the bytes that a kernel loads, or stores, in each "row" or "gradient"."""
         found = self.bytes[kernel].items()
         return {width: n for (owner, how, width), n in found if (owner, how) == (name, what)}
 
@@ -179,7 +179,7 @@ class Session:
 
 @contextlib.contextmanager
 def emulation(arch, approx_ulp=0):
-    """Within it, the launcher's kernels run in the emulator."""
+    """Context manager in which the launcher's kernels run in the emulator."""
     session = Session(arch, approx_ulp)
     stand_ins = types.SimpleNamespace(**{name: EmulatedKernel(name, session) for name in KERNELS})
     launch.kernels = gradient_launch.kernels = stand_ins
@@ -190,7 +190,7 @@ def emulation(arch, approx_ulp=0):
 
 
 def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):
-    """Launch on circuits (R, V) and a reference (R, V); returns the result and the session."""
+    """Launch on circuits (R, V) and a reference (R, V); return the result and the session."""
     with emulation(arch, approx_ulp) as session:
         session.circuits = list(circuits)
         return launch.launch(circuits, reference, temperature), session
@@ -199,9 +199,9 @@ def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):
 def emulate_gradients(
     grad, circuits, reference, wanted, reference_wanted, *, arch, approx_ulp=0, temperature=1.0
 ):
-    """Launch what the backend's `gradients` does; returns the gradients and the session.
+    """Launch a forward pass and its gradients; return the gradients and the session.
 
-    Each gradient is an allocation of its own too, and NaN until it is written.
+    Each gradient is a separate allocation too, and NaN until it is written.
     """
 
     def empty(rows):

@@ -1,4 +1,4 @@
-"""The benchmarks: peers measure what they claim to, clocks count right, tables are fresh."""
+"""Test the benchmarks: peers measure what they claim to, timing is right, tables are fresh."""
 
 import json
 import pickle
@@ -36,7 +36,7 @@ def _workers_find_their_tasks():
 
 
 def linear_rise(start=0.0):
-    """A clock that goes on by a second each time it is looked at."""
+    """Return a clock that advances by a second at each reading."""
     ticks = count(start)
     return lambda: float(next(ticks))
 
@@ -100,7 +100,7 @@ def test_shared_inputs_are_those_that_are_made(dtype):
         assert {(t.dtype, t.shape, t.stride()) for t in mapped} == {
             (t.dtype, t.shape, t.stride()) for t in made
         }
-        # As PyTorch allocates, and libraries want it that are not to copy.
+        # PyTorch allocates at this alignment, and zero-copy libraries require it.
         assert {t.data_ptr() % 64 for t in mapped} == {0}
         for t in mapped:
             t.zero_()
@@ -139,7 +139,7 @@ def test_peers_agree_with_the_oracle(peer, dtype):
     before = [q.clone() for q in (*inputs.circuits, inputs.reference)]
     measure = peer.prepare(inputs)
     relative, absolute = peer.tolerance(case)
-    # The second time as the first.
+    # The second call is right too.
     for values in (measure(), measure()):
         assert all(type(value) is float for value in values)
         expected = [conftest.oracle(q, inputs.reference).mean() for q in inputs.circuits]
@@ -188,11 +188,11 @@ def test_interleaving_calls_everyone_once_a_round():
     times = timing.interleave(turns, seconds=0, seed=3)
     n = timing.FEWEST_ROUNDS
     rounds = ["".join(calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    # The first one warms up.
+    # The first round is a warm-up.
     assert len(rounds) == n + 1
     assert {"".join(sorted(order)) for order in rounds} == {"abc"}
     assert len(set(rounds)) > 1
-    # What was counted in a round stands at the round's place.
+    # What a turn reports is stored at the index of its round.
     for name in "abc":
         assert times[name] == [4 + 3 * i + rounds[i + 1].index(name) for i in range(n)]
 
@@ -220,7 +220,7 @@ def test_calls_after_a_pause_do_not_count_until_the_cores_are_awake(monkeypatch)
 def test_only_short_functions_are_called_more_than_once_a_turn(monkeypatch, long, slow):
     monkeypatch.setattr(timing, "_LONG_SECONDS", long)
     _, times = timing.take_turns({"a": partial(bench_tasks.slow_first, 0.05)}, {}, 0)
-    # Until they are awake: the call that counts is always one of the same kind, here the short one.
+    # With several calls a turn, the one that counts is always of the same kind, here the short one.
     assert len({t > 0.04 for t in times["a"]}) == 1 + slow
 
 
@@ -351,7 +351,7 @@ def test_memory_of_a_peer_is_measured_in_a_process_of_its_own():
     prepares = {peer.name: peer.prepare for peer in peers.all_peers()}
     with cases.shared(case) as file:
         tasks = {n: partial(peers.prepared, p, case, file, 1) for n, p in prepares.items()}
-        # Two log-probabilities, and within F.kl_div exp, difference and product; not the inputs.
+        # Two log-probabilities, and F.kl_div's exp, difference and product; not the inputs.
         assert memory.peak_of(tasks["eager torch"]) == pytest.approx(5 * one, abs=one)
         assert memory.peak_of(tasks["fastkl eager"]) < one
 
@@ -361,7 +361,7 @@ def test_memory_of_a_peer_is_measured_in_a_process_of_its_own():
 
 @pytest.fixture(scope="module")
 def document():
-    """A run of a tiny grid by two peers, a wrong one, one that breaks, and one that is missing."""
+    """Run a tiny grid with two peers, a wrong one, one that breaks, and one that is missing."""
     chosen = [
         next(peer for peer in peers.all_peers() if peer.name == "eager torch"),
         next(peer for peer in peers.all_peers() if peer.name == "fastkl eager"),
@@ -376,9 +376,9 @@ def document():
         n_processes=1,
         remember=lambda name: name == "fastkl eager",
     )
-    # Another one takes ten seconds.
+    # A copy, since another case would take ten seconds.
     result["cases"].insert(1, result["cases"][1] | {"n_rows": 10, "divergences": "mixed"})
-    # As it comes out of the file.
+    # As it is read from the file.
     return json.loads(json.dumps(result))
 
 

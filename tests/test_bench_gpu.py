@@ -1,4 +1,4 @@
-"""`python -m bench.gpu` but for the calls that need a card: those are replaced by a made-up one."""
+"""Test `python -m bench.gpu`, with a made-up card in place of the calls that need a card."""
 
 import json
 
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 class MadeUpCard:
-    """Stands for `gpu.Cuda`; it computes on the CPU, and its times mean nothing."""
+    """A stand-in for `gpu.Cuda`, which computes on the CPU; its times mean nothing."""
 
     device = torch.device("cpu")
     cache_bytes = 3 * CASE.needed_bytes
@@ -72,7 +72,7 @@ def test_copies_outlast_the_cache():
             copies = case.copies(cache)
             assert copies >= 1
             assert copies * case.needed_bytes >= gpu.CACHE_TURNOVER * cache
-            # Not one more than it takes.
+            # No more copies than necessary.
             assert copies == 1 or (copies - 1) * case.needed_bytes < gpu.CACHE_TURNOVER * cache
 
 
@@ -83,7 +83,7 @@ def test_what_does_not_fit():
     assert reason == "needs about 943.7 GB, 72.0 GB may be used"
     small = gpu.Case(16, 50257, "float32", 40)
     assert gpu.too_large(small, peer(), free_bytes=80 * 10**9, cache_bytes=50 * MIB) is None
-    # The copies count: one input would fit, those that outlast the cache do not.
+    # All copies count: one input would fit, but not as many as outlast the cache.
     tiny = gpu.Case(1, 50257, "float32", 1)
     assert gpu.too_large(tiny, peer(), free_bytes=100 * MIB, cache_bytes=50 * MIB)
 
@@ -105,7 +105,7 @@ def test_inputs_are_seeded_and_differ():
     assert all(torch.equal(a, b) for a, b in zip(circuits, again, strict=True))
     exact = gpu.exact(circuits, reference)
     assert (exact.diff() > 0).all()
-    # Blocks of rows change nothing.
+    # The block size changes nothing.
     torch.testing.assert_close(gpu.exact(circuits, reference, block=2), exact, rtol=1e-13, atol=0)
 
 
@@ -181,7 +181,7 @@ def run(tmp_path):
 
 
 def test_a_quick_run_is_not_written_over_the_results(made_up_card, monkeypatch):
-    """Unless it is told where to."""
+    """A quick run writes nothing unless it is told where to."""
     monkeypatch.setattr(gpu, "PEERS", (peer("eager"),))
     monkeypatch.setattr(gpu, "write", lambda *_: pytest.fail("written"))
     monkeypatch.setattr(gpu, "plot", lambda *_: pytest.fail("drawn"))
@@ -212,7 +212,7 @@ def test_a_whole_run(made_up_card, monkeypatch, tmp_path, capsys):
     }
     first = document["results"][0]
     assert first["needed_bytes"] == 2 * 50257 * 4
-    # A microsecond each.
+    # Each timing is a microsecond.
     assert first["gb_per_s"] == pytest.approx(2 * 50257 * 4 / 1e-6 / 1e9)
     assert first["share_of_copy"] == pytest.approx(first["gb_per_s"] / 1000)
     assert first["share_of_datasheet"] is None
@@ -234,7 +234,7 @@ def fails(circuits, reference):
 
 @pytest.mark.parametrize("bad", [wrong, fails])
 def test_a_run_fails_if_fastkl_does(made_up_card, monkeypatch, tmp_path, capsys, bad):
-    """What the others measured is kept, and what was wrong is said there too."""
+    """The document keeps what the others measured, and also lists what was wrong."""
     monkeypatch.setattr(gpu, "PEERS", (peer("fastkl", lambda: bad), peer("eager")))
     assert run(tmp_path) == 1
     assert "fastkl is wrong, or fails" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The benchmark of the host's time: what it counts and says, with a driver that launches nothing."""
+"""Test the benchmark of the host's time: its counts and output, with an idle driver."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
-    """In a process of its own: the driver is for good, and the kernels are no interpreter's."""
+    """Run in a process of its own: its driver is permanent, and its kernels are not interpreted."""
     out = tmp_path_factory.mktemp("host")
     done = subprocess.run(
         [sys.executable, "-m", "bench.host", "--quick", "--out", str(out)],
@@ -29,7 +29,7 @@ def document(tmp_path_factory):
 
 
 def test_launches_are_few(document):
-    """A table's for every 32 circuits, one for each group size, and one that finishes."""
+    """One launch per 32 circuits for the table, one per group size, and one to finish."""
     launches = {case["n_circuits"]: case["launches"] for case in document["cases"]}
     assert launches == {1: 3, 4: 3, 20: 3, 200: 9}
 
@@ -37,10 +37,10 @@ def test_launches_are_few(document):
 def test_times(document):
     for case in document["cases"]:
         assert 0 < case["us"] < case["us_with_backward"]
-    # Many circuits cost more than one, and less than as many calls.
+    # Many circuits in a call cost more than one, and less than as many calls.
     one, *_, many = document["cases"]
     assert one["us"] < many["us"] < 100 * one["us"]
-    # 20 circuits in groups of four: 25 rows of logits for each row of a circuit.
+    # 20 circuits in groups of four read 25 tensors: the reference once per group.
     assert document["cases"][2]["us_of_memory"] == pytest.approx(
         25 * 64 * 50257 * 4 / 3.35e12 * 1e6
     )

@@ -1,4 +1,4 @@
-"""The benchmark of a call's options: what it measures, refuses and says."""
+"""Test the benchmark of a call's options: what it measures, refuses and prints."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmark of a loss and its gradients: what it measures, refuses and says."""
+"""Test the benchmark of a loss and its gradients: what it measures, refuses and prints."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ CASE = training.Training(4, 60)
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without compilation and without processes of their own."""
+    """Leave out compilation and extra processes; return the names of fastkl's peers."""
     own = [name for name in ("native", "eager") if fastkl.unavailable_backends().get(name) is None]
 
     def losses(_, js=False, temperature=1.0):
@@ -28,7 +28,7 @@ def quick(monkeypatch):
 
 
 def test_a_card_has_results_of_its_own(quick, monkeypatch, tmp_path):
-    """Those of the CPU are not written over."""
+    """The CPU's results are not overwritten."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "FAKE, for a test")
     monkeypatch.setattr(training, "run_case", lambda case, *_: {"peers": {}})
     monkeypatch.setattr(training, "markdown", lambda document: document["device"])
@@ -66,7 +66,7 @@ def test_a_wrong_gradient_is_not_timed(quick, monkeypatch):
 
 
 def test_a_peer_that_fails_ends_nothing(quick, monkeypatch, tmp_path, capsys):
-    """Not even the first one, with which others are compared."""
+    """Not even if it is the first one, with which the others are compared."""
 
     def failing(*_):
         raise RuntimeError("no C++ compiler")

@@ -22,7 +22,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Make the test fail if the job is begun."""
+    """Make the test fail if the training begins."""
 
     def begun(*_args, **_keywords):
         pytest.fail("the training was begun")
@@ -33,7 +33,7 @@ def no_training(monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Stand in for the training with what one might have found."""
+    """Replace the training with a result that one might have given."""
     result = demo.Result(
         seed=0,
         backend="eager",
@@ -88,7 +88,7 @@ def test_backends_lists_what_can_run_and_what_is_missing(capsys, monkeypatch):
 
 
 def chosen(capsys, code=0):
-    """Run the command; return what it says of each device."""
+    """Run the command; return what it says about each device."""
     assert cli.main(["backends"]) == code
     _, lines = capsys.readouterr().out.split("\n\n")
     return dict(line.split(": ", 1) for line in lines.splitlines())
@@ -185,7 +185,7 @@ def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypat
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))
 
-    # Not by chmod: whoever runs the tests as root may write anywhere.
+    # Not by chmod: root may write anywhere.
     monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)
     assert cli.main(["demo", "--out", str(tmp_path), "--backend", "eager"]) == 2
     reason = f"--out: cannot write to the folder {tmp_path}: Permission denied\n"
@@ -193,7 +193,7 @@ def test_read_only_folder_is_refused_before_training(tmp_path, capsys, monkeypat
 
 
 def test_without_the_extra_demo_says_what_to_install_and_backends_works(tmp_path):
-    """In a process of its own, where neither rich nor matplotlib can be imported."""
+    """Run in a process of its own, in which neither rich nor matplotlib can be imported."""
     program = (
         "import sys; sys.modules['rich'] = sys.modules['matplotlib'] = None\n"
         "from fastkl.cli import main\n"
@@ -229,7 +229,7 @@ def test_not_learning_returns_1_and_writes_nothing(tmp_path, capsys, monkeypatch
 def test_what_can_not_be_encoded_is_replaced(encoding, tmp_path, monkeypatch, trained):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding))
-    # Neither has ‖, nor the folder's Ω.
+    # Neither encoding has ‖, or the folder's Ω.
     out = tmp_path / "Ω"
     assert cli.main(["demo", "--backend", "eager", "--out", str(out)]) == 0
     printed = shown.getvalue().decode(encoding)
@@ -277,7 +277,7 @@ def test_an_interruption_returns_130(tmp_path, capsys, monkeypatch):
 
 
 def ended(stdout, *arguments, **options):
-    """Run the command in a process of its own; return its code and what it says on stderr."""
+    """Run the command in a process of its own; return its exit code and its stderr."""
     found = {"PYTHONPATH": str(Path(fastkl.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(
         [sys.executable, "-m", "fastkl", *arguments],
@@ -291,7 +291,7 @@ def ended(stdout, *arguments, **options):
 
 @pytest.fixture
 def closed_pipe():
-    """The end to write to of a pipe that nobody reads."""
+    """Yield the write end of a pipe whose read end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
@@ -334,7 +334,7 @@ def test_demo_prints_and_writes_what_it_found(tmp_path, capsys, monkeypatch):
     assert (facts["seed"], facts["backend"], facts["kl_nats"]) == (2, "eager", result.kl)
     assert (out / "kl_curve.png").read_bytes().startswith(PNG_SIGNATURE)
 
-    # The table of circuits has a row a size, the last of them of no divergence.
+    # The table of circuits has a row per size; the last has no divergence.
     for size, kl, share in zip(result.sizes, result.kl, result.agreement, strict=True):
         shown = "0 exactly" if size == 4 else f"{kl:.4f}" if kl >= 1e-3 else f"{kl:.1e}"
         row = rf"│ +{size} │ +{re.escape(shown)} │ +{share:.1%} │"

@@ -1,6 +1,6 @@
-"""What the compiler makes of the kernels, read from the machine code, for any vocabulary.
+"""Check the machine code that the compiler makes of the kernels, for any vocabulary.
 
-Nothing is known to the compiler about sizes, so what holds here holds for V = 50257 as for any other.
+The compiler knows nothing about sizes, so what holds here holds for V = 50257 as for any other.
 """
 
 import importlib
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
 )
 
-# Instructions and special-function operations a pair, in the loop: 85 % of what an H100 (SXM, 1.755
-# GHz, 132 SMs, 3.35 TB/s) issues in the time that memory takes for the pair's bytes.
+# The most instructions and special-function operations per pair in the loop: 85 % of what an H100
+# (SXM, 1.755 GHz, 132 SMs, 3.35 TB/s) issues while memory delivers the pair's bytes.
 BUDGETS = {
     ("fp32", 1): (60.1, 7.5),
     ("fp32", 2): (45.1, 5.6),
@@ -44,7 +44,7 @@ def test_body_loop(dtype, group):
     assert set(body.load_widths) == {16}
     assert body.load_bytes == pairs * BYTES[dtype] * (1 + 1 / group)
     assert (body.barriers, body.shuffles, body.shared_accesses, body.spills) == (0, 0, 0, 0)
-    # A mask that no load is narrowed by still costs, and says that the tail was not peeled.
+    # Even a mask that does not narrow a load has a cost, and shows that the tail was not peeled.
     assert body.masked_loads == 0
     instructions, special = BUDGETS[dtype, group]
     assert len(body) / pairs <= instructions * SLACK
@@ -62,7 +62,7 @@ def test_registers(dtype, group):
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", GFX942])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_other_targets(target, dtype):
-    """Wide loads, no waiting and no spill in the loop, on every generation."""
+    """The loop has wide loads, no barriers or shuffles, and no spills, on every generation."""
     for group in (1, 4):
         kernel = build_partial(target, dtype, group, hints=False, compiler=compile_kernel)
         body = kernel.program.body
@@ -73,7 +73,7 @@ def test_other_targets(target, dtype):
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("dtype", BYTES)
 def test_gradient_kernel(dtype, reference):
-    """Wide loads and stores, no spill, no waiting, and half or a third of an SM's threads at a time."""
+    """Wide accesses, no spill, barrier or shuffle, and 1/2 or 3/8 of an SM's threads at a time."""
     program = build_gradient(
         "sm_90", dtype, reference=reference, hints=False, compiler=compile_kernel
     )
@@ -84,19 +84,19 @@ def test_gradient_kernel(dtype, reference):
     assert 65536 // (program.registers * program.threads) * program.threads >= (
         768 if reference else 1024
     )
-    # The circuit's logits in the loop over circuits, the reference's before it.
+    # The loop over circuits loads the circuit's logits; the reference's are loaded before it.
     assert program.body.load_widths.count(16) == tile.loads
     assert program.outside.load_widths.count(16) == tile.loads
-    # Of its single-token neighbors: the table, and the few numbers of a row.
+    # The narrower loads are of the table and of a row's numbers, none of a half-precision token.
     assert min(program.body.load_widths) == 4
     stores = Counter(
         "128" in i.opcode for b in blocks for i in b.instructions if i.opcode.startswith("STG")
     )
     assert stores[True] == tile.loads * (1 + reference)
-    # An H100 issues 35 instructions in the time of 4 bytes, half-precision logits and their gradient,
-    # and is bound by them there: two of them bring sides together that may lie apart. All else moves
-    # more: with a single circuit, 6 to 16 bytes. Of float32 logits what their difference is rounded by
-    # takes six.
+    # An H100 issues 35 instructions while memory moves 4 bytes, a half-precision logit and its
+    # gradient, so instructions are the limit there. Two of them bring together sides that may lie
+    # far apart. All other cases move more: with a single circuit, 6 to 16 bytes. The rounding error
+    # of float32 logits' difference takes six instructions.
     pairs, rounded = tile.tokens / program.threads, 6 if dtype == "fp32" else 0
     assert len(program.body) / pairs <= SLACK * (47.5 if reference else 38.5) + rounded
     assert program.body.special / pairs <= 1.25
@@ -109,10 +109,10 @@ def test_gradient_kernel_elsewhere(target, dtype):
         program = build_gradient(
             target, dtype, reference=reference, hints=False, compiler=compile_kernel
         )
-        # Before the loop AMD's compiler keeps scalars that are too many in lanes of a register.
+        # Before the loop, AMD's compiler spills scalars to lanes of a register, by "shuffles".
         blocks = program.loops if target == "gfx942" else (*program.loops, program.outside)
         assert program.shared == 0
-        # Two words of 80 registers' threads there, which memory keeps waiting for three times as long.
+        # For this case, 80 registers are not enough by two words.
         least = reference and (target, dtype) == ("sm_100", "fp32")
         assert program.stack <= (8 if least else 0)
         assert all((b.barriers, b.shuffles) == (0, 0) for b in blocks)
@@ -130,15 +130,15 @@ def test_finish_kernel(keep):
 
 def test_sizes_do_not_recompile(generator):
     def step(reference, n_circuits):
-        # Circuits that start where it does: it would be copied to where others start.
+        # Circuits that start where the reference does; otherwise the launcher would copy it.
         emulate([reference] * n_circuits, reference, arch=90)
 
-    # The two kernels and the one that fills the table, for the first size.
+    # The first size compiles the two kernels and the one that fills the table; later ones nothing.
     assert compilations(generator, step, longest=17000) == [3] * 6
 
 
 class PTX:
-    """The instructions of a compiled kernel, by their names."""
+    """The PTX of a compiled kernel, whose instructions can be counted by name."""
 
     def __init__(self, arch, dtype, group):
         tile = launch.TILES[BYTES[dtype], group]
@@ -166,22 +166,22 @@ class PTX:
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_instructions_that_decide_the_edge_cases(arch, dtype):
-    """What kernels/triton/algebra.py says decides each row of the table is what is emitted."""
+    """The compiler emits what kernels/triton/algebra.py says decides each edge case."""
     ptx = PTX(arch, dtype, 4)
-    # Maxima of a row drop a NaN: it survives in the exponentials.
+    # The maxima of a row drop a NaN; it survives in the exponentials.
     assert ptx.count("max.f32") > 0
     assert "min.NaN" not in ptx.text
-    # Where -inf gives way to the lowest float (0xFF7FFFFF), it stays, in the circuits and the reference.
+    # NaN survives where the lowest float (0xFF7FFFFF) replaces -inf, in circuits and reference.
     vec = launch.TILES[BYTES[dtype], 4].vec
     lowest = re.findall(r"max\.NaN\.f32[^;]*0fFF7FFFFF", ptx.text)
     assert len(lowest) == ptx.count("max.NaN.f32") >= 5 * vec
-    # 2^x that flushes to zero what is below 2^-126, so that -inf gives +0; none that multiplies first.
+    # Every 2^x flushes results below 2^-126 to zero, so that -inf gives +0; none multiplies first.
     assert ptx.count("ex2.approx.ftz.f32") > 0
     assert ptx.count("ex2.approx.f32") == 0
 
 
 def test_what_far_tokens_add_is_a_known_part_of_their_weights():
-    """Of e^(-d) - 1 + d of the larger of 1 and e^(-d): least at the bound itself, on its near side."""
+    """e^(-d) - 1 + d is at least 1 / FAR_WEIGHT of max(1, e^(-d)): least at d = -NEAR."""
     algebra = importlib.import_module("fastkl._triton.algebra")
     near, far_weight = algebra.NEAR.value, algebra.FAR_WEIGHT.value
     sizes = [near * 1.01**n for n in range(500)]

@@ -1,6 +1,6 @@
-"""The compiled kernels, executed: values, edge cases, alignment and bytes, for two generations.
+"""Execute the compiled kernels: values, edge cases, alignment and bytes, for two generations.
 
-sm_80 and sm_90 get the same PTX; sm_100's uses packed arithmetic and maxima of three.
+sm_80 and sm_90 get the same PTX; sm_100's uses packed arithmetic and maxima of three operands.
 """
 
 import math
@@ -49,7 +49,7 @@ def test_parity(generator, arch, dtype, approx_ulp):
 
 
 def test_weights_that_vanish(generator):
-    """Exponentials flush to 0 what is below 2^-126, where e^(-d) is not infinite yet."""
+    """Exponentials below 2^-126 flush to 0, where e^(-d) is still finite."""
     circuit, reference = vanishing_weights(generator, torch.linspace(84, 104, 11))
     check([circuit], reference, arch=80)
 
@@ -58,7 +58,7 @@ def test_weights_that_vanish(generator):
     ("arch", "dtype"), [*((80, dtype) for dtype in DTYPES), (100, torch.float32)]
 )
 def test_edge_cases(generator, arch, dtype):
-    """Every row of the table as a row of one launch, in a group of four and alone."""
+    """Every case of the table, at three places, in one launch: in a group of four and alone."""
     (circuit,), reference = make(generator, 3 * len(TRITON_TABLE), 601, (0.1,), dtype, scale=1)
     expected = []
     for i, (p_v, q_v, value) in enumerate(TRITON_TABLE.values()):
@@ -94,7 +94,7 @@ def test_group_remainders(generator, arch, n_circuits):
 
 
 def at(rows, lead, stride):
-    """Copy rows to memory where the first starts `lead` elements behind 16 bytes."""
+    """Copy rows to memory where the first starts `lead` elements after a multiple of 16 bytes."""
     n_rows, n_cols = rows.shape
     buffer = torch.empty(n_rows * stride + 16, dtype=rows.dtype)
     start = (lead - buffer.data_ptr() // rows.itemsize) % (16 // rows.itemsize)
@@ -104,7 +104,7 @@ def at(rows, lead, stride):
 @pytest.mark.parametrize("n_cols", [1301, 1304])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_alignment(generator, dtype, n_cols):
-    """Rows at every alignment, all tensors alike: wide loads, none of them misaligned."""
+    """Rows start at every alignment, in all tensors alike: no wide load is misaligned."""
     circuits, reference = make(generator, 3, n_cols, (0.1, 1.0), dtype)
     for lead in range(16 // reference.itemsize):
         for stride in (n_cols, n_cols + 3):
@@ -113,7 +113,7 @@ def test_every_alignment(generator, dtype, n_cols):
 
 
 def test_circuits_that_lie_differently(generator):
-    """Two as the reference, two otherwise, one at another stride: no fault, and the right order."""
+    """Two circuits start like the reference, three do not, one has another stride: right order."""
     circuits, reference = make(generator, 3, 1301, (0.0, 0.1, 0.3, 1.0, 3.0))
     placed = [
         at(c, lead, stride)
@@ -125,30 +125,30 @@ def test_circuits_that_lie_differently(generator):
 
 
 def test_a_strided_reference_is_copied_once(generator, monkeypatch):
-    """auto_circuit's last position: the reference's rows lie S·V apart, the circuits' V."""
+    """At auto_circuit's last position, the reference's rows lie S·V apart, the circuits' V."""
     circuits, reference = make(generator, 3, 1301, (0.1, 0.3, 1.0, 3.0))
     strided = at(reference, 0, 5 * 1301)
     placed = [at(c, 0, 1301) for c in circuits]
     _, session = check(placed, strided, arch=80)
     wide = session.total("partial_kernel")
-    # One read a circuit and a quarter of one for the reference: the kernel took the copy in a group.
+    # One read per circuit, and a quarter of one for the reference: the group of four used the copy.
     assert bytes_of_logits(wide, 4, 4) == 5 * reference.nbytes
-    # A single circuit is no reason to copy.
+    # For a single circuit the reference is not copied.
     monkeypatch.setattr(launch, "_copy", None)
     _, session = check(placed[:1], strided, arch=80)
     assert bytes_of_logits(session.total("partial_kernel"), 1, 4) == 2 * reference.nbytes
 
 
 def first_tokens(group, itemsize):
-    """Bytes of a slice's first tokens, which are read before all else and then once more."""
+    """Return the bytes of a slice's first tokens, which are read before all else, then again."""
     return 32 * itemsize * (1 + group)
 
 
 def bytes_of_logits(stats, group, itemsize):
-    """What was loaded but for the table of pointers and the first tokens of each slice.
+    """Return the bytes loaded, without the table of pointers and the first tokens of each slice.
 
-    All 32 threads load the same 16 bytes of the table, which come from one sector. Counted by threads
-    they would be 6 % of a slice in half precision.
+    All 32 threads load the same 16 bytes of the table, which come from one sector. Counted once per
+    thread, they would be 6 % of a slice in half precision.
     """
     return stats.bytes_loaded - stats.ctas * (32 * 16 * group + first_tokens(group, itemsize))
 
@@ -156,7 +156,7 @@ def bytes_of_logits(stats, group, itemsize):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_circuits", [1, 4])
 def test_bytes_as_executed(generator, dtype, n_circuits):
-    """GPT-2's vocabulary: (1 + 1/G) tensor reads a pair, and not a byte more."""
+    """With GPT-2's vocabulary, a pair takes (1 + 1/G) tensor reads, and not a byte more."""
     circuits, reference = make(generator, 3, 50257, [1.0] * n_circuits, dtype)
     _, session = check(circuits, reference, arch=80)
     stats = session.total("partial_kernel")
@@ -165,8 +165,8 @@ def test_bytes_as_executed(generator, dtype, n_circuits):
     # Divergences this large take no second look.
     assert session.total("finish_kernel").bytes_loaded < 0.02 * logits
     assert stats.ctas * first_tokens(n_circuits, reference.itemsize) < 0.01 * logits
-    # Sectors: a circuit's place in the table is one, looked at twice; a load of 16 that begins within
-    # one takes 17, which every other row's do.
+    # Sectors: a circuit's entry in the table is in one, which is read twice. A load of 16 sectors
+    # that begins within a sector touches 17; those of every other row do.
     extra = n_circuits * 2 + (1 + n_circuits) * (reference.itemsize + 1)
     assert 32 * (stats.sectors_loaded - stats.ctas * extra) <= (1 + 1 / 16) * logits
 
@@ -196,7 +196,7 @@ def test_bits_do_not_depend_on_the_batch(generator, arch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_bits_do_not_depend_on_the_other_circuits(generator, arch, dtype):
-    """In a group of four, of two, or alone."""
+    """A circuit has the same bits in a group of four, in one of two, and alone."""
     circuits, reference = make(generator, 2, 5001, (0.01, 0.1, 1, 3, 0.5, 0.2, 0.05), dtype)
     together, _ = emulate(circuits, reference, arch=arch)
     for circuit, expected in zip(circuits, together, strict=True):
@@ -205,7 +205,7 @@ def test_bits_do_not_depend_on_the_other_circuits(generator, arch, dtype):
 
 
 def test_a_confident_row_needs_a_second_look(generator):
-    """The first tokens say nothing of the one that has the mass: its slice alone is summed again."""
+    """The first tokens do not predict the one that has the mass: only its slice is summed again."""
     circuits, reference = make(generator, 2, 20000, (0.5,), scale=1)
     reference[:, 9000] = circuits[0][:, 9000] = 30.0
     divergence, session = check(circuits, reference, arch=80)
@@ -215,7 +215,7 @@ def test_a_confident_row_needs_a_second_look(generator):
 
 
 def test_an_undefined_row_is_not_summed_again(generator):
-    """It is read once more, to find that it has no divergence."""
+    """The row is read once more, to find that it has no divergence."""
     circuits, reference = make(generator, 1, 20000, (0.5,))
     reference[0, 9000] = torch.nan
     divergence, session = emulate(circuits, reference, arch=80)
@@ -235,7 +235,7 @@ def test_no_second_look_where_none_is_needed(generator, dtype):
 @pytest.mark.parametrize("approx_ulp", [0, 2])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_first_tokens_that_mislead(generator, arch, approx_ulp):
-    """Bases far from the rest of a slice: sums overflow or vanish, and the row is summed again."""
+    """If bases are far from the rest of a slice, sums over- or underflow, and are taken again."""
     circuits, reference = make(generator, 8, 5000, (0.3, 0.0), scale=1)
     for row, (p_v, q_v) in enumerate(
         [
@@ -260,7 +260,7 @@ def test_first_tokens_that_mislead(generator, arch, approx_ulp):
 
 @pytest.mark.parametrize("masked", ["p", "q", "both"])
 def test_masked_first_tokens_of_logits_far_below_zero(generator, masked):
-    """Counted from nothing, weights of e^-120 are 0: such a slice is summed at the row's bases."""
+    """At a base of 0, weights of e^-120 underflow: such a slice is summed at the row's bases."""
     circuits, reference = make(generator, 2, 9000, (0.0, 0.3), scale=1)
     sides = [reference - 120, *(c - 120 for c in circuits)]
     n_slices, size = launch.slices(9000, 4)
@@ -272,7 +272,7 @@ def test_masked_first_tokens_of_logits_far_below_zero(generator, masked):
 
 @pytest.mark.parametrize("level", [-82.0, -86.0, -91.0])
 def test_masked_first_tokens_of_logits_barely_seen(generator, level):
-    """Counted from nothing, all of a slice's weights are faint: its base, 0, is not the row's."""
+    """At a base of 0, all of a slice's weights are tiny: that base does not become the row's."""
     (circuit,), reference = make(generator, 4, 9000, (0.3,), scale=1)
     reference, circuit = reference + level, circuit + level
     _, size = launch.slices(9000, 4)
@@ -280,14 +280,14 @@ def test_masked_first_tokens_of_logits_barely_seen(generator, level):
     for side in (reference, circuit):
         side[1, size : size + 40] = -INF
         side[2, :40] = side[2, size : size + 40] = side[2, 2 * size : 2 * size + 40] = -INF
-        # The others' base is far below.
+        # The other slices' bases are far lower.
         side[3, :40], side[3, size:] = -INF, side[3, size:] - 100
     check([circuit, reference.clone()], reference, arch=80)
 
 
 @pytest.mark.parametrize("masked", [(0,), (1,), (0, 2)])
 def test_slices_masked_as_a_whole(generator, masked):
-    """By the reference alone: its weights say nothing of the scale that the circuit's are in."""
+    """The reference alone masks slices: its weights do not give the scale of the circuit's."""
     (circuit,), reference = make(generator, 2, 9000, (0.3,), scale=1)
     _, size = launch.slices(9000, 4)
     for part in masked:
@@ -297,11 +297,11 @@ def test_slices_masked_as_a_whole(generator, masked):
 
 
 def test_a_confident_reference_and_a_circuit_that_does_not_know(generator):
-    """At the merged bases a sum may overflow that did not at the slices' own."""
+    """A sum that is finite at the slices' own bases may overflow at the merged ones."""
     gaps = (44, 55, 60, 62, 64, 66, 68, 70)
     (circuit,), reference = make(generator, len(gaps), 5000, (0.0,), scale=1)
     circuit = torch.randn(circuit.shape, generator=generator)
-    # On a grid: p - q is exact.
+    # The logits are on a grid, so that p - q is exact.
     circuit, reference = ((side * 64).round() / 64 for side in (circuit, reference))
     for row, gap in enumerate(gaps):
         reference[row, 400 * row + 300] = gap
@@ -311,7 +311,7 @@ def test_a_confident_reference_and_a_circuit_that_does_not_know(generator):
 
 @pytest.mark.parametrize("gap", [10, 15, 20, 30])
 def test_likely_tokens_far_above_the_first_ones(generator, gap):
-    """Weights far from 1, whose exponents are rounded more, and what is left of their differences."""
+    """Weights far from 1 have larger rounding errors in their exponents, and nearly cancel."""
     (circuit,), reference = make(generator, 150, 200, (0.0,), scale=1)
     for token in (100, 150):
         reference[:, token] = gap + torch.rand(150, generator=generator)
@@ -322,7 +322,7 @@ def test_likely_tokens_far_above_the_first_ones(generator, gap):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_slices_cover_the_vocabulary(itemsize):
-    """None is empty, but that a row's first tokens may leave none for the last one."""
+    """No slice is empty, except that a row's first tokens may leave none for the last slice."""
     for n_cols in (1, 4097, 12289, 50257, 128256, 151936, 262208, 1000003):
         n_slices, size = launch.slices(n_cols, itemsize)
         assert n_slices <= launch.SLICES
@@ -330,7 +330,7 @@ def test_slices_cover_the_vocabulary(itemsize):
 
 
 def test_an_empty_slice_needs_no_second_look(generator):
-    """Of 12289 tokens all but every fourth row's are in three slices of 4096, up to 3 before them."""
+    """In 3 of 4 rows, three slices of 4096 and up to 3 tokens before them hold all 12289 tokens."""
     executed = []
     for n_cols in (12289, 12288):
         circuits, reference = make(generator, 4, n_cols, (0.3,), scale=1)
@@ -342,7 +342,7 @@ def test_an_empty_slice_needs_no_second_look(generator):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shift", [30.0, -100.0, 1000.0, -1e4])
 def test_sides_far_apart(generator, shift, temperature):
-    """Either side's logits, off any grid: what p - q and pivots are rounded by there would show."""
+    """One side is shifted, off any grid: rounding errors of p - q and of pivots would show."""
     circuits, reference = make(generator, 2, 5000, (2e-4, 0.01, 0.1, 0.5, 2.0))
     for moved, still in (
         ([c + shift for c in circuits], reference),
@@ -358,7 +358,7 @@ def test_sides_far_apart(generator, shift, temperature):
 
 
 def test_sides_apart_are_summed_twice_only_where_it_matters(generator):
-    """Not where p - q is exact all the same, nor where the divergence bears what it is rounded by."""
+    """Not if p - q is exact anyway, nor if its rounding error is small next to the divergence."""
     executed = []
     for shift, place, noise in ((0, 0, 0.3), (40, 0, 0.3), (40, -200, 0.3), (40, 0, 3.0)):
         circuits, reference = make(generator, 4, 4000, (noise,), scale=1)
@@ -372,9 +372,9 @@ def test_sides_apart_are_summed_twice_only_where_it_matters(generator):
 
 
 def test_offsets_beyond_31_bits(generator):
-    """Rows more than 2^31 elements apart are addressed in 64 bits, the reference's and a circuit's."""
+    """Reference and circuit rows more than 2^31 elements apart are addressed in 64 bits."""
     n_cols, far = 600, 2**31 + 64
-    # Reserved, never touched but for two rows of each.
+    # The memory is only reserved; nothing but two rows of each side is touched.
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 2048)), dtype=torch.bfloat16)
     (circuit,), reference = make(generator, 2, n_cols, (0.5,), torch.bfloat16)
     rows = [memory.as_strided((2, n_cols), (far, 1), start) for start in (0, 1024)]

@@ -1,6 +1,6 @@
-"""The compiled gradients, executed: values, edge cases, alignment and bytes, for two generations.
+"""Execute the compiled gradients: values, edge cases, alignment and bytes, for two generations.
 
-The laws that they share with other backends are in test_gradient.py, in Triton's interpreter.
+test_gradient.py tests, in Triton's interpreter, the laws that they share with other backends.
 """
 
 import math
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def make(generator, noises, n_cols, dtype=torch.float32, scale=3, n_rows=1):
-    """One circuit's rows, `n_rows` of each noise."""
+    """Return a circuit and a reference, with `n_rows` rows of each noise."""
     noise = torch.tensor(noises).repeat_interleave(n_rows)[:, None]
     reference = torch.randn(len(noise), n_cols, generator=generator) * scale
     circuit = reference + noise * torch.randn(len(noise), n_cols, generator=generator)
@@ -31,7 +31,7 @@ def make(generator, noises, n_cols, dtype=torch.float32, scale=3, n_rows=1):
 
 
 def one(circuit, reference, grad=None, **options):
-    """The gradients (dq, dp) of one circuit's rows, and the session."""
+    """Return the gradients (dq, dp) of one circuit's rows, and the session."""
     if grad is None:
         grad = torch.ones(circuit.shape[:1])
     (dq,), dp, session = emulate_gradients(
@@ -41,7 +41,7 @@ def one(circuit, reference, grad=None, **options):
 
 
 def assert_right(found, expected, dtype=torch.float32):
-    """Assert that gradients are the float64 ones within BOUND a row, rounded once to their dtype."""
+    """Assert that gradients match float64 within BOUND per row, rounded once to their dtype."""
     for ours, exact in zip(found, expected, strict=True):
         if dtype == torch.float32:
             assert error(ours, exact) <= BOUND
@@ -55,7 +55,7 @@ def assert_right(found, expected, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_parity(generator, arch, dtype):
-    """All noises, on logits of two sizes; with errors of 2 ulp in ex2, lg2 and div."""
+    """All noises, on logits of two scales, with errors of 2 ulp in ex2, lg2 and div."""
     for scale in (1, 3):
         circuit, reference = make(generator, NOISES, 2571, dtype, scale)
         grad = torch.rand(len(circuit), generator=generator) + 0.5
@@ -81,14 +81,14 @@ def test_confident_rows(generator, rest):
 
 @pytest.mark.parametrize("n_cols", [700, 3000])
 def test_large_divergences(generator, n_cols):
-    """Of 10 nats: a circuit's mass, as what is left of larger sums, would be 2e-6 off."""
+    """At 10 nats, a circuit's mass as the difference of larger sums would be off by 2e-6."""
     circuit, reference = make(generator, (5.0,), n_cols, n_rows=12)
     *found, _ = one(circuit, reference, arch=80)
     assert_right(found, oracle_gradients(circuit, reference))
 
 
 def test_circuits_share_what_the_reference_is_counted_from(generator):
-    """One circuit's row is summed again at its maxima; another's, and one of NaNs, is not."""
+    """One circuit's row is summed again at its maxima; the other's, and one with a NaN, are not."""
     reference = torch.randn(3, 700, generator=generator)
     circuits = [reference + 0.1 * torch.randn(3, 700, generator=generator) for _ in range(2)]
     circuits[0][1, :40] = -200.0
@@ -103,7 +103,7 @@ def test_circuits_share_what_the_reference_is_counted_from(generator):
 
 
 def test_circuits_stacked_in_memory(generator):
-    """(K, R, V) with an odd V: they lie differently, and are counted from the same tokens."""
+    """(K, R, V) with an odd V: alignments differ, but all slices are cut at the same tokens."""
     reference = torch.randn(3, 5001, generator=generator) * 3
     noise = torch.randn(3, 3, 5001, generator=generator)
     circuits = list(reference + 0.1 * noise)
@@ -116,7 +116,7 @@ def test_circuits_stacked_in_memory(generator):
 
 
 def test_circuits_counted_from_other_bases(generator):
-    """What is kept of a circuit may be counted from another base of the reference than the first's."""
+    """A circuit's kept numbers may have another base of the reference than the first circuit's."""
     reference = torch.randn(2, 700, generator=generator) * 3
     circuits = [reference + noise * torch.randn(2, 700, generator=generator) for noise in (0.1, 1)]
     dqs = [torch.empty(2, 700) for _ in circuits]
@@ -126,8 +126,8 @@ def test_circuits_counted_from_other_bases(generator):
         kept = launch.launch(circuits, reference, keep=True)
         for field in (1, 3):
             kept[field, 1] += torch.tensor([5.0, -9.5])
-        # z_p, s and h.
-        for field in (2, 5, 6):
+        # Where z_p and s are kept.
+        for field in (2, 6):
             kept[field, 1] *= 2 ** torch.tensor([-5.0, 9.5])
         session.written = [*dqs, dp]
         gradient_launch.launch_gradients(torch.ones(2, 2), circuits, reference, kept, dqs, dp, 1.0)
@@ -139,7 +139,7 @@ def test_circuits_counted_from_other_bases(generator):
 
 @pytest.mark.parametrize("gap", [10, 30, 50, 80])
 def test_likely_tokens_far_above_the_first_ones(generator, gap):
-    """One circuit agrees on them, so that it is not looked at again for its divergence's sake."""
+    """One circuit agrees on these tokens, so its divergence alone needs no second look."""
     reference = torch.randn(12, 300, generator=generator)
     for token in (100, 150):
         reference[:, token] = gap + torch.rand(12, generator=generator)
@@ -165,9 +165,9 @@ def test_identical_rows_have_no_gradient(generator, arch):
     ("arch", "dtype"), [*((80, dtype) for dtype in DTYPES), (100, torch.float32)]
 )
 def test_edge_cases(generator, arch, dtype):
-    """Masked, infinite and NaN tokens in the body and in the tail, and rows that no one asks for.
+    """Masked, infinite and NaN tokens in the body and in the tail, and rows with a grad of 0.
 
-    What they give is fastkl.gradient's to say (test_gradient.py).
+    fastkl.gradient, which test_gradient.py tests, gives the expected values.
     """
     cases = [(p, q) for p in (-INF, INF, NAN, 0.5) for q in (-INF, INF, NAN, 0.5)]
     circuit, reference = make(generator, (0.1,), 1101, dtype, 1, n_rows=2 * len(cases) + 3)
@@ -196,9 +196,9 @@ def test_edge_cases(generator, arch, dtype):
 def test_infinite_rows_where_one_token_has_all_mass(
     generator, arch, dtype, n_circuits, temperature
 ):
-    """Of finite logits that have no mass in float32 the reference's gradient is NaN, not 0.
+    """The reference's gradient at finite logits without mass in float32 is NaN, not 0.
 
-    In a tile and in the tail, where one of several circuits has an infinite divergence.
+    In a tile and in the tail, with an infinite divergence of one of several circuits.
     """
     reference = torch.randn(3, 1101, generator=generator)
     circuits = [reference + torch.randn(3, 1101, generator=generator) for _ in range(n_circuits)]
@@ -220,7 +220,7 @@ def test_infinite_rows_where_one_token_has_all_mass(
     assert (dp[:, [9, 1100]] == 0).all()
     dp[:, [7, 9, 1100]] = NAN
     assert dp.isnan().all()
-    # Q, where P is 0.
+    # The circuit's gradient is Q, where P is 0.
     exact = (circuits[-1].double() / temperature).softmax(-1) / temperature
     assert_right([dqs[-1]], [exact], dtype)
 
@@ -237,7 +237,7 @@ def test_odd_gradients(generator, grad):
         assert (ours[2] == 0).all()
         for row in range(2):
             if eager[row].isfinite().all():
-                # Scaled up: squares of 1e-38 are 0.
+                # Scaled to a grad of 1.
                 scale = 1 / grads[row].double()
                 assert error(ours[row] * scale, eager[row] * scale) <= BOUND
 
@@ -245,20 +245,20 @@ def test_odd_gradients(generator, grad):
 @pytest.mark.parametrize("n_cols", [1, 2, 31, 33, 511, 1023, 1024, 1025, 1031, 2047, 2052, 16405])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vocabularies(generator, n_cols, dtype):
-    """Tails of all lengths, rows without a whole tile, and what no tile but the row itself ends."""
+    """Tails of all lengths, rows without a whole tile, and rows that end where a tile does."""
     circuit, reference = make(generator, (0.5,) * 2, n_cols, dtype)
     *found, _ = one(circuit, reference, arch=80)
     if n_cols > 1:
         assert_right(found, oracle_gradients(circuit, reference), dtype)
     else:
-        # Nothing but what a pivot is not known to: a part of 1e-11.
+        # Nothing but the pivot's error: a part of 1e-11.
         assert all((ours.abs() <= 1e-10).all() for ours in found)
 
 
 @pytest.mark.parametrize("n_cols", [2301, 2304])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_alignment(generator, dtype, n_cols):
-    """Rows at every alignment: no access is wider than its address allows, and all are right."""
+    """At every alignment, no access is wider than its address allows, and gradients are right."""
     circuit, reference = make(generator, (0.1, 1.0), n_cols, dtype)
     expected = oracle_gradients(circuit, reference)
     for lead in range(16 // reference.itemsize):
@@ -266,16 +266,16 @@ def test_every_alignment(generator, dtype, n_cols):
             placed = [at(t, lead, stride) for t in (circuit, reference)]
             *found, session = one(*placed, arch=80)
             assert_right(found, expected, dtype)
-            # Only rows that lie as their gradients do, which are contiguous, have whole tiles.
+            # Only rows aligned like their gradients, which are contiguous, have whole tiles.
             widths = session.accessed("gradient_kernel", "gradient", "store").keys()
             assert (16 in widths) == (lead == 0 and stride == n_cols)
 
 
 def test_circuits_that_lie_differently(generator):
-    """Several circuits, of which some are wanted, at other alignments and strides than the reference."""
+    """Circuits, some of them wanted, with other alignments and strides than the reference."""
     noises = (1e-3, 0.1, 0.3, 1.0, 3.0)
     reference = torch.randn(3, 1301, generator=generator)
-    # A row to be summed once more for the reference's gradient.
+    # A confident row, which is summed once more for the reference's gradient.
     reference[1, 700] = 12
     circuits = [reference + n * torch.randn(3, 1301, generator=generator) for n in noises]
     grad = torch.randn(5, 3, generator=generator)
@@ -287,7 +287,7 @@ def test_circuits_that_lie_differently(generator):
     wanted = [True, False, True, True, False]
     for rows in (placed, circuits):
         for reference_wanted in (True, False):
-            # A gradient may have any strides.
+            # The incoming gradient may have any strides.
             dqs, dp, _ = emulate_gradients(
                 grad.t().contiguous().t(), rows, reference, wanted, reference_wanted, arch=80
             )
@@ -322,7 +322,7 @@ def test_temperature(generator, temperature):
     ("shift", "temperature"), [(30.0, 1.0), (1000.0, 1.0), (-1e4, 1.0), (-30.0, 0.7)]
 )
 def test_sides_far_apart(generator, shift, temperature):
-    """Either side's logits, off any grid, ordinary rows and some of which one token has 0.999."""
+    """One side is shifted, off any grid; in some rows one token has a mass of 0.999."""
     circuit, reference = make(generator, (0.05, 0.5), 3000, n_rows=2)
     top = ((reference[::2] / temperature).logsumexp(-1) + 7) * temperature
     reference[::2, 1234] = circuit[::2, 1234] = top
@@ -336,7 +336,7 @@ def test_sides_far_apart(generator, shift, temperature):
 def test_sides_on_either_side_of_0(generator):
     """Neither side can be moved to the other without losing the last digits of likely tokens.
 
-    Nor can what is lost be added to what is left of an offset that is no integer.
+    Nor can the lost digits be added to the fractional rest of the offset.
     """
     offsets = torch.tensor([0.3, 0.45, 1.0, 4.5, 16.0, 100.49, 256.0])[:, None]
     p = torch.randn(7, 1500, generator=generator) * 0.3 + (offsets / 2 - 0.25)
@@ -358,7 +358,7 @@ def test_bits_do_not_depend_on_the_batch(generator, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n_circuits", "reference_wanted"), [(1, False), (1, True), (4, False)])
 def test_bytes_as_executed(generator, dtype, n_circuits, reference_wanted):
-    """GPT-2's vocabulary: each logit is read once, each gradient written once, and not a byte more."""
+    """With GPT-2's vocabulary, each logit is read once and each gradient written once, no more."""
     circuit, reference = make(generator, (1.0,) * 2, 50257, dtype)
     circuits = [circuit.clone() for _ in range(n_circuits)]
     *_, session = emulate_gradients(
@@ -375,24 +375,25 @@ def test_bytes_as_executed(generator, dtype, n_circuits, reference_wanted):
     stores = session.accessed("gradient_kernel", "gradient", "store")
     assert sum(loads.values()) == (n_circuits + 1) * reference.nbytes
     assert sum(stores.values()) == stats.bytes_stored
-    # 128 bits at a time, but for less than a tile a row.
+    # 128 bits at a time, except for less than a tile per row.
     for accessed in (loads, stores):
         assert accessed.keys() == {16, reference.itemsize}
         assert accessed[16] >= 0.97 * sum(accessed.values())
-    # 512 bytes a warp, which at multiples of 16 are in 16 or 17 sectors.
+    # A warp stores 512 bytes at a multiple of 16 bytes, which lie in 16 or 17 sectors.
     assert 32 * stats.sectors_stored <= 17 / 16 * stats.bytes_stored
     assert stats.barriers == stats.shuffles == 0
-    # Rows of which no token has nearly all mass are not looked at again for the reference.
+    # Rows in which no token has nearly all mass are not read again for the reference's gradient.
     assert session.total("top_kernel").bytes_loaded < 0.05 * reference.nbytes
 
 
 def test_offsets_beyond_31_bits(generator):
     """Rows more than 2^31 elements apart are addressed in 64 bits, by all three kernels."""
     n_cols, far = 600, 2**31 + 64
-    # Reserved, never touched but for two rows of each.
+    # The memory is only reserved; nothing but two rows of each side is touched.
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (far + 2048)), dtype=torch.bfloat16)
     circuit, reference = make(generator, (0.5,) * 2, n_cols, torch.bfloat16, 1)
-    # A row to be summed once more for the reference's gradient: one token's, and a pivot to count.
+    # A row that is summed once more for the reference's gradient: one token has nearly all mass,
+    # and the pivot is not 0.
     reference[1, 7], circuit[1, 7] = 15, 18
     rows = [memory.as_strided((2, n_cols), (far, 1), start) for start in (0, 1024)]
     placed = rows[0].copy_(circuit), rows[1].copy_(reference)
@@ -408,5 +409,5 @@ def test_sizes_do_not_recompile(generator):
         circuits = [reference.clone() for _ in range(n_circuits)]
         emulate_gradients(grad, circuits, reference, [True] * n_circuits, True, arch=80)
 
-    # The forward's two kernels, the gradients', and the one that fills the table, for the first size.
+    # The first size compiles the forward pass's two kernels, the gradients' two, and the table's.
     assert compilations(generator, step, longest=3000) == [5] * 6

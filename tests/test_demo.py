@@ -1,4 +1,4 @@
-"""The demo's job on a model small enough to train here: every figure is computed a second way."""
+"""Test the demo on a model small enough to train here; every figure is computed a second way."""
 
 import json
 from typing import NamedTuple
@@ -28,7 +28,7 @@ PLACE = (torch.device("cpu"), "eager")
 
 
 class Trained(NamedTuple):
-    """What demo.run had in hand, made again from the same seed."""
+    """What demo.run computed with, recreated from the same seed."""
 
     model: CopyModel
     training: Training
@@ -58,7 +58,7 @@ def all_heads() -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def kl64(model: CopyModel, batches: list[Prompts], keep: torch.Tensor) -> float:
-    """Measure a circuit that is run head by head, in float64 throughout."""
+    """Run a circuit head by head, and measure its divergence in float64."""
     rows = []
     for batch in batches:
         corrupt = model.trace(batch.corrupt).heads
@@ -129,7 +129,7 @@ def test_the_ends_of_the_curve(result, trained):
     assert result.agreement[-1] == 1.0
     assert result.kl[0] > 1
     assert result.agreement[0] < 0.2
-    # Without heads the clean context is out of reach: what is left is the corrupt prompt's run.
+    # Without heads the clean context is out of reach: outputs are those of the corrupt prompt.
     model, batches = trained.model, trained.batches
     outs = demo.run_circuits(model, batches, demo.growing_circuits(model, result.heads))
     with torch.inference_mode():
@@ -205,7 +205,7 @@ def test_copying_takes_an_induction_head_after_a_previous_token_head(result):
     }
     assert layers["induction"]
     assert layers["previous token"]
-    # An induction head reads what a previous-token head wrote: it cannot stand in the first layer.
+    # An induction head reads what a previous-token head wrote, so it cannot be in the first layer.
     assert min(layers["induction"]) > min(layers["previous token"]) == 0
 
 

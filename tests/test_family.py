@@ -52,7 +52,7 @@ def test_gradient_of_reverse(generator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_shared_gradient_of_reverse_is_rounded_once(generator, dtype):
-    """Of many circuits in half precision: added up in it, their gradients would drown."""
+    """Adding the gradients of many circuits in half precision would lose most of them."""
     circuit, reference = make(generator, 2, 50, 1.0, dtype)
     leaf = reference.clone().requires_grad_()
     fastkl.kl_div_many([circuit] * 300, leaf, direction="reverse", reduction="sum").sum().backward()
@@ -64,7 +64,7 @@ def test_the_shared_gradient_of_reverse_is_rounded_once(generator, dtype):
 @pytest.mark.parametrize("temperature", [0.5, 2, 3.7])
 @pytest.mark.parametrize("noise", NOISES)
 def test_temperature(generator, backend, largest_vocabulary, noise, temperature):
-    """Of the quotients as they are, not as float32 rounds them."""
+    """The divergence is that of the exact quotients, not of quotients rounded to float32."""
     n_rows = 1 + (backend != "triton")
     rows = make(generator, n_rows, largest_vocabulary, noise)
     circuit, reference = where_it_runs(backend, *rows)
@@ -79,7 +79,7 @@ def test_temperature(generator, backend, largest_vocabulary, noise, temperature)
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 3.7])
 @pytest.mark.parametrize("offset", [-100.0, 400.0])
 def test_temperature_of_logits_far_from_zero(generator, backend, offset, temperature):
-    """As those of GPT-2 are: a quotient of the logits as they come would be rounded at their size."""
+    """As GPT-2's logits are: divided directly, their quotients would be rounded at their size."""
     rows = make(generator, 2 if backend == "triton" else 6, 1500, 0.03)
     circuit, reference = where_it_runs(backend, *rows)
     circuit, reference = (t * min(1, 3 * temperature) + offset for t in (circuit, reference))
@@ -117,7 +117,7 @@ def test_gradient_at_a_temperature(generator, noise, backend):
     rows.backward(grad)
     scaled = [t.double() / 2.5 for t in (circuit, reference)]
     for leaf, exact in zip(leaves, oracle_gradients(*scaled, grad / 2.5), strict=True):
-        # What a quotient of each side is rounded by would be 5e-7 / noise of it.
+        # With each side's quotient rounded, the relative error would be 5e-7 / noise.
         assert ((leaf.grad - exact).norm(dim=-1) <= 1e-5 * exact.norm(dim=-1)).all()
 
 
@@ -147,7 +147,7 @@ def test_masked_rows_count_nothing(generator):
 
 
 def test_gradient_of_half_precision_weights_is_rounded_once(generator):
-    """It is the difference of a row's divergence and the mean, which are close to each other."""
+    """The gradient is the difference of a row's divergence and the mean, which are close."""
     circuit, reference = make(generator, 2, 50, 1.0)
     circuit[1], reference[1] = circuit[0], reference[0]
     circuit[1, 3] += 1e-2
@@ -171,7 +171,7 @@ def test_row_weights(generator):
     assert torch.equal(
         negative, -fastkl.kl_div(circuit, reference, weights=weights, reduction="none")
     )
-    # As 1 over a length of 0 is.
+    # For example, 1 over a length of 0.
     weights[3] = torch.inf
     both = fastkl.kl_div_many([circuit, circuit], reference, weights=weights, mask=mask)
     assert_matches(both, (each[mask].sum() / 5.5).expand(2))
@@ -182,7 +182,7 @@ def test_row_weights(generator):
 
 
 def test_gradient_of_a_weight_of_0(generator):
-    """As that of any other weight, or what a gate has learned to close would never open again."""
+    """The gradient is like any other weight's, or a gate that has closed could never open again."""
     circuit, reference = make(generator, 6, 50, 0.5)
     circuit[1, 3], circuit[2, 3] = NAN, -INF
     exact = oracle(circuit, reference)
@@ -194,7 +194,7 @@ def test_gradient_of_a_weight_of_0(generator):
     torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=1e-8)
     weights.grad = None
     fastkl.kl_div(circuit, reference, weights=weights, mask=mask).backward()
-    # Of weights that add up to 1.
+    # The weights add up to 1, and the mean is the one weighted row's divergence.
     expected = torch.where(expected == 0, 0.0, expected - exact[3])
     torch.testing.assert_close(weights.grad.double(), expected, rtol=1e-5, atol=1e-6)
     assert leaf.grad.count_nonzero(-1).tolist() == [0, 0, 0, 50, 0, 0]
@@ -212,7 +212,7 @@ def test_batchmean_is_torchs(generator, function):
 
 @pytest.mark.parametrize("function", [fastkl.kl_div, fastkl.js_div])
 def test_padded_vocabularies(generator, function):
-    """Padded otherwise on each side, with anything in the padding, which gets no gradient."""
+    """Each side has another padding, with any content, which gets no gradient."""
     circuit, reference = make(generator, 6, 50, 0.5)
     padded = [
         torch.cat([t, torch.full((6, n), NAN)], -1).reshape(2, 3, -1).requires_grad_()
@@ -273,7 +273,7 @@ def test_statistics(generator, implementation):
 
 
 def exact_statistics(circuit, reference, temperature):
-    """The statistics of rows (R, V) in float64, by the definitions; NaN where there is none."""
+    """Return the statistics of rows (R, V) in float64, by the definitions; NaN if undefined."""
     log_p, log_q = ((t.double() / temperature).log_softmax(-1) for t in (reference, circuit))
     p = log_p.exp()
     lse = [
@@ -282,7 +282,7 @@ def exact_statistics(circuit, reference, temperature):
     ]
     entropy = -torch.where(p > 0, p * log_p, p * 0).sum(-1)
     cross = -torch.where(p > 0, p * log_q, p * 0 + log_q.exp() * 0).sum(-1)
-    # The first of equals, by counting.
+    # The index of the first maximum, by counting.
     top = [
         (t == t.amax(-1, keepdim=True)).int().cumsum(-1).eq(0).sum(-1) for t in (reference, circuit)
     ]
@@ -295,7 +295,7 @@ def assert_statistics_match(found, expected):
         if exact.dtype == torch.bool:
             assert torch.equal(field, exact), name
             continue
-        # A few 1e-7 of the largest terms: logits, or the logarithm of a sum of exponentials.
+        # The errors are a few 1e-7 of the largest terms: logits, or a log-sum-exp.
         eps = 2e-6 if field.dtype == torch.float32 else 1e-14
         message = f"{name}: {field.tolist()} for {exact.tolist()}"
         close = torch.isclose(field.double(), exact, rtol=eps, atol=10 * eps, equal_nan=True)
@@ -305,25 +305,26 @@ def assert_statistics_match(found, expected):
 @pytest.mark.parametrize("temperature", [1, 0.25, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_statistics_at_the_edges(generator, implementation, dtype, temperature):
-    """Tokens and rows without mass, NaN, infinities, and equals, of which the first counts."""
+    """Tokens and rows without mass, NaN, infinities, and ties, in which the first token counts."""
     if implementation == "native" and dtype == torch.float64:
         pytest.skip("the native kernel takes no float64")
-    # Wider apart than equals by chance.
+    # Spread out, so that there are no ties by chance.
     reference = torch.randn(16, 300, generator=generator) * 3
     circuit = reference + 0.3 * torch.randn(16, 300, generator=generator)
     reference[0, 5:200] = circuit[0, 7:200] = -INF
     circuit[0, 5] = reference[0, 205] = 0
-    # Of an undefined row the first NaN, +inf or -inf is the largest, and does not agree with this one.
+    # In an undefined row the first NaN, +inf or -inf counts as largest. Here it is at the other
+    # side's top token, and the sides still do not agree.
     circuit[1:4, 0] = reference[4:7, 0] = 50
     reference[1, 0], reference[2, 0], reference[3] = NAN, INF, -INF
     circuit[4, 0], circuit[5, 0], circuit[6] = NAN, INF, -INF
     reference[7] = circuit[7] = -INF
-    # Equals: at 40 and 70 against 70 alone, against both, and against 70 and 90.
+    # Ties at 40 and 70: against 70 alone, against both, and against 70 and 90.
     reference[8:11, 40] = reference[8:11, 70] = 40
     circuit[8:11, 70] = 40
     circuit[9, 40] = circuit[10, 90] = 40
     reference[11] = circuit[11] = 7
-    # One token has all the mass; and the same a long way off 0.
+    # One token has all the mass; in two more rows, logits lie far from 0.
     reference[12, 9], reference[13:15] = 2000, reference[13:15] - 300
     circuit[13] -= 300
     circuit[15, :-1] = reference[15, :-1] = -INF
@@ -344,7 +345,7 @@ def test_statistics_at_the_edges(generator, implementation, dtype, temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_statistics_of_several_blocks(generator, dtype):
-    """The last of them not full, and the circuits' rows not one after another."""
+    """The last block is not full, and the circuits' rows are not adjacent in memory."""
     wide = torch.randn(3, 7, 50300, generator=generator).to(dtype) * 3
     reference, *circuits = wide[..., :50257]
     circuits[1][2] = reference[2]
@@ -361,7 +362,7 @@ def test_statistics_of_several_blocks(generator, dtype):
 
 
 def assert_rows_match(found, circuits, reference, temperature=1):
-    """Assert what `row_statistics` found."""
+    """Assert that what `row_statistics` found matches the definitions."""
     lse, entropy, agreement = found
     for k, circuit in enumerate(circuits):
         expected = exact_statistics(circuit, reference, temperature)
@@ -374,15 +375,15 @@ def assert_rows_match(found, circuits, reference, temperature=1):
 @pytest.mark.parametrize("n_cols", [1, 15, 16, 17, 12289, 50257])
 @pytest.mark.parametrize("implementation", LEVELS, indirect=True)
 def test_native_statistics(generator, implementation, dtype, n_cols):
-    """Groups of 16 tokens and blocks of 12288, and what is left of them; bits of rows and of threads."""
+    """Groups of 16 tokens, blocks of 12288, remainders; bits do not depend on rows or threads."""
     wide = torch.randn(4, 5, n_cols + 3, generator=generator).to(dtype) * 3
     reference, *circuits = wide[..., :n_cols]
     circuits[2] = circuits[2].float()
-    # The largest logits in the first block, the last, and in both: the first counts.
+    # The largest logit is in the first block, in the last, or in both, where the first counts.
     first = min(5, n_cols - 1)
     reference[0, first] = reference[1, -1] = reference[2, first] = reference[2, -1] = 40
     circuits[0][2, -1] = circuits[1][2, first] = 40
-    # An odd logit in a block before the last one, and the same place in two blocks.
+    # A NaN or +inf in a block before the last one, and largest logits at one offset in two blocks.
     circuits[0][3, first], circuits[1][3, first] = NAN, INF
     block = 64 * math.ceil(n_cols / math.ceil(n_cols / 12288) / 64)
     reference[4, first], circuits[0][4, (first + block) % n_cols] = 40, 40
@@ -403,13 +404,13 @@ def test_native_statistics(generator, implementation, dtype, n_cols):
 
 
 def test_statistics_look_at_each_logit_a_few_times(generator):
-    """A maximum, which PyTorch is slow to find the place of, and one exponential of each."""
+    """Each logit is in one maximum, without PyTorch's slow argmax, and in one exponential."""
     circuit, reference = make(generator, 4, 1000, 0.5)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         row_statistics([circuit] * 5, reference, 1.0)
     calls = {event.key: event.count for event in profile.key_averages()}
     assert calls["aten::exp"] == 6
-    # The reference's for its entropy too.
+    # One for each side, and one for the reference's entropy.
     assert calls["aten::sum"] == 7
     assert calls["aten::sub"] == 7
     assert not calls.keys() & {"aten::argmax", "aten::max", "aten::amax", "aten::amin"}
@@ -425,7 +426,7 @@ def test_no_rows():
 
 
 def test_another_default_device(generator):
-    """What stands for a number is where the logits are."""
+    """Tensors that stand for numbers are created on the logits' device."""
     circuit, reference = make(generator, 4, 50, 0.5)
     arguments = {"mask": torch.ones(4, dtype=torch.bool), "weights": torch.ones(4)}
     plain = [
@@ -433,7 +434,7 @@ def test_another_default_device(generator):
         fastkl.kl_div(circuit, reference, direction="reverse"),
         fastkl.js_div(circuit, reference, **arguments),
     ]
-    # Not set_default_device, which leaves a function mode behind even where it is set back.
+    # Not set_default_device, which leaves a function mode behind even when it is reset.
     with torch.device("meta"):
         elsewhere = [
             fastkl.kl_div(circuit, reference, temperature=2, return_stats=True)[0],
@@ -527,7 +528,7 @@ def test_numbers_of_numpy(generator):
 
 
 def test_the_fields_of_statistics_are_documented():
-    """In the class's docstring: a NamedTuple has no other place that `help` shows."""
+    """The class's docstring documents them: for a NamedTuple, `help` shows no other place."""
     attributes = fastkl.KLStatistics.__doc__.split("Attributes\n")[1]
     for field in fastkl.KLStatistics._fields:
         assert re.search(rf"^\s*{field} : Tensor", attributes, re.M)

@@ -1,6 +1,6 @@
-"""On a card: values, edge cases, bits, graphs, synchronization, memory, addresses beyond 2^31.
+"""Tests on a card: values, edge cases, bits, graphs, synchronization, memory, offsets beyond 2^31.
 
-Without a card the same kernels are checked by the interpreter and by executing their PTX.
+Without a card, other tests check the same kernels in the interpreter and by executing their PTX.
 """
 
 import itertools
@@ -23,12 +23,12 @@ pytestmark = [
 
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Identical rows; rounding; what a small circuit and a bad one make.
+# The noise of identical rows, of rounding, of a small circuit, and of a bad one.
 NOISES = (0.0, 1e-3, 0.1, 5.0)
 
 
 def make(n_circuits, n_rows, n_cols, dtype=torch.float32):
-    """Logits on the card, the circuits' noise cycling through NOISES."""
+    """Return logits on the card; the circuits' noise cycles through NOISES."""
     generator = torch.Generator(DEVICE).manual_seed(20261123)
 
     def randn():
@@ -67,7 +67,7 @@ def test_rows(n_rows):
 @pytest.mark.parametrize("offset", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alignments(dtype, offset):
-    """Storage that starts anywhere; circuits that lie otherwise than the reference and others."""
+    """Storage that starts anywhere; circuits aligned unlike the reference and each other."""
     circuits, reference = make(3, 5, 3001, dtype)
 
     def moved(rows, by):
@@ -106,19 +106,19 @@ def test_edge_cases(case, place, n_circuits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_batch(dtype):
-    """A row alone, in a batch, on another day: the same bits; a circuit in the same group too."""
+    """A row has the same bits alone, in a batch, and in a repeated call."""
     circuits, reference = make(4, 64, 50257, dtype)
     together = measure(circuits, reference)
     assert torch.equal(together, measure(circuits, reference))
     for row in (0, 1, 33, 63):
-        # As contiguous rows these start elsewhere, but they are not moved by less than a row.
+        # These are views: the tensors start elsewhere, but each row keeps its alignment.
         rows = slice(row, row + 1)
         alone = measure([c[rows] for c in circuits], reference[rows])
         assert torch.equal(alone, together[:, rows])
 
 
 def test_graph():
-    """Captured once, replayed on other logits in the same place."""
+    """A call is captured once, and replayed on other logits at the same addresses."""
     circuits, reference = make(5, 16, 50257)
     later = [torch.randn_like(t) for t in (*circuits, reference)]
     stream = torch.cuda.Stream()
@@ -146,7 +146,7 @@ def test_no_synchronization():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        # What the mode is for: this test would not see a thing if it were not enforced.
+        # Check that the mode is enforced: otherwise this test would detect nothing.
         with pytest.raises(RuntimeError, match="synchroniz"):
             reference[0, 0].item()
         measure(circuits, reference)
@@ -157,7 +157,7 @@ def test_no_synchronization():
 
 @pytest.mark.parametrize("n_circuits", [1, 40])
 def test_peak_memory(n_circuits):
-    """Beside the logits: the states of a few slices a row, and the result. No copy of anything."""
+    """A call allocates the states of a few slices per row, and the result. It copies nothing."""
     circuits, reference = make(n_circuits, 64, 50257)
     measure(circuits, reference)
     torch.cuda.synchronize()
@@ -171,7 +171,7 @@ def test_peak_memory(n_circuits):
 
 
 def differentiate(circuits, reference, grad, reference_wanted=True):
-    """The gradients by a training step: forward, then what it kept, then backward."""
+    """Return the gradients of a training step: forward, keeping row states, then backward."""
     leaves = [c.detach().requires_grad_() for c in circuits]
     teacher = reference.detach().requires_grad_(reference_wanted)
     fastkl.kl_div_many(leaves, teacher, reduction="none", backend="triton").backward(grad)
@@ -181,7 +181,7 @@ def differentiate(circuits, reference, grad, reference_wanted=True):
 @pytest.mark.parametrize("n_cols", [2, 33, 1000, 50257, 151936])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_parity(dtype, n_cols):
-    """Against float64 in float32; in half precision against PyTorch's, computed in float32 as well."""
+    """Compare float32 with float64, and half precision with PyTorch's gradients by float32."""
     circuits, reference = make(4, 9, n_cols, dtype)
     circuits = circuits[1:]
     grad = torch.rand(3, 9, device=DEVICE) + 0.5
@@ -189,7 +189,7 @@ def test_gradient_parity(dtype, n_cols):
     dqs, dp = differentiate(circuits, reference, grad)
     if dtype == torch.float32:
         exact = [oracle_gradients(c, reference, g) for c, g in zip(circuits, grad, strict=True)]
-        # Of two tokens, next to all mass can be in one, and what is left of it is as exact as 1 is.
+        # One of two tokens may have nearly all mass; the rest of it is only as exact as 1 is.
         room = 5e-7 if n_cols == 2 else 1e-12
         for dq, (wanted, _) in zip(dqs, exact, strict=True):
             off = (dq.double() - wanted).norm(dim=-1)
@@ -206,7 +206,7 @@ def test_gradient_parity(dtype, n_cols):
 @pytest.mark.parametrize("offset", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_alignments(dtype, offset):
-    """Logits that start anywhere and lie otherwise than their gradients: no fault, and right."""
+    """Logits start anywhere, aligned otherwise than their gradients: no fault, and right."""
     circuits, reference = make(3, 5, 3001, dtype)
     expected = gradient.gradients(
         torch.ones(3, 5, device=DEVICE), circuits, reference, [True] * 3, True
@@ -221,7 +221,7 @@ def test_gradient_alignments(dtype, offset):
 
 
 def test_gradient_edge_cases():
-    """Masked, undefined and unasked rows are what PyTorch's gradients say they are."""
+    """Masked and undefined rows, and rows with a grad of 0, match PyTorch's gradients."""
     values = (-torch.inf, torch.inf, torch.nan, 0.5)
     cases = list(itertools.product(values, values))
     _, reference = make(1, 2 * len(cases), 1101)
@@ -272,7 +272,7 @@ def test_gradients_in_a_graph_without_synchronization():
 
 @pytest.mark.parametrize("n_circuits", [1, 10])
 def test_gradient_peak_memory(n_circuits):
-    """Beside the logits and the gradients: a few numbers a row and slice."""
+    """Beyond the gradients, a step allocates a few numbers per row and slice."""
     circuits, reference = make(n_circuits, 64, 50257)
     grad = torch.rand(n_circuits, 64, device=DEVICE)
     differentiate(circuits, reference, grad)
@@ -292,7 +292,7 @@ def needs(n_bytes):
 
 
 def test_more_than_2_31_elements():
-    """Rows at the end of tensors of more than 2^31 elements are read where they are."""
+    """Rows at the end of tensors of more than 2^31 elements are read at the right address."""
     n_rows, n_cols = 43008, 50257
     needs(5 * n_rows * n_cols)
     assert n_rows * n_cols > 2**31
@@ -317,7 +317,7 @@ def test_row_stride_of_2_31_elements():
 
 
 def cpu(t):
-    """The same logits on the CPU, in float64."""
+    """Return the same logits on the CPU, in float64."""
     return t.detach().double().cpu()
 
 
@@ -338,7 +338,7 @@ WHAT = {
 @pytest.mark.parametrize("backend", ["triton", "eager"])
 @pytest.mark.parametrize("what", WHAT)
 def test_options(what, backend):
-    """What the CPU makes of them in float64."""
+    """Results match the CPU's in float64."""
     circuits, reference = make(5, 24, 5003)
     found = WHAT[what](circuits, reference, backend=backend)
     assert found.device == reference.device
@@ -348,7 +348,7 @@ def test_options(what, backend):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_eager(dtype):
-    """PyTorch's own operations, also where rows take several blocks; it never waits for the card."""
+    """PyTorch's own operations are right, also over several blocks, and never wait for the card."""
     circuits, reference = make(4, 300, 50257, dtype)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -374,7 +374,7 @@ def test_jensen_shannon(beta):
 
 @pytest.mark.parametrize("picked", [(slice(None), -1), (slice(None), slice(1, None))])
 def test_measure_kl_div(picked):
-    """The drop-in: last positions, and all but the first, which are views with gaps."""
+    """The drop-in replacement takes views with gaps: last positions, and all but the first."""
     circuits, reference = make(6, 24, 5003)
     prompts = reference.view(4, 6, 5003)
     outs = {k: {0: c.view(4, 6, 5003)[picked]} for k, c in enumerate(circuits)}
@@ -392,7 +392,7 @@ def test_measure_kl_div(picked):
 
 
 def test_another_stream():
-    """Launched on the current one: logits that are written there are read when they are."""
+    """Kernels run on the current stream, so they read logits after that stream has written them."""
     circuits, reference = make(5, 64, 50257)
     expected = measure(circuits, reference)
     stream = torch.cuda.Stream()
@@ -409,7 +409,7 @@ def test_another_stream():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
 def test_another_card():
-    """Not the current one: results lie where the logits do."""
+    """Results are on the logits' card, even if it is not the current one."""
     circuits, reference = make(5, 16, 50257)
     moved = [t.to("cuda:1") for t in (*circuits, reference)]
     found = measure(moved[:-1], moved[-1])
@@ -420,7 +420,7 @@ def test_another_card():
 
 
 def test_compiled_by_inductor():
-    """Forward and backward, by PyTorch's compiler for cards."""
+    """PyTorch's compiler for cards compiles forward and backward."""
     (circuit,), reference = make(1, 16, 5003)
     circuit = circuit + torch.randn_like(circuit)
 

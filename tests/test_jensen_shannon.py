@@ -152,9 +152,9 @@ def test_laws(js_rows, generator):
     disjoint[0, 3] = disjoint[1, 4] = 500.0
     bound = js_rows(disjoint[:1], disjoint[1:])[0]
     torch.testing.assert_close(bound, torch.tensor(math.log(2)))
-    cooled = js_rows(circuit, reference, temperature=2)
+    divided = js_rows(circuit, reference, temperature=2)
     torch.testing.assert_close(
-        cooled.double(), definition(circuit.double() / 2, reference.double() / 2, 0.5)
+        divided.double(), definition(circuit.double() / 2, reference.double() / 2, 0.5)
     )
 
 
@@ -283,8 +283,8 @@ def _against_float64(implementation, circuit, reference, beta=0.5, temperature=1
     (scale * found.sum()).backward()
     wide = [t.double().requires_grad_() for t in (circuit, reference)]
     # Subtract the maxima: even float64 rounds a large quotient by more than similar rows differ.
-    cooled = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in wide)
-    exact = definition(*cooled, beta)
+    divided = ((t - t.detach().amax(-1, keepdim=True)) / temperature for t in wide)
+    exact = definition(*divided, beta)
     (scale * exact.sum()).backward()
     assert ((found - exact).abs() <= RELATIVE * exact + ABSOLUTE).all()
     for ours, theirs in zip(leaves, wide, strict=True):

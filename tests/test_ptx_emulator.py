@@ -1,7 +1,7 @@
-"""The PTX emulator: against kernels with known results, exact arithmetic, and known mistakes.
+"""Test the PTX emulator against kernels with known results, exact arithmetic, and known mistakes.
 
 Two kinds of programs are run: Triton kernels compiled for sm_80, sm_90 and sm_100, and snippets of
-PTX, of which every thread of one warp executes a line or two.
+PTX, a line or two that every thread of one warp executes.
 """
 
 import functools
@@ -46,7 +46,7 @@ def add(x, y, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def denominator(x, out, n, BLOCK: tl.constexpr):
-    """Of a softmax, by reductions across the CTA."""
+    """Compute a softmax's denominator by reductions across the CTA."""
     i = tl.arange(0, BLOCK)
     v = tl.load(x + tl.program_id(0) * n + i, mask=i < n, other=float("-inf"))
     tl.store(out + tl.program_id(0), tl.sum(tl.exp(v - tl.max(v, 0)), 0))
@@ -54,7 +54,7 @@ def denominator(x, out, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def logsumexp(x, out, n, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Online in every lane, merged at the end; loads are asynchronous if STAGES > 1."""
+    """Compute online in every lane, merge at the end; loads are asynchronous if STAGES > 1."""
     m, z = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
     i = tl.arange(0, BLOCK)
     for k in tl.range(0, n, BLOCK, num_stages=STAGES):
@@ -67,14 +67,14 @@ def logsumexp(x, out, n, BLOCK: tl.constexpr, STAGES: tl.constexpr):
 
 @triton.jit
 def total(x, out, n, BLOCK: tl.constexpr):
-    """Of bfloat16."""
+    """Sum bfloat16 numbers."""
     i = tl.arange(0, BLOCK)
     tl.store(out, tl.sum(tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0))
 
 
 @triton.jit
 def quotient(x, y, out, BLOCK: tl.constexpr):
-    """Of int64; the code has a branch for operands of 32 bits, in which lanes diverge."""
+    """Divide int64 numbers; the code branches for operands of 32 bits, so that lanes diverge."""
     i = tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i) // tl.load(y + i))
 
@@ -89,7 +89,7 @@ def halvings(x, out):
 
 @triton.jit
 def copy(x, out, shift, BLOCK: tl.constexpr):
-    """Promises the compiler that x + shift is aligned to 16 bytes."""
+    """Copy from x + shift, promising the compiler that it is aligned to 16 bytes."""
     i = tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(tl.multiple_of(x + shift, 16) + i))
 
@@ -131,7 +131,7 @@ class TestCompiledKernels:
         stats = run_triton(denominator, arch, [x, out, N_COLS], constexprs={"BLOCK": 8192})
         np.testing.assert_allclose(out, exponential_sums(x), rtol=3e-7)
         assert stats.bytes_loaded == x.nbytes
-        # Two reductions a row, each with a barrier around its turn through shared memory.
+        # Two reductions per row, each with barriers around its exchange through shared memory.
         assert stats.barriers == 15 if TRITON_3_7 else stats.barriers >= 3 * 2
         assert stats.shuffles > 0
 
@@ -221,7 +221,7 @@ REGISTERS = {2: "%h", 4: "%r", 8: "%rd"}
 
 @functools.cache
 def elementwise(opcode: str, sizes: tuple[int, ...], out_size: int) -> Module:
-    """Each thread applies an opcode to elements of these sizes in bytes."""
+    """Return a Module whose threads each apply an opcode to elements of these sizes in bytes."""
     lines = []
     for i, size in enumerate((*sizes, out_size)):
         source = i if i < len(sizes) else 3
@@ -236,7 +236,7 @@ def elementwise(opcode: str, sizes: tuple[int, ...], out_size: int) -> Module:
 
 
 def apply(opcode: str, out_type, *sources, **options):
-    """The results of an opcode on up to 32 elements; of bfloat16 the bits as uint16."""
+    """Return the results of an opcode on up to 32 elements; bfloat16 results are bits in uint16."""
     count = len(sources[0])
     sources = [np.resize(source, 32) for source in sources]
     out = np.zeros(32, out_type)
@@ -259,14 +259,14 @@ FORMATS = {
 
 
 def decode(stored, name):
-    """Elements of a format as float64."""
+    """Return elements of a format as float64."""
     if name == "bf16":
         stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return stored.astype(np.float64)
 
 
 def rounded(exact: Fraction, name: str, mode: str = "rn") -> float:
-    """A number rounded to a format, by exact arithmetic alone."""
+    """Round a number to a format, by exact arithmetic alone."""
     precision, emin, emax, _ = FORMATS[name]
     if exact == 0:
         return 0.0
@@ -290,7 +290,7 @@ def rounded(exact: Fraction, name: str, mode: str = "rn") -> float:
 
 @st.composite
 def columns(draw, name, count):
-    """Hypothesis strategy: `count` arrays of 32 finite numbers of a format, subnormal ones too."""
+    """Hypothesis strategy for `count` arrays of 32 finite numbers, some of them subnormal."""
     precision, _, emax, dtype = FORMATS[name]
     exponent = st.integers(0, 2 * emax)
     first, last = sorted((draw(exponent), draw(exponent)))
@@ -299,7 +299,7 @@ def columns(draw, name, count):
     def integers(low, high):
         return random.integers(low, high, (count, 32), dtype=np.uint64)
 
-    # Zeros at the end make ties likelier.
+    # Trailing zeros make ties likelier.
     zeros = integers(0, precision)
     fraction = integers(0, 1 << precision - 1) >> zeros << zeros
     bits = integers(first, last + 1) << np.uint64(precision - 1) | fraction
@@ -398,7 +398,7 @@ class TestArithmetic:
         np.testing.assert_array_equal(ignores, [1, 1, np.nan, 0])
         np.testing.assert_array_equal(keeps, [np.nan, np.nan, np.nan, 0])
         assert not np.signbit(ignores[3])
-        # The one NaN that arithmetic makes.
+        # Arithmetic produces the canonical NaN only.
         assert bits_of(keeps)[0] == bits_of(ignores)[2] == 0x7FFF_FFFF
 
     def test_comparisons_and_nan(self):
@@ -431,7 +431,7 @@ class TestArithmetic:
         np.testing.assert_array_equal(apply("ex2.approx.f32", np.float32, x), exact)
         flushed = apply("ex2.approx.ftz.f32", np.float32, x)
         np.testing.assert_array_equal(flushed, [2.0**-126, 0, 0, 0])
-        # Operands are flushed too, with their sign.
+        # Operands are flushed too, and keep their sign.
         tiny = np.array([-(2.0**-127), 2.0**-127], np.float32)
         np.testing.assert_array_equal(
             apply("rcp.approx.f32", np.float32, tiny), [-(2.0**127), 2.0**127]
@@ -445,7 +445,7 @@ class TestArithmetic:
         exact = apply(opcode, np.float32, x)
         noisy = apply(opcode, np.float32, x, approx_ulp=2)
         assert (noisy != exact).any()
-        # Half a unit more for the rounding of either result.
+        # Half an ulp more for the rounding of each result.
         assert (np.abs(noisy - exact) <= 3 * np.spacing(np.abs(exact))).all()
         np.testing.assert_array_equal(noisy, apply(opcode, np.float32, x, approx_ulp=2))
         # A lane's error depends on its operand, not on the lane.
@@ -590,7 +590,7 @@ class TestMemory:
 
     @pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (8, 32), (64, 32)])
     def test_bytes_and_sectors_of_a_strided_copy(self, stride, sectors):
-        # From the start of a sector on.
+        # Begin at the start of a sector.
         x = np.zeros(64 * 64, np.float32)
         x = x[-(x.ctypes.data // 4) % 8 :][: 31 * stride + 1]
         x[:] = np.arange(x.size)
@@ -641,7 +641,7 @@ class TestSynchronization:
         np.testing.assert_array_equal(out, np.arange(32) ^ 3)
         assert stats.shuffles == 1
 
-    # The first half of the warp, or of two warps, goes another way than the second.
+    # The first half of the warp, or of two warps, takes another branch than the second.
     FORK = """
             setp.lt.u32 %p0, %r15, {half};
             @%p0 bra OTHER;
@@ -657,7 +657,7 @@ class TestSynchronization:
         body = self.FORK.format(half=16, mine=shuffle, other="bar.sync 0;")
         with pytest.raises(SyncFault, match="stuck"):
             run_ptx(body, np.zeros(1))
-        # The mask names the lanes that come, so this is correct.
+        # The mask names only the lanes that arrive, so this is correct.
         body = self.FORK.format(half=16, mine=shuffle.replace("-1", "0xFFFF0000"), other="")
         run_ptx(body, np.zeros(1))
 
@@ -677,9 +677,9 @@ class TestSynchronization:
 
 
 class TestSideBySide:
-    """CTAs of one warp."""
+    """CTAs of one warp, which run side by side."""
 
-    # %r14 is the CTA's place, %rd8 the thread's own address.
+    # %r14 is the CTA's index, %rd8 the thread's own address.
     BEGIN = """
         mov.u32 %r14, %ctaid.x;
         mad.lo.u32 %r13, %r14, 32, %r15;
@@ -688,7 +688,7 @@ class TestSideBySide:
     """
 
     def test_like_one_by_one(self, monkeypatch):
-        """CTAs that loop for as long as their place says, of which some end before they shuffle."""
+        """Each CTA loops as often as its index says; some CTAs end before they shuffle."""
         body = f"""
             {self.BEGIN}
             mov.u32 %r0, %r14;
@@ -706,7 +706,7 @@ class TestSideBySide:
         END:
         """
         found = []
-        # The same memory: another may start elsewhere in a sector.
+        # Both runs use one array: another one may start elsewhere in a sector.
         out = np.empty(70 * 32, np.int32)
         for n in (1, 32):
             monkeypatch.setattr("ptx_emulator.module.SIDE_BY_SIDE", n)
@@ -814,7 +814,7 @@ def start_script(folder: Path, **environment):
 
 
 def finish_script(process):
-    """The words of the first line printed, and the PTX."""
+    """Return the words of the first line printed, and the PTX."""
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     first, _, ptx = output.partition("\n")

@@ -1,4 +1,4 @@
-"""The reader of machine code, and what is predicted from it: the real kernel and bad ones."""
+"""Test the reader of machine code and the predictions from it, on real kernels and bad ones."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ if sys.platform == "linux":
     from bench import build, cards, control_flow, machine_code, roofline, roofline_gradient
 
 ROOT = Path(__file__).parents[1]
-# One circuit and a group, and what they read a pair: the circuit, and the reference's share.
+# Group sizes: a single circuit, and a full group.
 GROUPS = (1, 4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -51,7 +51,7 @@ def card(name):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_body_of_the_real_kernel(dtype, group):
-    """Wide loads even where the compiler knows nothing of the arguments, as for V = 50257."""
+    """Loads are wide even if the compiler knows nothing of the arguments, as for V = 50257."""
     kernel = partial(dtype, group, hints=False)
     body = roofline.body_of(kernel)
     assert set(body.load_widths) == {16}
@@ -60,7 +60,7 @@ def test_body_of_the_real_kernel(dtype, group):
     assert (body.barriers, body.shuffles, body.spills, body.shared_accesses) == (0, 0, 0, 0)
     assert kernel.program.stack == 0
     assert kernel.program.registers <= 64
-    # Two exponentials a pair for one circuit, 1 + 1/G in a group.
+    # Two exponentials per pair for one circuit, 1 + 1/G in a group.
     assert body.special / kernel.body_pairs == pytest.approx(1 + 1 / group)
 
 
@@ -78,7 +78,7 @@ def test_memory_binds_on_an_h100(dtype, group):
 @pytest.mark.parametrize("group", [1, 2, 4])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_whole_rows_on_an_h100(dtype, group, n_cols):
-    """Head, tail and merging cost something, and leave the memory its peak."""
+    """Head, tail and merging cost instructions, but memory still reaches its peak."""
     most = {("bf16", 2): 0.87, ("bf16", 4): 0.92}.get((dtype, group), 0.85)
     prediction = roofline.predict_rows(
         partial(dtype, group), finish(dtype), n_cols, card("H100 SXM")
@@ -99,7 +99,7 @@ def test_slices_cover_the_row(dtype, n_cols):
     for shift in range(vec):
         shape = roofline.row_shape(kernel, n_cols, shift)
         assert sum(tiles * tile + rest for tiles, rest in shape) == n_cols
-        # A slice leaves less than a tile behind its body, and less than a vector before it.
+        # A slice leaves less than a tile after its body, and less than a vector before it.
         assert all(0 <= rest < tile + vec for _, rest in shape)
 
 
@@ -107,7 +107,7 @@ def test_slices_cover_the_row(dtype, n_cols):
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_gradient_kernel_executes(dtype, reference, target):
-    """The way of a tile: each logit and gradient once, 128 bits at a time, and nothing in between."""
+    """A tile accesses each logit and gradient once, 128 bits at a time, and waits for nothing."""
     kernel = gradient(dtype, reference, target)
     tile, token = kernel.ways
     loads = kernel.tile.loads
@@ -116,18 +116,19 @@ def test_what_gradient_kernel_executes(dtype, reference, target):
         assert block.store_widths == [16] * loads * (n_circuits + reference)
         read, written = kernel.bytes_a_pair(n_circuits)
         assert sum(block.store_widths) == written * pairs
-        # AMD's compiler also loads an address and a stride, which lie side by side, in one piece.
+        # AMD's compiler also loads an address and the stride next to it in a single load.
         tables = n_circuits + reference if kernel.program.code.amd else 0
         assert block.load_widths.count(16) == loads * (n_circuits + 1) + tables
         assert 16 * loads * (n_circuits + 1) == read * pairs
         assert (block.barriers, block.shuffles, block.shared_accesses) == (0, 0, 0)
-        # Two words, where memory has room: see test_codegen.py.
+        # Two words spill: see test_codegen.py.
         spilled = (target, dtype, reference) == ("sm_100", "fp32", True)
         assert block.spills <= (4 * n_circuits if spilled else 0)
     itemsize = build.ITEMSIZE[dtype]
     assert token.iteration.store_widths == [itemsize]
     assert token.after.store_widths == [itemsize] * reference
-    # An exponential a token, of the reference and of each circuit; 1 / z_p, and z_p's move.
+    # An exponential per token of the reference and of each circuit; for each circuit also 1 / z_p,
+    # and the exponential that moves z_p.
     assert tile.iteration.special == kernel.tokens + 2
     assert tile.before.special >= kernel.tokens
 
@@ -136,7 +137,7 @@ def test_what_gradient_kernel_executes(dtype, reference, target):
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_kernel_as_executed(generator, dtype, reference, n_circuits):
-    """The emulator executes what is counted: exponentials and bytes exactly, and all in all as much."""
+    """The emulator executes the counted exponentials and bytes exactly, and about the total."""
     kernel = gradient(dtype, reference)
     n_rows, n_cols = 2, 2 * kernel.tile.tokens + 104
     ((tiles, steps),) = roofline_gradient.row_shape(kernel.tile, n_cols)
@@ -175,7 +176,7 @@ def test_gradient_kernel_as_executed(generator, dtype, reference, n_circuits):
 @pytest.mark.parametrize("n_circuits", [1, 4])
 @pytest.mark.parametrize("reference", [False, True])
 def test_gradients_on_an_h100(reference, n_circuits):
-    """Float32 leaves the memory its peak; half-precision logits keep it and instructions about even."""
+    """Memory reaches its peak in float32; in half precision, instructions are about as slow."""
     h100 = card("H100 SXM")
     for predict in (
         roofline_gradient.predict_tile,
@@ -186,7 +187,7 @@ def test_gradients_on_an_h100(reference, n_circuits):
         assert full.share("issue") <= 0.7
         half = predict(gradient("bf16", reference), n_circuits, card=h100)
         assert half.binds in {"memory", "issue"}
-        # Both gradients of four circuits have the fewest bytes a pair, and the most instructions.
+        # Both gradients of four circuits take the most instructions for their bytes.
         assert half.fraction_of_peak >= (0.75 if reference and n_circuits > 1 else 0.85)
         assert half.share("special") <= 0.5
 
@@ -200,7 +201,7 @@ def test_tiles_of_gradients_cover_the_row(dtype, n_cols):
     assert len(shape) == (tile.vec if n_cols % tile.vec else 1)
     for row, (tiles, steps) in enumerate(shape):
         rest = n_cols - tiles * tile.tokens
-        # Before the first whole tile less than a vector, and behind the last less than a tile.
+        # Less than a vector lies before the first whole tile, and less than a tile after the last.
         assert 0 <= rest < tile.tokens + -row * n_cols % tile.vec
         assert steps * lanes - lanes < rest <= steps * lanes
 
@@ -211,7 +212,7 @@ def test_rows_of_gradients_are_their_tiles_and_single_tokens():
     threads = kernel.program.threads
     of = kernel.row_operations(4, 50257)["issue"] * 50257 * 4
     assert of == pytest.approx(threads * (49 * tile + token))
-    # Where a row has no whole tile, all of it is taken token by token.
+    # A row without a whole tile is processed token by token.
     assert kernel.row_operations(1, 100)["issue"] == threads * len(kernel.ways[1].times(1)) / 100
 
 
@@ -221,7 +222,7 @@ def test_occupancy():
     assert cards.occupancy("sm_90", 65, 16, 128) == 28 / 64
     # Shared memory: 2 blocks of 100 KiB in 228.
     assert cards.occupancy("sm_90", 32, 100 * 1024, 128) == 8 / 64
-    # 16 blocks of one warp at the most.
+    # At most 16 blocks of one warp.
     assert cards.occupancy("sm_86", 32, 0, 32) == 16 / 48
     assert cards.occupancy("gfx942", 64, 0, 256) == 1
 
@@ -229,7 +230,7 @@ def test_occupancy():
 def test_prediction_takes_the_slowest_limit():
     h100 = card("H100 SXM")
     slots = 4 / h100.bandwidth * h100.per_second("issue")
-    # As many instructions as are issued while memory delivers one bfloat16 pair.
+    # The number of instructions that are issued while memory delivers one bfloat16 pair.
     assert slots == pytest.approx(35, abs=0.5)
     bound = roofline.predict(h100, 4, {"issue": 0.9 * slots, "special": 1})
     assert (bound.binds, bound.fraction_of_peak) == ("memory", 1)
@@ -296,12 +297,12 @@ def test_innermost_loops_only():
     nested = ".L_x_0:\n/*0000*/ MOV R1, R2 ;\n.L_x_1:\n/*0010*/ LDG.E R1, [R2] ;\n"
     nested += "/*0020*/ @P0 BRA `(.L_x_1) ;\n/*0030*/ @P1 BRA `(.L_x_0) ;\n"
     (loop,), outside = machine_code.split(machine_code.parse_sass(nested))
-    # What stands in the outer loop alone is neither: nobody knows how often it runs.
+    # Instructions of the outer loop alone are in neither: it is unknown how often they run.
     assert (len(loop), len(outside)) == (2, 0)
 
 
-# A loop that a thread enters behind its first instructions and stops in; three ways through it; another
-# loop that may be passed by on the way there.
+# A loop that a thread enters after its first instruction and exits from within, with three ways
+# through it, and before it another loop that can be bypassed.
 BRANCHES = """
         /*0000*/               @P0 BRA `(.L_x_1) ;
 .L_x_0:
@@ -322,7 +323,7 @@ BRANCHES = """
 .L_x_5:
         /*00b0*/                   BRA `(.L_x_2) ;
 """
-# As AMD's compiler puts it: a loop around a load, one entered at its middle, a masked store.
+# The same in AMD's form: a loop around a load, one that is entered in its middle, a masked store.
 AMD_BRANCHES = """
 	s_cbranch_scc0 .LBB0_2
 	s_nop 0
@@ -349,7 +350,7 @@ def test_way_through_a_loop():
     (begin,) = control_flow.special_loops(code)
     way = control_flow.way_through(code, begin)
     assert [i.opcode for i in way.before.instructions] == ["BRA", "BRA"]
-    # The longer of the ways, and of a call none.
+    # The longest of the ways; a call is not followed.
     names = ["EXIT", "BRA", "MUFU", "MUFU", "CALL", "BRA", "BRA"]
     assert [i.opcode.split(".")[0] for i in way.iteration.instructions] == names
     assert len(way.after) == 0
@@ -370,7 +371,7 @@ def test_way_through_a_loop_of_amd():
 
 
 def test_overlapping_loops_are_nested():
-    """What jumps back from within an inner loop closes the outer one behind the inner one's end."""
+    """An outer loop whose jump back is within an inner loop ends where the inner loop does."""
     text = "".join(
         f"{label}\t{code}\n"
         for label, code in (
@@ -433,7 +434,7 @@ def test_a_bad_kernel_is_seen_to_be_bad(bad_file):
     assert loop["barriers"] > 0
     assert loop["shuffles"] > 0
     assert loop["bytes_a_pair"] == 4
-    # All the same: one exponential a pair.
+    # There is still one exponential per pair.
     assert loop["special_a_pair"] == 1
 
 
@@ -457,7 +458,7 @@ def test_other_kernels_errors(bad_file):
 
 @needs_amd
 def test_command_line_on_another_kernel(bad_file, tmp_path):
-    """As a user would: in a process of its own, without the interpreter."""
+    """Run the command as a user would: in a process of its own, without the interpreter."""
     command = [sys.executable, "-m", "bench.roofline", "--targets", "sm_90", "gfx942"]
     command += ["--kernel", f"{bad_file}:bad", "--bytes-per-pair", "4", "--constexpr", "BLOCK=1024"]
     command += ["--signature", ",".join(f"{k}={v}" for k, v in BAD_SIGNATURE.items())]
@@ -472,7 +473,7 @@ def test_command_line_on_another_kernel(bad_file, tmp_path):
     loops = [program["loop"] for program in document["programs"]]
     assert loops[0]["barriers"] > 0
     assert loops[1]["bytes_a_pair"] == 4
-    # Of 3.8 it is a loop within that one, around a single load.
+    # With Triton 3.8 the loop that is found is within that one, around a single load.
     assert loops[1]["barriers"] > 0 or not TRITON_3_7
 
 
@@ -492,7 +493,7 @@ def test_tables_document_and_picture(tmp_path):
     assert len(text.splitlines()) == 3
     assert "H200" in text
     assert "sm_90" in roofline.show(roofline.code_table(programs))
-    # A row a card, both sides and numbers of circuits: with a heading.
+    # A heading, and a row per card, set of gradients and number of circuits.
     text = roofline.show(roofline_gradient.prediction_table(gradients))
     assert len(text.splitlines()) == 1 + 2 * 2 * 2
     (line,) = (row for row in roofline_gradient.code_table(gradients) if row[2:4] == ["both", "4"])
@@ -503,7 +504,7 @@ def test_tables_document_and_picture(tmp_path):
 
 
 def test_the_committed_result_is_of_this_kernel():
-    """bench/results/roofline.json says what the compiler makes of the kernel today."""
+    """bench/results/roofline.json matches what the compiler makes of the kernel today."""
     path = roofline.RESULTS / "roofline.json"
     document = json.loads(path.read_text())
     if document["versions"]["triton"] != roofline.triton.__version__:

@@ -137,12 +137,12 @@ enum class Look : uint8_t { exponentials, near, wide, far, alone };
 // The largest number of circuits whose blocks are looked at together.
 constexpr int kMostTogether = 4;
 
-// A thread's memory besides the inputs. `cooled` is used only if a temperature divides the logits.
+// A thread's memory besides the inputs. `divided` is used only if a temperature divides the logits.
 struct Scratch {
     alignas(64) float p[kBlock + 64];
     alignas(64) float a[kBlock + 64];
     alignas(64) float w[kBlock + 64];
-    alignas(64) float cooled[kMostTogether][kBlock + 64];
+    alignas(64) float divided[kMostTogether][kBlock + 64];
 };
 
 // Called before every block, or other piece of work; returning false stops the work.

@@ -265,13 +265,13 @@ int64_t look_together(Look first, int64_t n, Block* blocks, State* states) {
 }
 
 // Sets the states of a block for circuit k and the circuits after it that are looked at together with
-// it. `so_far` holds all circuits' states of the previous blocks, and `taken_p` is what cool()
-// subtracted from the reference's block. Returns the number of these circuits.
-template <class T, bool COOL>
+// it. `so_far` holds all circuits' states of the previous blocks, and `taken_p` is what
+// divide_by_temperature() subtracted from the reference's block. Returns the number of these circuits.
+template <class T, bool DIVIDE>
 int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Block& block,
                   double taken_p, int64_t k, const State* so_far, Look* looks, Scratch& scratch,
                   State* states) {
-    using L = std::conditional_t<COOL, float, T>;
+    using L = std::conditional_t<DIVIDE, float, T>;
     using CircuitBlock = CircuitBlock<L, T>;
     CircuitBlock blocks[kTogether];
     double taken[kTogether] = {};
@@ -285,21 +285,21 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
         // a single circuit, its first half was prefetched while the reference was read; prefetch the
         // second half now.
         const int64_t after = k + n + kTogether;
-        const bool single = !COOL && problem.n_circuits == 1;
+        const bool single = !DIVIDE && problem.n_circuits == 1;
         const T* ahead = reinterpret_cast<const T*>(
             address(problem.circuits[after % problem.n_circuits], row,
                     after < problem.n_circuits ? start
                                                : start + (single ? block.n / 2 : block.n)));
         double guess = log_ratio(so_far[k + n].p, so_far[k + n].q);
         Circuit<L, T> q;
-        if constexpr (COOL) {
+        if constexpr (DIVIDE) {
             // A circuit that needs another look is left for later: its logits are not divided yet.
             if (n > 0 && __builtin_isfinite(guess) && !shared(looks[k + n], first))
                 break;
-            float* cooled = scratch.cooled[n];
-            taken[n] = cool(logits, block.n, problem.temperature, cooled);
+            float* divided = scratch.divided[n];
+            taken[n] = divide_by_temperature(logits, block.n, problem.temperature, divided);
             guess -= taken_p - taken[n];
-            q = {cooled, ahead, single};
+            q = {divided, ahead, single};
         } else {
             q = {logits, ahead, single};
         }
@@ -314,7 +314,7 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
     } else {
         count = look_together<kTogether>(first, n, blocks, states);
     }
-    if constexpr (COOL) {
+    if constexpr (DIVIDE) {
         for (int64_t i = 0; i < count; ++i) {
             states[i].p.max += taken_p;
             states[i].q.max += taken[i];
@@ -325,14 +325,14 @@ int64_t look_from(const Problem& problem, int64_t row, int64_t start, const Bloc
 
 // Reads a block of the reference, given the mass of the previous blocks. Sets `taken` to what was
 // subtracted from the block's logits.
-template <bool COOL, class T>
+template <bool DIVIDE, class T>
 Block read_reference_block(const T* p, int64_t n, double temperature, const Mass& so_far,
                            const Next& next, Scratch& scratch, double& taken) {
-    if constexpr (COOL) {
-        float* cooled = scratch.cooled[0];
-        taken = cool(p, n, temperature, cooled);
+    if constexpr (DIVIDE) {
+        float* divided = scratch.divided[0];
+        taken = divide_by_temperature(p, n, temperature, divided);
         // The largest logit is now 0, or it is not finite.
-        return read_reference(cooled, n, 0.0f, next, scratch);
+        return read_reference(divided, n, 0.0f, next, scratch);
     } else {
         taken = 0;
         const float guess =
@@ -341,7 +341,7 @@ Block read_reference_block(const T* p, int64_t n, double temperature, const Mass
     }
 }
 
-template <bool COOL>
+template <bool DIVIDE>
 bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, State* states,
               Look* looks, Scratch& scratch, const Poll& poll) {
     const FlushSubnormals flush;
@@ -361,7 +361,7 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
         const Next next{address(circuit, row, start), size_of(circuit.dtype)};
         const char* at = address(problem.reference, row, start);
         const Block block = with_dtype(problem.reference.dtype, at, [&](auto p) {
-            return read_reference_block<COOL>(p, n, problem.temperature, reference, next, scratch,
+            return read_reference_block<DIVIDE>(p, n, problem.temperature, reference, next, scratch,
                                               taken);
         });
         const Shares share = shares(reference, {block.max + taken, block.sum});
@@ -370,7 +370,7 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
             const int64_t count =
                 with_dtype(problem.circuits[k].dtype, nullptr, [&](auto logits) {
                     using T = std::remove_const_t<std::remove_pointer_t<decltype(logits)>>;
-                    return look_from<T, COOL>(problem, row, start, block, taken, k, states, looks,
+                    return look_from<T, DIVIDE>(problem, row, start, block, taken, k, states, looks,
                                               scratch, of_block);
                 });
             for (int64_t i = 0; i < count; ++i, ++k)

@@ -22,7 +22,8 @@ inline double limited(double temperature) {
 // A constant subtracted from one side does not change the divergence. The products' rounding errors are
 // relative, so after the subtraction they are small for the tokens that matter in the block. A finite
 // logit stays finite, and any other stays as it is.
-template <class T> double cool(const T* from, int64_t n, double temperature, float* to) {
+template <class T>
+double divide_by_temperature(const T* from, int64_t n, double temperature, float* to) {
     const double inverse = 1 / limited(temperature);
     // A division takes several times as long as the two products. The inverses of the largest
     // temperatures would be flushed to 0, so `part` is multiplied in first, which is exact.

@@ -1,18 +1,18 @@
-"""Compile @triton.jit functions for a GPU that is not there, also beside Triton's interpreter.
+"""Compile @triton.jit functions without a GPU, even in a process with Triton's interpreter.
 
-TRITON_INTERPRET=1, set before triton is imported, makes @triton.jit return InterpretedFunction
-objects, which the compiler refuses: of kernels, of the device functions they call, and of Triton's
-own library (`tl.max`, `tl.sum`, `tl.cdiv`, ...). Besides, an interpreted kernel that calls a
-library function leaves `triton.language.core` patched for the interpreter, for good.
+If TRITON_INTERPRET=1 is set before triton is imported, @triton.jit returns InterpretedFunction
+objects, which the compiler refuses. This affects kernels, the device functions they call, and
+Triton's own library (`tl.max`, `tl.sum`, `tl.cdiv`, ...). In addition, an interpreted kernel that
+calls a library function leaves `triton.language.core` patched for the interpreter, permanently.
 
-`compiler_mode` undoes both for the time of a compilation. It puts triton.language back as it was
-when this module was imported, and replaces each InterpretedFunction in it, and within reach of the
-kernel, by a JITFunction of the same Python function, wherever its name is looked up. Where
-TRITON_INTERPRET is not set there is nothing to replace.
+`compiler_mode` undoes both during a compilation. It restores triton.language to its state when this
+module was imported. It also replaces each InterpretedFunction in triton.language, or reachable from
+the kernel, with a JITFunction of the same Python function, in every namespace where its name is
+looked up. If TRITON_INTERPRET is not set, there is nothing to replace.
 
-So this module has to be imported before the first interpreted kernel runs. It says so if it was
-not; pytest, for one, imports all test modules before it runs a test. Not handled: autotuned
-kernels, and interpreted functions that a kernel finds in an enclosing function.
+This module therefore has to be imported before the first interpreted kernel runs, and raises
+RuntimeError if it was not. Pytest, for example, imports all test modules before it runs a test. Not
+handled: autotuned kernels, and interpreted functions in a kernel's closure.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ if not tl.core.is_builtin(tl.core.load):
     raise RuntimeError("ptx_emulator was imported after an interpreted kernel ran, not before")
 
 
-# A place where names are looked up is a module's dictionary, or a class.
+# A namespace in which names are looked up: a module's dictionary, or a class.
 Place = dict | type
 
 
 def _language() -> list[Place]:
-    """The modules of triton.language, and the classes of its core."""
+    """Return the modules of triton.language, and the classes of its core."""
     modules = [vars(m) for name, m in sys.modules.items() if name.startswith("triton.language")]
     classes = [value for value in vars(tl.core).values() if isinstance(value, type)]
     return modules + [c for c in classes if c.__module__ == tl.core.__name__]
@@ -71,14 +71,14 @@ _twins: dict[InterpretedFunction, JITFunction] = {}
 
 
 def _twin(fn: InterpretedFunction) -> JITFunction:
-    """What @triton.jit would have made of the same Python function."""
+    """Return what @triton.jit would have made of the same Python function."""
     if fn not in _twins:
         _twins[fn] = JITFunction(fn.fn, **fn.rewriter.kwargs)
     return _twins[fn]
 
 
 def _wrapped(value) -> InterpretedFunction | None:
-    """The library function that a method of tl.tensor forwards to, if that is interpreted."""
+    """Return the library function that a method of tl.tensor forwards to, if it is interpreted."""
     if not inspect.isfunction(value) or value.__closure__ is None:
         return None
     fn = inspect.getclosurevars(value).nonlocals.get("fn")
@@ -86,9 +86,9 @@ def _wrapped(value) -> InterpretedFunction | None:
 
 
 def _reach(function: Callable) -> Iterator[dict]:
-    """The globals of a function, of the modules named there, and of interpreted functions there."""
+    """Yield a function's globals, and those of modules and interpreted functions named there."""
     todo = [function.__globals__]
-    # The list grows as it is gone through.
+    # The loop appends to the list that it iterates over.
     for namespace in todo:
         modules = [vars(value) for value in namespace.values() if isinstance(value, ModuleType)]
         for place in (namespace, *modules):
@@ -101,13 +101,13 @@ def _reach(function: Callable) -> Iterator[dict]:
 
 
 def as_compiled(fn: JITFunction | InterpretedFunction) -> JITFunction:
-    """The function as the compiler's launcher sees it, also if it was made for the interpreter."""
+    """Return the function as the compiler's launcher sees it, even if it is interpreted."""
     return _twin(fn) if isinstance(fn, InterpretedFunction) else fn
 
 
 @contextlib.contextmanager
 def compiler_mode(function: Callable) -> Iterator[None]:
-    """While it is entered, a kernel's Python function and all it calls can be compiled."""
+    """Context manager in which a kernel's Python function, and all it calls, can be compiled."""
     undo = []
 
     def assign(place: Place, name: str, value) -> None:
@@ -150,7 +150,7 @@ def compile_kernel(
     divisible: Sequence[str] = (),
     **options,
 ):
-    """Compile a @triton.jit function with no GPU, whether or not TRITON_INTERPRET is set.
+    """Compile a @triton.jit function without a GPU, whether or not TRITON_INTERPRET is set.
 
     Parameters
     ----------
@@ -160,16 +160,16 @@ def compile_kernel(
     constexprs : dict, optional
         The values of the constexpr arguments.
     target : GPUTarget
-        GPUTarget("cuda", 90, 32) or GPUTarget("hip", "gfx942", 64), say.
+        For example GPUTarget("cuda", 90, 32) or GPUTarget("hip", "gfx942", 64).
     divisible : sequence of str, optional
-        The arguments that are multiples of 16, which the launcher on a GPU finds out by itself.
+        The arguments that are multiples of 16. On a GPU the launcher detects these itself.
     options
-        The compiler's (enable_fp_fusion, maxnreg, ...).
+        Options of the compiler (enable_fp_fusion, maxnreg, ...).
 
     Returns
     -------
     CompiledKernel
-        Triton's: `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`, ...
+        Triton's object, with `.asm["ptx"]`, `.asm["cubin"]`, `.metadata.shared`, ...
     """
     if not isinstance(fn, JITFunction | InterpretedFunction):
         raise TypeError(f"expected a @triton.jit function, got {type(fn).__name__}")
@@ -195,7 +195,7 @@ def compile_ptx(
     divisible: Sequence[str] = (),
     **options,
 ) -> Module:
-    """Compile a @triton.jit function for sm_`arch`, for the emulator; see compile_kernel."""
+    """Compile a @triton.jit function for sm_`arch` and the emulator; see compile_kernel."""
     target = GPUTarget("cuda", arch, 32)
     built = compile_kernel(fn, signature, constexprs, target=target, divisible=divisible, **options)
     live = [name for name in fn.arg_names if name not in (constexprs or {})]

@@ -1,8 +1,8 @@
-"""What can go wrong in an emulated kernel."""
+"""Exceptions for what can go wrong in an emulated kernel."""
 
 
 class PtxError(Exception):
-    """No GPU defines what the kernel did, or the kernel did not end."""
+    """The kernel did something that no GPU defines, or did not end."""
 
 
 class Unsupported(PtxError):
@@ -14,7 +14,7 @@ class MemoryFault(PtxError):
 
 
 class LaneFault(MemoryFault):
-    """A MemoryFault that does not know yet which instruction of which thread it belongs to."""
+    """A MemoryFault whose instruction and thread are not known yet: Machine.access adds them."""
 
     def __init__(self, lane: int, reason: str):
         super().__init__(reason)
@@ -23,4 +23,4 @@ class LaneFault(MemoryFault):
 
 
 class SyncFault(PtxError):
-    """A barrier or warp-synchronous instruction that threads never reach, or reach apart."""
+    """A barrier or warp-synchronous instruction that threads never reach, or reach separately."""

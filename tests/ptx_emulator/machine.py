@@ -1,10 +1,10 @@
-"""Execution: the threads of some CTAs in lock step, then those of the next.
+"""Execute CTAs: the threads of one or several in lock step, then those of the next.
 
-A register is an array with one element a thread, and an instruction a closure over such arrays (see
-`instructions.builder`), so all threads execute an instruction in one NumPy call. Threads that part
-at a branch are run in groups that share a program counter, lowest program counter first; they meet
-again at labels, where paths join. CTAs that have nothing in common but global memory run side by
-side (see `independent`); others one after another.
+A register is an array with one element per thread, and an instruction is a closure over such arrays
+(see `instructions.builder`), so all threads execute an instruction in one NumPy call. Threads that
+diverge at a branch run in groups that share a program counter, lowest program counter first. They
+meet again at labels, where paths join. CTAs that share nothing but global memory run side by side
+(see `independent`); others run one after another.
 """
 
 import math
@@ -22,10 +22,10 @@ from .numbers import F32, F64, I64, TYPE_NAME, U8, U32, U64, ptx_type
 from .parser import Kernel
 from .stats import Stats
 
-# CTAs that run side by side: `access` numbers their warps in five bits.
+# The most CTAs that run side by side: `access` stores the index of their warp in five bits.
 SIDE_BY_SIDE = 32
 
-# On hardware, too, the system has the first kilobyte of shared memory.
+# The system reserves the first kilobyte of shared memory, as on hardware.
 _SHARED_BASE = 1024
 
 _APPROXIMATE = {
@@ -39,31 +39,31 @@ _APPROXIMATE = {
 
 
 def independent(kernel: Kernel, cta_size: int) -> bool:
-    """If CTAs of so many threads are warps that have no shared memory and no barrier."""
+    """Return whether CTAs of this size are single warps without shared memory or barriers."""
     together = re.compile(r"\bshared\b|^bar(rier)?\.(?!warp)|^cp\.|matrix")
     alone = not any(together.search(instruction.name) for instruction in kernel.body)
     return cta_size == 32 and alone and not kernel.shared_symbols
 
 
 class Machine:
-    """A kernel bound to its registers and threads, and the state of the CTAs that run.
+    """A kernel bound to its registers and threads, and the state of the running CTAs.
 
     Parameters
     ----------
     kernel : Kernel
     cta_size : int
-        Threads of a CTA.
+        Threads per CTA.
     n_ctas : int
         CTAs that can run side by side.
 
     Attributes
     ----------
-    n, threads : how many threads there are, and their numbers
-    registers, values : name -> array of the register's bits; `values` has the special registers,
-        parameters and shared memory symbols too, as addresses.
+    n, threads : the number of threads, and their indices
+    registers, values : name -> array of the register's bits; `values` also has the special
+        registers, and the addresses of parameters and shared-memory symbols.
     code : for each instruction its Builder, or None for a label.
-    pc, status : of each thread: its next instruction; READY, PARKED or DONE.
-    groups : asynchronous copies not waited for, in groups; the last one is still open.
+    pc, status : for each thread, its next instruction, and READY, PARKED or DONE.
+    groups : groups of asynchronous copies not yet waited for; the last group is still open.
     """
 
     def __init__(self, kernel: Kernel, cta_size: int, n_ctas: int):
@@ -71,7 +71,7 @@ class Machine:
         self.cta_size, self.n_ctas = cta_size, n_ctas
         self.n = n = cta_size * n_ctas
         self.threads = np.arange(n)
-        # The places in the grid of the CTAs that run.
+        # The grid coordinates of the running CTAs.
         self.ctas: list[tuple[int, ...]] = []
         self.pc = np.zeros(n, I64)
         self.status = np.zeros(n, U8)
@@ -92,7 +92,7 @@ class Machine:
     def _special_registers(self, kernel: Kernel) -> dict[str, np.ndarray]:
         special = {}
         for axis in "xyz":
-            # Threads have one dimension. The CTAs' places are filled in when they run.
+            # CTAs are one-dimensional. `run` fills in their grid coordinates.
             special |= {f"%{name}.{axis}": np.zeros(self.n, U32) for name in ("tid", "ctaid")}
             special |= {f"%{name}.{axis}": np.ones(self.n, U32) for name in ("ntid", "nctaid")}
         special["%tid.x"] = (self.threads % self.cta_size).astype(U32)
@@ -106,7 +106,7 @@ class Machine:
         return special
 
     def _declare(self, declaration) -> None:
-        """Registers of `.reg .b32 %r<7>` or `.reg .b32 %a, %b`: rows of one bank."""
+        """Declare registers as rows of banks: `.reg .b32 %r<7>` is one bank, `%a, %b` are two."""
         type_name = declaration.name.removeprefix(".reg .")
         for stem, count in re.findall(r"([^<,\s]+)(?:<(\d+)>)?", ",".join(declaration.ops)):
             if not TYPE_NAME.fullmatch(type_name):
@@ -117,18 +117,18 @@ class Machine:
                 self.registers[f"{stem}{k}" if count else stem] = row
 
     def approximate(self, base: str, x, *y):
-        """The float64 result of an approximate instruction.
+        """Return the float64 result of an approximate instruction.
 
-        If approx_ulp asks for it, with an error that depends on the operands and the seed alone.
+        With approx_ulp, a float32 result has an error that depends on operands and seed alone.
         """
         r = _APPROXIMATE[base](x.astype(F64), *y)
         if not self.approx_ulp or x.dtype != F32:
             return r
         size = self.approx_ulp * np.abs(np.spacing(r.astype(F32))).astype(F64)
         if base == "lg2":
-            # Documented as an absolute error of 2^-22 around 1.
+            # Around 1 the documented error is an absolute one of 2^-22.
             size = np.where((x > 0.5) & (x < 2), np.maximum(size, 2.0**-22), size)
-        # The constants and shifts are splitmix64's, a hash; its upper 53 bits become [-1, 1).
+        # A hash with the constants of splitmix64; its upper 53 bits are mapped to [-1, 1).
         h = (sum(y, x).view(U32).astype(U64) + U64(self.seed)) * U64(0x9E3779B97F4A7C15)
         h = (h ^ (h >> U64(29))) * U64(0xBF58476D1CE4E5B9)
         error = size * ((h >> U64(11)) * 2.0**-52 - 1)
@@ -191,17 +191,17 @@ class Machine:
         return self.stats
 
     def _warp_bits(self, flags):
-        """For each thread, the lanes of its warp whose flag is set, as bits."""
+        """Return, for each thread, the lanes of its warp whose flag is set, as a bit mask."""
         bits = np.packbits(flags.reshape(-1, 32), axis=1, bitorder="little").view("<u4")
         return np.repeat(bits[:, 0], 32)
 
     def _next(self):
-        """A program counter, the threads to run from there, and if they have met for a SYNC."""
+        """Return a program counter, the threads to run there, and whether they met for a SYNC."""
         ready = self.status == READY
         if ready.any():
             at = int(self.pc[ready].min())
             return at, ready & (self.pc == at), False
-        # Everyone waits.
+        # All live threads wait.
         alive = self.status != DONE
         places = {at: self.code[at] for at in sorted(set(self.pc[alive].tolist()))}
         for at, op in places.items():
@@ -210,7 +210,7 @@ class Machine:
             here = alive & (self.pc == at)
             runs = op.enabled(here)
             missing = op.members & self._warp_bits(alive) & ~self._warp_bits(runs) != 0
-            # A lane may not execute it for others only.
+            # A lane's own member mask must name that lane.
             not_named = op.members >> self.values["%laneid"] & 1 == 0
             waits = runs & (missing | not_named)
             if not waits[here].all():
@@ -220,7 +220,7 @@ class Machine:
         return self._next()
 
     def _complete_barrier(self, alive, ops) -> None:
-        """All threads that have not ended wait at `ops`: release them if that is one barrier."""
+        """Release all live threads, which wait at `ops`, if these are one barrier; else raise."""
         warps = self.threads.reshape(-1, 32)
         parted = any(len(set(self.pc[w][alive[w]])) > 1 for w in warps)
         if parted or any(op.kind == SYNC for op in ops) or len({op.barrier_id for op in ops}) > 1:
@@ -235,7 +235,7 @@ class Machine:
     def _count(self, start: int, end: int, mask) -> None:
         """Count the instructions from `start` up to `end`, as executed by the threads in mask.
 
-        Only the steps at both ends are noted: their running sum is the count of each instruction.
+        Only the steps at both ends are stored: their cumulative sum is each instruction's count.
         """
         if mask is None:
             n = (self.n, self.n // 32)
@@ -249,16 +249,16 @@ class Machine:
             raise PtxError(f"{self.name}: CTA {self.ctas[self._cta(running)]} does not end")
 
     def _cta(self, threads) -> int:
-        """The number, of those that run side by side, of the first CTA of these threads."""
+        """Return the index, among CTAs that run side by side, of the first thread's CTA."""
         return int(np.flatnonzero(threads)[0]) // self.cta_size
 
     def _execute(self, at: int, mask, met: bool) -> None:
-        """Run the threads in mask from `at` until they part, wait, end or may meet others."""
+        """Run the threads in mask from `at` until they diverge, wait, end or may meet others."""
         start, here = at, slice(None) if mask is None else mask
         while True:
             op = self.code[at]
             if op is None:
-                # A label, where others may be waiting or yet to come.
+                # A label, where other threads may be waiting or may arrive later.
                 if mask is not None and at != start:
                     break
             elif op.kind == CONTROL:
@@ -281,7 +281,7 @@ class Machine:
 
     @staticmethod
     def _must_meet(op: Builder, mask) -> bool:
-        """If threads have to wait for others at this SYNC: not if their whole warps are there."""
+        """Return whether threads must wait for others of their warps at this SYNC."""
         if op.guard is not None or op.members.min() < 0xFFFFFFFF:
             return True
         if mask is None:

@@ -1,7 +1,7 @@
-"""Memory as the kernel sees it: named allocations at addresses, and every access checked.
+"""Memory as the kernel sees it: named allocations at addresses, with every access checked.
 
-Global memory is no copy: an allocation is the memory of a NumPy array or CPU tensor, at the address
-it really has. Shared memory and the parameters are allocations too, in address spaces of their own.
+Global memory is not copied: an allocation is the memory of a NumPy array or CPU tensor, at its real
+address. Shared memory and the parameters are allocations too, in separate address spaces.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from .errors import LaneFault
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """Bytes that the kernel may load, and store if `writable`; `owner` keeps them alive."""
+    """Bytes that the kernel may load, and may store if `writable`; `owner` keeps them alive."""
 
     name: str
     base: int
@@ -32,7 +32,7 @@ class Allocation:
 
 
 def address_of(array) -> int:
-    """The address of the first element of a NumPy array or a tensor."""
+    """Return the address of the first element of a NumPy array or a tensor."""
     return array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data
 
 
@@ -45,7 +45,7 @@ class Memory:
             self.add(array, str(name))
 
     def add(self, array, name: str, writable: bool = True) -> int:
-        """Register the bytes a (possibly strided) array spans, no more; returns its address."""
+        """Register exactly the bytes a (possibly strided) array spans; return its address."""
         if str(getattr(array, "device", "cpu")) != "cpu":
             raise ValueError(f"{name} is not in CPU memory but on {array.device}")
         first = address_of(array)
@@ -63,7 +63,7 @@ class Memory:
         return first
 
     def find(self, address: int, size: int) -> Allocation | None:
-        """The allocation that holds all of [address, address + size)."""
+        """Return the allocation that holds all of [address, address + size), or None."""
         for allocation in self.allocations:
             if allocation.base <= address and address + size <= allocation.end:
                 return allocation
@@ -76,9 +76,9 @@ class Memory:
         ----------
         addresses : array of uint64, (lanes,)
         values : array of `unit`-byte words, (lanes, count), optional
-            What to store; a load if left out.
+            What to store; without it, the access is a load.
         align : int, optional
-            What the addresses must be multiples of; the full width `unit * count` if left out.
+            What the addresses must be multiples of; by default the full width, `unit * count`.
 
         Returns
         -------
@@ -88,8 +88,7 @@ class Memory:
         ------
         LaneFault
             A lane's access is misaligned, is not inside one allocation, or stores to read-only
-            memory, in which cases nothing was stored; or a lane stored something else to an
-            address than another lane did.
+            memory: then nothing was stored. Or two lanes stored different values to one address.
         """
         size = unit * count
         align = align or size
@@ -112,7 +111,7 @@ class Memory:
         return words
 
     def _plan(self, addresses, size: int, store: bool) -> list:
-        """For each allocation touched: the lanes, its bytes, and the (lanes, size) places in it."""
+        """Return, per allocation touched: lanes, its bytes, and the (lanes, size) offsets in it."""
         plan = []
         todo = np.arange(addresses.size)
         while todo.size:

@@ -19,11 +19,11 @@ class Module:
     ----------
     ptx : str
     num_warps : int, optional
-        Warps of a CTA; must be given if the PTX has no .reqntid.
+        Warps per CTA; required if the PTX has no .reqntid.
     shared_bytes : int, optional
         Dynamic shared memory that a launch provides.
     divisible : sequence of int, optional
-        Places of the arguments that the compiler was promised to be multiples of 16.
+        Indices of the arguments that the compiler was promised are multiples of 16.
 
     Raises
     ------
@@ -46,7 +46,7 @@ class Module:
         self._machines = {1: Machine(kernel, cta_size, 1)}
 
     def machine(self, n_ctas: int) -> Machine:
-        """The machine to run a grid of so many CTAs."""
+        """Return the machine that runs a grid of this many CTAs."""
         # Powers of two, so that few machines are built.
         n = min(1 << (n_ctas - 1).bit_length(), self._most_ctas) if n_ctas else 1
         if n not in self._machines:
@@ -54,9 +54,9 @@ class Module:
         return self._machines[n]
 
     def _parameters(self, args, memory: Memory) -> np.ndarray:
-        """The bytes of the parameters, each at a multiple of 16; arrays are added to `memory`."""
+        """Return the bytes of the parameters, each at a multiple of 16; add arrays to `memory`."""
         params = np.zeros(16 * len(self.params), U8)
-        # The compiler appends up to two scratch pointers, null if they are left out.
+        # The compiler appends up to two scratch pointers; if omitted, they are null.
         missing = [kind for _, kind in self.params[len(args) :]]
         if len(args) > len(self.params) or missing not in ([], ["u64"], ["u64"] * 2):
             raise ValueError(f"{self.name} takes {self.params}, got {len(args)} arguments")
@@ -95,28 +95,28 @@ def launch(
     seed: int = 0,
     max_instructions: int = 50_000_000,
 ) -> Stats:
-    """Run a kernel, some CTAs after others.
+    """Run a kernel on all CTAs of a grid.
 
     Parameters
     ----------
     module : Module
     grid : tuple of one to three int
     args : sequence
-        The run-time arguments: numbers, addresses, or arrays and CPU tensors, which stand for their
-        address and are registered in `memory` unless they lie in it. The scratch pointers that
-        Triton appends may be left out.
+        The run-time arguments: numbers, addresses, arrays, or CPU tensors. Arrays and tensors stand
+        for their address, and are registered in `memory` unless they already lie in it. The scratch
+        pointers that Triton appends may be omitted.
     num_warps : int, optional
         Only checked against the module's.
     shared_bytes : int, optional
-        Dynamic shared memory; the module's own number if left out.
+        Dynamic shared memory; by default the module's own number.
     memory : Memory, optional
-        What else the kernel may touch, behind addresses in tables for example.
+        Other memory that the kernel may touch, for example through a table of addresses.
     approx_ulp : float, optional
         Largest error, in units in the last place, added to approximate float32 instructions.
     seed : int, optional
-        Of those errors.
+        Seed of those errors.
     max_instructions : int, optional
-        What a CTA may execute, on average over those that run side by side.
+        Instructions that a CTA may execute, on average over the CTAs that run side by side.
 
     Returns
     -------

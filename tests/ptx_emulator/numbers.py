@@ -1,8 +1,8 @@
 """PTX types, and arithmetic with PTX's rounding on NumPy arrays.
 
-A result is first computed in a format from which rounding it once more gives the right number: a
-wider one, if need be rounded "to odd" there (see `to_odd`). `round_to` then rounds it to the type
-of the register. NumPy lacks bfloat16: such operands are computed with as float32.
+A result is first computed in a format, wider if need be, from which one more rounding gives the
+correctly rounded number; where necessary, it is rounded "to odd" there (see `to_odd`). `round_to`
+then rounds it to the register's type. NumPy lacks bfloat16: such operands are taken as float32.
 """
 
 import functools
@@ -49,13 +49,13 @@ class Type:
             self.raw = np.dtype(f"u{self.width // 8}")
 
 
-# One object a type, so that types can be compared by `is`.
+# One object per type, so that types can be compared by `is`.
 ptx_type = functools.cache(Type)
 PRED, B32, B64 = ptx_type("pred"), ptx_type("b32"), ptx_type("b64")
 
 
 def flush(x):
-    """Subnormal numbers become zeros of the same sign (.ftz)."""
+    """Replace subnormal numbers with zeros of the same sign (.ftz)."""
     return np.where(np.abs(x) < np.finfo(x.dtype).tiny, np.copysign(x.dtype.type(0), x), x)
 
 
@@ -66,8 +66,8 @@ def from_bf16(bits):
 def to_odd(nearest, error):
     """Round `nearest + error` to odd, where `nearest` is that sum rounded to nearest.
 
-    Of the two neighbors of an inexact sum take the one whose last bit is odd. Rounding that again,
-    to a format at least two bits narrower, equals rounding the exact sum once.
+    Of the two neighbors of an inexact sum, this takes the one whose last bit is odd. Rounding that
+    again, to a format at least two bits narrower, equals rounding the exact sum once.
     """
     bits = nearest.view(f"i{nearest.itemsize}")
     step = np.where((error > 0) != np.signbit(nearest), 1, -1).astype(bits.dtype)
@@ -87,7 +87,7 @@ def _bf16_bits(r, ftz: bool):
 
 
 def round_to(r, t: Type, ftz: bool = False, sat: bool = False):
-    """What a register of float type t holds for the numbers r; a NaN becomes the canonical NaN."""
+    """Round r to what a register of float type t holds; a NaN becomes the canonical NaN."""
     if sat:
         one, zero = r.dtype.type(1), r.dtype.type(0)
         r = np.where(r > 0, np.minimum(r, one), zero)
@@ -104,10 +104,10 @@ def round_to(r, t: Type, ftz: bool = False, sat: bool = False):
 
 
 def fma(x, y, z):
-    """x * y + z, to be rounded once by `round_to`."""
+    """Return x * y + z, such that `round_to` rounds it correctly."""
     if z.dtype == F64:
         return _fma_f64(x, y, z)
-    # The wide format holds the product exactly; the error of the sum is Knuth's two-sum.
+    # The wide format holds the product exactly; Knuth's two-sum gives the error of the sum.
     wide = F64 if z.dtype == F32 else F32
     product, z = x.astype(wide) * y.astype(wide), z.astype(wide)
     total = product + z
@@ -122,7 +122,7 @@ def _fma_one(x: float, y: float, z: float) -> float:
         return z
     exact = Fraction(x) * Fraction(y) + Fraction(z)
     if exact == 0:
-        # A Fraction has no signed zero; nothing was rounded here, so this has the right sign.
+        # A Fraction has no signed zero. The float sum is exact here, so its sign is right.
         return x * y + z
     try:
         magnitude = float(abs(exact))
@@ -143,17 +143,17 @@ def directed(x, mode: str):
 
 
 def larger(x, y):
-    """The larger number, +0 over -0, and a number over NaN."""
+    """Return the larger number, preferring +0 to -0 and a number to NaN."""
     return np.where(x == y, np.where(np.signbit(x), y, x), np.fmax(x, y))
 
 
 def smaller(x, y):
-    """The smaller number, -0 over +0, and a number over NaN."""
+    """Return the smaller number, preferring -0 to +0 and a number to NaN."""
     return np.where(x == y, np.where(np.signbit(x), x, y), np.fmin(x, y))
 
 
 def each(f: Callable[..., int], t: Type):
-    """From a function of Python numbers, one of arrays that keeps the low bits of each result."""
+    """Turn a function of Python numbers into one of arrays that keeps each result's low bits."""
     low_bits = np.vectorize(lambda *values: f(*values) & (1 << t.bits) - 1, otypes=[U64])
 
     def apply(*arrays):
@@ -163,7 +163,7 @@ def each(f: Callable[..., int], t: Type):
 
 
 def divide(x: int, y: int) -> int:
-    """Division that truncates; by zero it has all bits set, as on NVIDIA's hardware."""
+    """Divide, truncating; division by zero sets all bits, as on NVIDIA's hardware."""
     if y == 0:
         return -1
     sign = 1 if (x < 0) == (y < 0) else -1
@@ -179,7 +179,7 @@ def permute(x: int, y: int, selector: int) -> int:
 
 
 def extract(x: int, start: int, length: int, signed: bool) -> int:
-    """bfe: `length` bits of x from bit `start` on; Python extends the sign of x for us."""
+    """bfe: `length` bits of x from bit `start` on; Python sign-extends x for us."""
     start, length = start & 255, length & 255
     field = x >> start & (1 << length) - 1
     negative = signed and length and field >> length - 1

@@ -1,6 +1,6 @@
-"""From PTX text to a kernel's name, parameters and list of instructions.
+"""Parse PTX text into a kernel's name, parameters and list of instructions.
 
-The grammar is the part of PTX that Triton emits: one `.visible .entry`, no functions. What the
+The grammar is the part of PTX that Triton emits: one `.visible .entry`, no functions. Text that the
 patterns below do not match is refused, never skipped.
 """
 
@@ -16,7 +16,7 @@ _ENTRY = re.compile(
     r"\.visible\s+\.entry\s+([$\w]+)\s*\(([^)]*)\)([^{]*)\{(.*?)^\}",
     re.S | re.M,
 )
-# What may stand outside the entry. The one group is the symbol of dynamic shared memory.
+# What may appear outside the entry. The only group is the symbol of dynamic shared memory.
 _OUTSIDE = re.compile(
     r"\.(?:version|target|address_size|file)\b[^\n]*"
     r"|\.section\s+\S+\s*\{[^{}]*\}"
@@ -36,7 +36,7 @@ _DIRECTIVES = {"reqntid", "minnctapersm", "maxnreg"}
 
 
 class Instruction(NamedTuple):
-    """An instruction; or a label (its name is ":"), or a declaration (".reg .b32", say)."""
+    """An instruction, a label (its name is ":") or a declaration (its name is ".reg .b32" etc.)."""
 
     line: int
     source: str
@@ -51,10 +51,10 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A parsed entry; `num_warps` is 0 if the PTX does not tell."""
+    """A parsed entry; `num_warps` is 0 if the PTX does not specify it."""
 
     name: str
-    # Name and type of each parameter, "u64" say.
+    # Name and type (such as "u64") of each parameter.
     params: list[tuple[str, str]]
     shared_symbols: list[str]
     num_warps: int
@@ -62,7 +62,7 @@ class Kernel(NamedTuple):
 
 
 def parse(ptx: str) -> Kernel:
-    """Parse PTX with one kernel; raises Unsupported with the line of what is not understood."""
+    """Parse PTX with one kernel; raise Unsupported with the text that is not understood."""
     text = _COMMENT.sub(lambda m: "\n" * m[0].count("\n"), ptx)
     entry = _ENTRY.search(text)
     if entry is None:
@@ -79,7 +79,7 @@ def parse(ptx: str) -> Kernel:
     params = [(p.split()[-1], p.split()[1][1:]) for p in entry[2].split(",") if p.strip()]
     if unknown := {kind for _, kind in params if not TYPE_NAME.fullmatch(kind)}:
         raise Unsupported(f"{name}: parameters of type {unknown}")
-    # Triton's CTAs have one dimension: "128" or "128, 1, 1".
+    # Triton's CTAs are one-dimensional: "128" or "128, 1, 1".
     threads = int(re.sub(r", 1\b", "", directives.get("reqntid", "0")))
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:.*/)?(.*)"', text))
     body = list(_statements(name, files, text[: entry.end(4)].rstrip(), entry.start(4)))
@@ -87,7 +87,7 @@ def parse(ptx: str) -> Kernel:
 
 
 def _statements(kernel: str, files: dict, text: str, at: int) -> Iterator[Instruction]:
-    """The statements of `text` from `at` on; `files` names the sources that .loc refers to."""
+    """Yield the statements of `text` from `at` on; `files` names the sources for .loc."""
     targets = set(re.findall(r"\bbra(?:\.uni)?\s+([$\w]+)", text))
     source, line, counted = "?", 1, 0
     while at < len(text):
@@ -99,7 +99,7 @@ def _statements(kernel: str, files: dict, text: str, at: int) -> Iterator[Instru
             operands = _OPERAND.findall(i[4])
             yield Instruction(line, source, statement, i[3], operands, i[2], i[1] == "!")
         elif m and m["label"] in targets:
-            # Threads join there, so it is a place of its own.
+            # A branch target, where threads may join, is an entry of its own.
             yield Instruction(line, source, "", ":", [m["label"]], None, False)
         elif m and m["loc"]:
             file, source_line = m["loc"].split()[:2]

@@ -1,4 +1,4 @@
-"""What a launch executed, counted."""
+"""Counts of what a launch executed."""
 
 import re
 from collections import Counter
@@ -30,20 +30,20 @@ _CLASSES = {
 class Stats:
     """Dynamic counts of a launch; `+` adds launches up.
 
-    Counted are PTX instructions, of which ptxas later deletes most moves. An instruction whose
-    guard is false counts, but only lanes that do access global memory count as bytes. Sectors are
-    32 bytes, counted once a warp and instruction: `32 * sectors_loaded / bytes_loaded` is above 1
-    where the lanes of a warp do not use whole sectors.
+    The counts are of PTX instructions; ptxas later deletes most moves. An instruction counts even
+    if its guard is false, but bytes count only for lanes that do access global memory. A sector is
+    32 bytes and counts once per warp and instruction: `32 * sectors_loaded / bytes_loaded` is above
+    1 where the lanes of a warp do not use whole sectors.
     """
 
-    # Full opcode, "ld.global.v4.b32" say -> times executed, summed over threads, or over warps.
+    # Full opcode (such as "ld.global.v4.b32") -> executions, summed over threads, or over warps.
     threads: Counter = field(default_factory=Counter)
     warps: Counter = field(default_factory=Counter)
     bytes_loaded: int = 0
     bytes_stored: int = 0
     sectors_loaded: int = 0
     sectors_stored: int = 0
-    # Barriers of a whole CTA that were completed.
+    # Completed barriers of whole CTAs.
     barriers: int = 0
     ctas: int = 0
     seconds: float = 0.0
@@ -64,7 +64,7 @@ class Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def by_class(self, level: str = "warps") -> Counter:
-        """Executions by class ("load", "shuffle", "float", ...), of "warps" or "threads"."""
+        """Return executions by class ("load", "shuffle", ...), of "warps" or of "threads"."""
         counts: Counter = Counter()
         for opcode, times in getattr(self, level).items():
             counts[next(name for name, p in _CLASSES.items() if p.match(opcode))] += times
