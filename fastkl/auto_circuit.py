@@ -243,7 +243,7 @@ def _replacements(backend: str | None, progress: bool) -> dict[str, _Function]:
 
 
 def _find_sites() -> list[_Site]:
-    """List every attribute to swap; raise an error if one is missing or not as expected."""
+    """List every attribute to swap; raise an error that names each unexpected one."""
     # Import the package first, so that its absence is not reported as that of a module in it.
     _import("auto_circuit")
     prune_metrics = _import(_PRUNE_METRICS)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         could not be started as requested, 130 if it was interrupted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # If the terminal's encoding has no ‖, write a "?" rather than fail. stderr never fails so.
+        # If stdout's encoding has no ‖, write "?" rather than fail. stderr never fails that way.
         sys.stdout.reconfigure(errors="replace")
     try:
         try:
@@ -129,7 +129,7 @@ def _seed(text: str) -> int:
 
 
 def _folder(text: str) -> Path:
-    """Parse a folder's name; refuse an empty one (an unset variable?) rather than take it as "."."""
+    """Parse a folder's name; refuse an empty one (an unset variable) instead of using "."."""
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got an empty text")
     return Path(text)
@@ -155,9 +155,9 @@ def _backends() -> int:
 
 
 def _chosen(device: str) -> str:
-    """Name the backend chosen for logits on a device; raise what `choose` raises if none can run."""
+    """Name the backend for logits on a device; raise what `choose` raises if none can run."""
     with warnings.catch_warnings():
-        # The list printed above says what is missing, and nothing is measured with the backend.
+        # No warning is needed: the list above says what is missing, and nothing is measured here.
         warnings.simplefilter("ignore")
         chosen = backends.choose(None, torch.device(device), torch.float32).NAME
     variable = backends.ENVIRONMENT_VARIABLE
@@ -303,7 +303,7 @@ def _reason(error: OSError) -> str:
 
 
 def _drop(stream: TextIO | None) -> None:
-    """Redirect a stream to the null device, so that its buffer cannot fail again at Python's exit."""
+    """Redirect a stream to the null device, so that its buffer does not fail again at exit."""
     try:
         number = stream.fileno() if stream else None
     except OSError:

@@ -44,7 +44,7 @@ def kl_div(
     backend: str | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergences (K, R) of rows, and what is kept for the backward pass."""
+    """Return the differentiable divergences (K, R) of rows, and what is kept for backward."""
     errors.check_rows(circuits, reference)
     chosen = backends.choose_for(backend, (reference, *circuits))
     if not circuits or not math.prod(reference.shape[:-1]):
@@ -247,7 +247,7 @@ def _(
 def js_div(
     circuit: Tensor, reference: Tensor, beta: float, temperature: float, backend: str | None
 ) -> Tensor:
-    """Return the Jensen-Shannon divergences (R,) of rows."""
+    """Return the differentiable Jensen-Shannon divergences (R,) of rows."""
     errors.check_rows([circuit], reference)
     chosen = backends.choose_for(backend, (reference, circuit))
     if not math.prod(reference.shape[:-1]):

@@ -1,4 +1,4 @@
-"""The demo: measure how many heads copying takes, on a model that needs no download.
+"""The demo: how many attention heads copying takes, on a model that needs no download.
 
 A small transformer is trained to copy from its context. Its heads are ranked by how much the
 predictions change when each head alone is ablated. Then circuits of the most important heads are
@@ -39,7 +39,7 @@ _ROLE_SCORE = 0.3
 
 @dataclass(frozen=True)
 class Head:
-    """An attention head and what was measured of it.
+    """An attention head and its measurements.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Result:
     rows: int
 
     def to_json(self) -> str:
-        """Return everything as JSON but the training's seconds, which the seed does not determine."""
+        """Return results as JSON, without the training's seconds, which the seed does not fix."""
         facts = {
             "fastkl": fastkl.__version__,
             "torch": torch.__version__,
@@ -283,7 +283,7 @@ def rank_layers(
 
 
 def growing_circuits(model: CopyModel, heads: Sequence[Head]) -> dict[int, Tensor]:
-    """Return masks (layers, heads) of the first 0, 1, ... all ranked heads, by their number."""
+    """Return masks (layers, heads) of circuits of the first 0, 1, ... all ranked heads, by size."""
     mask = _no_heads(model)
     circuits = {0: mask}
     for size, head in enumerate(heads, start=1):

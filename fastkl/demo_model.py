@@ -61,11 +61,11 @@ class Task:
 
     def prompts(self, n: int, generator: torch.Generator, key: int = 0) -> "Prompts":
         """Draw `n` prompts and their corrupted twins."""
-        # Each row is a permutation of the vocabulary, so the tokens that it gives are distinct.
+        # Each row is a permutation of the vocabulary, so all tokens taken from it are distinct.
         tokens = torch.rand(n, self.n_vocab, generator=generator).argsort(-1)
         start = torch.randint(0, self.n_filler + 1, (n, 1), generator=generator)
         passage = tokens[:, : self.n_passage]
-        # Roll the context to the right by `start`: the passage, its first part, then starts there.
+        # Roll the context right by `start`, so that the passage, its first part, starts there.
         column = (torch.arange(self.n_context) - start) % self.n_context
         clean = torch.cat([tokens.gather(1, column), passage], dim=1)
         other = tokens[:, self.n_context : 2 * self.n_context]

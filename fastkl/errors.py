@@ -1,7 +1,7 @@
-"""Checks of the arguments that users pass, and the messages of the errors that these raise.
+"""Checks of users' arguments, and the messages of the errors that they raise.
 
 The checks run before any computation. They look at arguments' types, shapes, dtypes and devices,
-never at the contents of tensors. What a backend is missing, the backend itself reports.
+never at the contents of tensors. Each backend itself reports what it is missing.
 """
 
 import math
@@ -52,7 +52,7 @@ def check_temperature(temperature: object) -> None:
 
 
 def check_beta(beta: object) -> None:
-    """Refuse a beta that is not a number between 0 and 1, where one side would have no weight."""
+    """Refuse a beta that is not a number strictly between 0 and 1."""
     if isinstance(beta, bool) or not isinstance(beta, Real):
         raise _no_number(beta, "beta")
     if not 0 < _as_float(beta) < 1:
@@ -103,7 +103,7 @@ def check_vocab_fits(vocab_size: int | None, logits: Tensor, name: str) -> None:
 
 
 def check_row_values(values: object, reference: Tensor, name: str, *, boolean: bool) -> None:
-    """Refuse a mask or weights that do not hold one value of their kind per row."""
+    """Refuse a mask or weights that do not hold one value of the right dtype per row."""
     if values is None:
         return
     if not isinstance(values, Tensor):
@@ -176,7 +176,7 @@ def are_alike(circuits: Sequence[object], reference: Tensor) -> bool:
 
 
 def _with_logits(output: object) -> str:
-    """Return a hint if a value is a model's output with an attribute `logits`, else nothing."""
+    """Return the hint to pass the attribute `logits` of a model's output, if it has one."""
     return "; it has .logits: pass those" if hasattr(output, "logits") else ""
 
 
@@ -264,7 +264,7 @@ def check_rows(
 
 
 def check_transforms(logits: Sequence[Tensor]) -> None:
-    """Refuse derivatives for which the operators have no rules; PyTorch would take some as 0.
+    """Refuse derivatives for which the operators have no rules; PyTorch would treat some as 0.
 
     Tensors that `torch.vmap` batches pass: the operators' vmap rules check the tensors inside.
     """
@@ -398,7 +398,7 @@ def missing_batch_key(
         cause = f"The batch key is of another type, {type(key).__name__}"
     counts = f"batch key {key!r} is" if key in circuit_outs else "these keys are"
     if key in circuit_outs or (outputs and all(other in circuit_outs for other in outputs)):
-        # Small integers may be both batch keys and edge counts, so the other cause stays.
+        # Small integers may be batch keys and edge counts, so the message keeps the first cause.
         cause = (
             f"circuit_outs must be {{edge_count: {{batch key: logits}}}}, and {counts} among its "
             f"edge counts: is the nesting swapped? If not: {cause[0].lower()}{cause[1:]}"

@@ -1,4 +1,4 @@
-"""KL divergence from logits: shapes and reductions."""
+"""Divergences from logits (..., V): checks of the arguments, shapes and reductions."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, overload
@@ -68,7 +68,7 @@ def kl_div(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, KLStatistics]:
-    r"""KL divergence KL(P ‖ Q) between a reference P and a circuit Q, in nats, straight from logits.
+    r"""KL divergence KL(P ‖ Q) of a reference P and a circuit Q, in nats, straight from logits.
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
         \quad P = softmax(reference), \quad Q = softmax(circuit)
@@ -79,79 +79,85 @@ def kl_div(
     ----------
     circuit : Tensor (..., V)
         Logits of the circuit, quantized model or student: float32, float16, bfloat16 or float64.
-        Half precision is computed in float32; nothing is rounded first.
+        Half-precision logits are converted exactly to float32 and computed in it.
     reference : Tensor (..., V)
-        Logits of the full model; the same shape and device.
+        Logits of the full model, of the same shape and on the same device.
     reduction : {"mean", "sum", "none", "batchmean"}
-        "mean" divides the sum over rows (a row is one distribution: everything but the last dimension)
-        by the number of rows that count, or by the sum of their weights. If the mask leaves none, the
-        mean is NaN and its gradient 0; "sum" suits batches that may be empty. "batchmean" divides by
-        the size of the first dimension, whatever is masked, as torch does, and by 1 for logits (V,).
-        "none" keeps one number a row.
+        A row is one distribution, the V logits at one index into the other dimensions. "mean"
+        divides the sum over rows by the number of rows that count, or by the sum of their weights.
+        If the mask leaves no rows, the mean is NaN and its gradient 0; use "sum" for batches that
+        may be empty.
+        "batchmean" divides by the size of the first dimension, as torch does, even if rows are
+        masked; for logits (V,) it divides by 1. "none" returns one number per row.
     direction : {"forward", "reverse"}
-        "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), the circuit's mass deciding which tokens count.
+        "forward" is KL(P ‖ Q); "reverse" is KL(Q ‖ P), which weights tokens by Q.
     temperature : float
-        All logits are divided by it first. The result is not multiplied by temperature²; for Hinton's
-        distillation loss do that yourself.
+        All logits are divided by it first. The result is not multiplied by temperature²; for
+        Hinton's distillation loss, do that yourself.
     mask : Tensor (...), bool, optional
-        Which rows count. A row that does not count contributes 0 and has gradient 0, whatever it holds.
+        True for rows that count. All other rows contribute 0 and have gradient 0, whatever their
+        logits.
     weights : Tensor (...), floating, optional
-        What each row's divergence is multiplied by. A row of weight 0 contributes 0, whatever it holds.
-        "mean" divides by the sum of the weights; if that is 0, it is NaN and its gradient 0. Weights may
-        be negative and have gradients of their own, at a weight of 0 too unless its row's divergence is
-        +inf or NaN.
+        The factor of each row's divergence. A row of weight 0 contributes 0, whatever its logits.
+        "mean" divides by the sum of the weights; if that sum is 0, the mean is NaN and its gradient
+        0. Weights may be negative. They have gradients too, even where they are 0, but a weight of
+        0 whose row's divergence is +inf or NaN has gradient 0.
     vocab_size : int, optional
         Only the first `vocab_size` tokens count. Padding beyond them is not read, and circuit and
         reference may be padded differently.
     return_stats : bool
-        Also return a :class:`fastkl.KLStatistics` of log-sum-exps, entropies and the agreement of the
-        likeliest tokens, for every row and without gradients. This takes one more sweep over the logits:
-        on the native backend a call takes about two and a half times as long. With direction "reverse"
-        it takes yet another, for the forward divergence that the cross-entropy needs.
+        Also return a :class:`fastkl.KLStatistics`: for every row, masked or not, the log-sum-exps,
+        the entropies, and whether the likeliest tokens agree. The statistics have no gradients.
+        They take one more pass over the logits: on the native backend, a call takes about two and a
+        half times as long. With direction "reverse" they take yet another pass, for the forward
+        divergence that the cross-entropy needs.
     backend : str, optional
-        "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
-        device, decide. See :func:`fastkl.available_backends`.
+        "eager", "native" or "triton". If None, the environment variable FASTKL_BACKEND decides; if
+        that is not set, the device does. See :func:`fastkl.available_backends`.
 
     Returns
     -------
     Tensor, or (Tensor, KLStatistics) with `return_stats`
-        A scalar, or (...) for "none", in nats; float64 if either side's logits are, else float32. It is
-        never negative (unless weights are), and exactly 0 for identical rows. A row is NaN if it holds a
-        NaN or +inf, or only -inf; it is +inf if the circuit has -inf where the reference is finite. A
-        token that is -inf in the reference contributes 0. The reverse direction swaps the two sides. The
-        statistics are (...) each.
+        A scalar, or (...) for "none", in nats; float64 if either side's logits are, else float32.
+        It is never negative (unless weights are), and exactly 0 for identical rows. A row's
+        divergence is NaN if either side's row holds a NaN or +inf, or only -inf; otherwise it is
+        +inf if a token is -inf in the circuit and finite in the reference. A token that is -inf in
+        the reference contributes 0. In the reverse direction, the two sides change places. Each
+        statistic has the shape (...).
 
     Notes
     -----
-    Differentiable once in both arguments: dKL/dq = Q - P and dKL/dp = P (log P/Q - KL), as accurate for
-    nearly identical rows as the divergence itself. For this, only the logits and a few numbers per row
-    are kept.
+    The result is differentiable once in both arguments. With q the circuit's logits and p the
+    reference's, dKL/dq = Q - P and dKL/dp = P (log P/Q - KL). The gradients are as accurate for
+    nearly identical rows as the divergence itself. For the backward pass, only the logits and a few
+    numbers per row are kept.
 
-    Gradients in special cases, in the forward direction (the reverse one swaps the two sides):
+    Gradients in special cases, in the forward direction (in the reverse direction, the two sides
+    change places):
 
     - at a logit of -inf: 0;
     - at a token that is -inf on the other side only: Q for the circuit, 0 for the reference;
-    - in a row whose KL is +inf: Q - P as always for the circuit, NaN for the reference wherever both
-      logits are finite;
+    - in a row whose KL is +inf: Q - P as always for the circuit, NaN for the reference wherever
+      both logits are finite;
     - in a row whose KL is NaN: NaN throughout;
     - in a row whose incoming gradient is 0: 0 throughout, whatever the row holds.
 
-    Use `.backward()` or `torch.autograd.grad`: forward mode and the derivatives of `torch.func` (grad,
-    vjp, jvp, jacrev, jacfwd, hessian) raise an error. The operator `torch.ops.fastkl.kl_div` behind this
-    function can be compiled, exported and batched by `torch.vmap`.
+    Use `.backward()` or `torch.autograd.grad`: forward mode and the derivatives of `torch.func`
+    (grad, vjp, jvp, jacrev, jacfwd, hessian) raise an error. The operator `torch.ops.fastkl.kl_div`
+    behind this function can be compiled, exported and batched by `torch.vmap`.
 
     Raises
     ------
     TypeError
-        An argument is not a dense tensor or not of a dtype listed above (boolean for the mask, floating
-        for the weights); or the temperature, vocab_size or backend is of a wrong type.
+        An argument is not a dense tensor or not of a dtype listed above (boolean for the mask,
+        floating for the weights); or the temperature, vocab_size or backend is of a wrong type.
     ValueError
-        Shapes, vocabularies or devices differ, or a vocabulary is empty; mask or weights do not have one
-        value per row; the temperature is not positive and finite; vocab_size exceeds the number of
-        tokens; or the reduction, direction or backend is unknown.
+        Shapes, vocabularies or devices differ, or a vocabulary is empty; mask or weights do not
+        have one value per row; the temperature is not positive and finite; vocab_size exceeds the
+        number of tokens or is less than 1; or the reduction, direction or backend is unknown.
     RuntimeError
-        The requested backend cannot run here, or no backend can run on this device; or an unsupported
-        derivative is asked for.
+        The requested backend cannot run here, or no backend can run on this device; or an
+        unsupported derivative is requested.
 
     References
     ----------
@@ -241,16 +247,16 @@ def kl_div_many(
 ) -> Tensor | tuple[Tensor, KLStatistics]:
     """KL divergence of K circuits from one reference, in nats, straight from logits.
 
-    The same as :func:`kl_div` of each circuit, but the reference is read and exponentiated once for
-    many circuits. (In the reverse direction it is read once for each.)
+    This gives the same results as :func:`kl_div` for each circuit, but reads and exponentiates the
+    reference only once for many circuits. (In the reverse direction, it does so for each circuit.)
 
     Parameters
     ----------
     circuits : iterable of K Tensors (..., V), or Tensor (K, ..., V)
-        Logits of the circuits; dtypes as for :func:`kl_div`. A generator is exhausted first: the logits
-        of all circuits are in memory at the same time.
+        Logits of the circuits; dtypes as for :func:`kl_div`. A generator is exhausted before
+        anything is measured, so the logits of all circuits are in memory at the same time.
     reference : Tensor (..., V)
-        Logits of the full model; the shape and device of each circuit.
+        Logits of the full model, of the same shape and on the same device as each circuit's.
     reduction : {"mean", "sum", "none", "batchmean"}
         As for :func:`kl_div`, over the rows of each circuit.
     direction, temperature, mask, weights, vocab_size, return_stats, backend
@@ -264,11 +270,11 @@ def kl_div_many(
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`kl_div`; messages name the circuit by its index.
+        As for :func:`kl_div`; messages name the circuit by its index.
 
     Notes
     -----
-    Differentiable in all circuits and the reference, as :func:`kl_div` is.
+    The result is differentiable in all circuits and the reference, as that of :func:`kl_div` is.
 
     References
     ----------
@@ -320,33 +326,34 @@ def js_div(
     circuit, reference : Tensor (..., V)
         Logits, as for :func:`kl_div`.
     beta : float
-        The reference's weight in the mixture, more than 0 and less than 1. At 0.5 the divergence is
-        symmetric and at most log 2. A β below 1e-30 counts as 1e-30.
+        The reference's weight in the mixture M, more than 0 and less than 1. At 0.5 the divergence
+        is symmetric and at most log 2. A β below 1e-30 counts as 1e-30.
     reduction, temperature, mask, weights, vocab_size, backend
         As for :func:`kl_div`.
 
     Returns
     -------
     Tensor
-        A scalar, or (...) for "none"; float64 if a side's logits are, else float32. Never negative, 0
-        for identical rows, and finite where a token is masked (-inf) on one side only; a row with a NaN
-        or +inf, or with only -inf, is NaN.
+        A scalar, or (...) for "none"; float64 if either side's logits are, else float32. It is
+        never negative (unless weights are), 0 for identical rows, and finite if a token is masked
+        (-inf) on one side only. It is NaN for a row with a NaN or +inf, or with only -inf, on
+        either side.
 
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        As :func:`kl_div`, and where beta is not a number between 0 and 1.
+        As for :func:`kl_div`; also if beta is not a number strictly between 0 and 1.
 
     Notes
     -----
-    On CPU tensors the native backend has a kernel for it; elsewhere PyTorch computes it in blocks of
-    rows. Neither allocates anything of the logits' size. Differentiable once in both arguments, in the
-    same ways as :func:`kl_div`.
+    For CPU tensors, the native backend has a kernel that computes this divergence; elsewhere
+    PyTorch computes it in blocks of rows. Neither allocates temporaries of the logits' size. The
+    result is differentiable once in both arguments, in the same ways as that of :func:`kl_div`.
 
     References
     ----------
-    .. [1] J. Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Transactions on Information
-       Theory 37 (1991).
+    .. [1] J. Lin, "Divergence Measures Based on the Shannon Entropy", IEEE Transactions on
+       Information Theory 37 (1991).
     .. [2] R. Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649 (2023).
 
     Examples
@@ -374,7 +381,7 @@ def kl_rows(
 ) -> Tensor:
     """Return the divergences (K, R) of checked logits (..., V), without a gradient."""
     ref, *cir = flattened([reference, *circuits])
-    # By the operator too: it alone knows what to do with tensors that are traced or have no memory.
+    # Call the operator here too: only its rules handle tensors that are traced or have no memory.
     with torch.no_grad():
         return custom_ops.measure(cir, ref, temperature, backend)
 
@@ -403,7 +410,8 @@ def _kl_div(
     if direction == "forward" or not cir:
         rows = custom_ops.measure(cir, ref, temperature, backend)
     else:
-        # Autograd adds up what each circuit gives the reference: in float32, to be rounded but once.
+        # Autograd adds up the reference's gradients from all circuits. Do so in float32, so that a
+        # half-precision sum is rounded only once.
         shared = ref.float() if ref.requires_grad and len(cir) > 1 and ref.itemsize == 2 else ref
         rows = torch.cat([custom_ops.measure([shared], c, temperature, backend) for c in cir])
     divergence = reduce(rows, leading, reduction, mask, weights)
@@ -428,7 +436,7 @@ def _checked(
 ) -> tuple[list[Tensor], Tensor]:
     """Check that logits, mask and weights fit together; return the logits without padding.
 
-    Messages call a circuit `name`, with its index in place of braces.
+    Error messages call a circuit `name`, with its index in place of the braces.
     """
     errors.check_vocab_size(vocab_size)
     errors.check_logits(reference, "reference")

@@ -1,7 +1,7 @@
-"""What else a row's log-softmaxes tell: log-sum-exps, entropies, and whether the top tokens agree.
+"""Statistics of a row's distributions: log-sum-exps, entropies, and whether the top tokens agree.
 
-An operator, `fastkl::statistics`, asks the backend, so that it has numbers to look at where tensors are
-traced or batched by `torch.vmap`.
+The operator `fastkl::statistics` calls the backend, so that the backend gets tensors with numbers
+in them even if the caller's are traced or batched by `torch.vmap`.
 """
 
 import math
@@ -18,19 +18,21 @@ from fastkl.views import as_rows
 
 
 class KLStatistics(NamedTuple):
-    """What `return_stats=True` returns: a few numbers per row, and whether the likeliest tokens agree.
+    """Statistics of every row's two distributions, which `return_stats=True` adds to the result.
 
-    For float32 logits their errors are a few 1e-7 of the largest logits, or of the logarithm of the sum
-    of exponentials; relative to a small entropy they may be much larger.
+    For float32 logits, the errors are a few 1e-7 times the largest logit or the log-sum-exp. A
+    small entropy may therefore have a much larger relative error.
 
     Every field has the shape of the divergences with reduction "none": (...) from
-    :func:`fastkl.kl_div`, (K, ...) from :func:`fastkl.kl_div_many`. P is the softmax of the reference's
-    logits p, Q that of the circuit's logits q, both divided by the temperature first.
+    :func:`fastkl.kl_div`, (K, ...) from :func:`fastkl.kl_div_many`. P is the softmax of the
+    reference's logits p, and Q that of the circuit's logits q, after both are divided by the
+    temperature.
 
     Attributes
     ----------
     reference_logsumexp : Tensor
-        log Σ e^p: float64 if a side's logits are, else float32, as the next three are.
+        log Σ e^p. This field and the next three are float64 if either side's logits are, else
+        float32.
     circuit_logsumexp : Tensor
         log Σ e^q.
     reference_entropy : Tensor
@@ -38,7 +40,8 @@ class KLStatistics(NamedTuple):
     cross_entropy : Tensor
         -Σ P log Q = H(P) + KL(P ‖ Q), in nats.
     top1_agreement : Tensor, bool
-        Whether the likeliest tokens are the same (the first of equals); False where a row is NaN.
+        Whether both sides have the same likeliest token (the first of equals); False if either
+        side's row has no distribution, as with a NaN.
     """
 
     reference_logsumexp: Tensor
@@ -56,9 +59,9 @@ def statistics(
     temperature: float,
     backend: str | None,
 ) -> KLStatistics:
-    """Return the statistics (K, R) of rows and their divergences KL(P ‖ Q) (K, R)."""
+    """Return the statistics (K, R) of rows whose divergences KL(P ‖ Q) (K, R) are known."""
     lse, entropy, agreement = _statistics(circuits, reference, temperature, backend)
-    # In memory of their own for each circuit: callers may write to what they get.
+    # Give each circuit memory of its own: callers may write to the tensors that they get.
     reference_lse, entropy = (t.expand(divergence.shape).contiguous() for t in (lse[0], entropy))
     return KLStatistics(
         reference_lse,
@@ -76,7 +79,7 @@ def statistics(
 def _statistics(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-sum-exps, the reference's first (1 + K, R), entropies (R,), and agreement (K, R)."""
+    """Return log-sum-exps (1 + K, R), the reference's first, entropies (R,), agreement (K, R)."""
     errors.check_rows(circuits, reference)
     ref, *cir = (as_rows(t.detach()) for t in (reference, *circuits))
     return backends.choose_for(backend, (ref, *cir)).row_statistics(cir, ref, temperature)

@@ -1,4 +1,4 @@
-"""measure_kl_div: the auto_circuit contract."""
+"""`measure_kl_div`, a drop-in replacement for auto_circuit's function of the same name."""
 
 import sys
 import warnings
@@ -13,7 +13,7 @@ from tqdm import TqdmWarning
 from fastkl import backends, errors, functional
 
 with warnings.catch_warnings():
-    # In a notebook without ipywidgets the bar is text.
+    # In a notebook without ipywidgets, tqdm warns and shows a text bar, which will do.
     warnings.simplefilter("ignore", TqdmWarning)
     from tqdm.auto import tqdm
 
@@ -21,7 +21,7 @@ EdgeCount = TypeVar("EdgeCount", bound=Hashable)
 
 
 class Model(Protocol):
-    """Anything that turns prompts into outputs, and knows which part of them are the logits."""
+    """A callable that turns prompts into an output, and knows which part of it is the logits."""
 
     @property
     def out_slice(self) -> Any:
@@ -36,7 +36,7 @@ class Batch(Protocol):
 
     @property
     def key(self) -> Hashable:
-        """The key under which every circuit's outputs hold those for this batch."""
+        """The key by which this batch's logits are looked up in every circuit's outputs."""
 
     @property
     def clean(self) -> Any:
@@ -63,55 +63,57 @@ def measure_kl_div(
 
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v)
 
-    with P the softmax of the full model's logits and Q that of the circuit's. A row is one distribution,
-    so all positions of `(B, S, V)` logits count alike, including padding.
+    with P the softmax of the full model's logits and Q that of the circuit's. A row is one
+    distribution, so all positions of `(B, S, V)` logits count alike, including padding.
 
-    A drop-in replacement for auto_circuit's function of the same name. It iterates over the loader once,
-    runs the model once per batch under :func:`torch.inference_mode`, measures all circuits of a batch in
-    one call, keeps sums in float64, and waits for the device once, at the end.
+    This is a drop-in replacement for auto_circuit's function of the same name. It iterates over the
+    loader once, runs the model once per batch under :func:`torch.inference_mode`, measures all
+    circuits of a batch in one call, keeps sums in float64, and waits for the device once, at the
+    end.
 
     Parameters
     ----------
     model : Model
-        The full model: called with a batch's prompts; `model.out_slice` picks the logits
+        The full model. It is called with a batch's prompts, and `model.out_slice` picks the logits
         `(B, V)` or `(B, S, V)` from its output.
     dataloader : iterable of Batch
-        Batches with the attributes `key`, `clean` and `corrupt`: the same as when the circuits were
-        run, in any order.
+        Batches with the attributes `key`, `clean` and `corrupt`. They must be the same batches as
+        when the circuits were run, in any order.
     circuit_outs : mapping {edge_count: {batch key: Tensor}}
-        Logits of each circuit for each batch, of the reference's shape and device: float32, float16,
-        bfloat16 or float64. Outputs for other batches are ignored. Each output is fetched once, when its
-        batch is measured, so the mappings may load them lazily.
+        Logits of each circuit for each batch, of the shape and on the device of the logits that
+        `model.out_slice` picks: float32, float16, bfloat16 or float64. Outputs for other batches
+        are ignored. Each output is fetched once, when its batch is measured, so the mappings may
+        load outputs lazily.
     compare_to_clean : bool
         Whether the full model runs on the clean (True) or the corrupt (False) prompts.
     vocab_size : int, optional
-        Only the first `vocab_size` tokens count. Padding beyond them is not read, and the circuits may
-        be padded differently from the model's output.
+        Only the first `vocab_size` tokens count. Padding beyond them is not read, and the circuits
+        may be padded differently from the model's output.
     backend : str, optional
-        "eager", "native" or "triton"; otherwise the environment variable FASTKL_BACKEND, then the
-        device, decide. See :func:`fastkl.available_backends`.
+        "eager", "native" or "triton". If None, the environment variable FASTKL_BACKEND decides; if
+        that is not set, the device does. See :func:`fastkl.available_backends`.
     progress : bool
         Show a progress bar over batches, if the output is a terminal or a notebook.
 
     Returns
     -------
     list of (edge_count, float)
-        Nats per row, in the order of `circuit_outs`; `[]` if there are no circuits, without running the
-        model.
-        Never negative, 0 exactly for a circuit whose logits are the model's; NaN and infinities are
-        kept (see :func:`fastkl.kl_div` for when they arise).
+        Each circuit's mean divergence in nats per row, in the order of `circuit_outs`. It is never
+        negative, and exactly 0 for a circuit whose logits are the model's. NaN and infinities are
+        kept (see :func:`fastkl.kl_div` for when they arise). If there are no circuits, the result
+        is `[]`, and the model is not run.
 
     Raises
     ------
     KeyError
         A circuit has no output for a batch.
     TypeError
-        The model, a batch or its key, or logits are not of the kind described above.
+        An argument, a batch or its key, or logits are not of the kind described above.
     ValueError
-        Shapes, vocabularies or devices differ, vocab_size is more than there are tokens, or the loader
-        gave no rows.
+        Shapes, vocabularies or devices differ; vocab_size exceeds the number of tokens or is less
+        than 1; the backend is unknown; or the loader gave no rows.
     RuntimeError
-        The backend asked for cannot run here.
+        The requested backend cannot run here, or no backend can run on the logits' device.
 
     References
     ----------
@@ -171,8 +173,8 @@ def _batch_rows(
 ) -> Tensor:
     """Return the divergences (K, R) of a batch.
 
-    A function of its own, so that none of a batch's logits is still alive when the next batch's are
-    loaded or computed.
+    This is a separate function so that a batch's logits are freed before those of the next batch
+    are loaded or computed.
     """
     circuits = _outputs_for(key, circuit_outs, vocab_size)
     reference = _logits(model, prompts)
@@ -186,18 +188,19 @@ def _batch_rows(
 
 
 def _with_bar(dataloader: Iterable[Batch], progress: bool) -> Iterable[Batch]:
-    """Return the loader's batches, with a progress bar over them where one can be seen."""
-    # A notebook shows bars though its output is no terminal; its shell has a kernel, a terminal's none.
+    """Return the loader's batches, with a progress bar if it can be seen."""
+    # A notebook shows bars although its output is not a terminal. Its IPython shell has a `kernel`,
+    # which the shell in a terminal does not have.
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    # None: silent where the output is no terminal.
+    # With disable=None, tqdm shows nothing if the output is not a terminal.
     hidden = None if getattr(shell, "kernel", None) is None else False
     try:
         total = length_hint(dataloader)
     except Exception:
-        # As a loader over a stream may say: the bar does without.
+        # A loader over a stream may raise an error here: the bar then shows no total.
         total = 0
-    # An iterator, since tqdm.auto's iterates twice over what it is given.
+    # Pass an iterator: tqdm.auto's bar calls iter() twice, which would start a loader twice.
     batches: Iterable[Batch] = tqdm(
         iter(dataloader),
         desc="KL divergence",
@@ -208,7 +211,7 @@ def _with_bar(dataloader: Iterable[Batch], progress: bool) -> Iterable[Batch]:
 
 
 def _logits(model: Model, prompts: Any) -> Any:
-    """Run the model; return what its out_slice picks, which may be no logits yet."""
+    """Run the model; return what its out_slice picks, which is not yet checked to be logits."""
     output = model(prompts)
     try:
         return output[model.out_slice]
@@ -219,14 +222,14 @@ def _logits(model: Model, prompts: Any) -> Any:
 def _outputs_for(
     key: Hashable, circuit_outs: Mapping[EdgeCount, Mapping[Any, Tensor]], vocab_size: int | None
 ) -> list[Tensor]:
-    """Return all circuits' logits for a batch, checked as far as they can be without the reference."""
+    """Return all circuits' logits for a batch, checked as far as possible without the reference."""
     errors.check_batch_key(key)
     circuits = []
     for edge_count, outputs in circuit_outs.items():
-        # Asked first: a defaultdict would make up an entry.
+        # Test for the key first: indexing a defaultdict would create an entry.
         if key not in outputs:
             raise errors.missing_batch_key(edge_count, key, circuit_outs)
-        # And fetched once: a mapping may run a circuit, or load what it gave, when it is asked.
+        # Fetch once: when a mapping is indexed, it may run a circuit or load its output.
         logits, name = outputs[key], f"circuit_outs[{edge_count!r}][{key!r}]"
         errors.check_logits(logits, name)
         errors.check_vocab_fits(vocab_size, logits, name)
@@ -235,5 +238,5 @@ def _outputs_for(
 
 
 def _without_padding(logits: Tensor, vocab_size: int | None) -> Tensor:
-    """View the logits of the tokens that count."""
+    """Return a view of the logits of the tokens that count."""
     return logits if vocab_size is None else logits[..., : int(vocab_size)]

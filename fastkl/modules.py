@@ -1,4 +1,4 @@
-"""The divergences as modules, for where a loss is configured once and called often."""
+"""The divergences as modules, for losses that are configured once and called often."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from fastkl.functional import js_div, kl_div
 
 
 def _check(reduction: str, temperature: float, vocab_size: int | None, backend: str | None) -> None:
-    """Check what needs no logits to be checked, nor a machine that the backend runs on."""
+    """Check what can be checked without logits and on a machine without the backend."""
     errors.check_reduction(reduction)
     errors.check_temperature(temperature)
     errors.check_vocab_size(vocab_size)
@@ -24,11 +24,11 @@ class KLDivLoss(torch.nn.Module):
     .. math:: KL(P ‖ Q) = \sum_v P_v (\log P_v - \log Q_v),
         \quad P = softmax(reference), \quad Q = softmax(circuit)
 
-    Call it as ``loss(circuit, reference, mask=None, weights=None)``: in distillation the student's
-    logits, then the teacher's. This is not a drop-in replacement for :class:`torch.nn.KLDivLoss`, in
-    spite of the similar name. The reference is logits or log-probabilities (which are logits too), never
-    probabilities, which are torch's default. "mean" averages over rows, not over all elements; for
-    logits (R, V) torch calls that "batchmean".
+    Call it as ``loss(circuit, reference, mask=None, weights=None)``. In distillation, pass the
+    student's logits first, then the teacher's. Despite its name, this is not a drop-in replacement
+    for :class:`torch.nn.KLDivLoss`. The reference must be logits or log-probabilities (which are
+    logits too), never probabilities, which are torch's default. "mean" averages over rows, not over
+    all elements; for logits (R, V), torch calls that "batchmean".
 
     Parameters
     ----------
@@ -39,16 +39,16 @@ class KLDivLoss(torch.nn.Module):
     temperature : float
         All logits are divided by it first.
     vocab_size : int, optional
-        How many tokens count, from the first one on; the rest is padding.
+        Only the first `vocab_size` tokens count; the rest is padding.
     backend : str, optional
-        The name of a backend; without it, the environment variable FASTKL_BACKEND, then the device,
-        decide.
+        The name of a backend. If None, the environment variable FASTKL_BACKEND decides; if that is
+        not set, the device does.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not one of these, on construction. Whether `vocab_size` fits the logits, and
-        whether the backend can run on them, is seen when the loss is called.
+        On construction, if an argument is not as described above. Whether `vocab_size` fits the
+        logits, and whether the backend can run on them, is checked when the loss is called.
 
     Examples
     --------
@@ -90,16 +90,16 @@ class KLDivLoss(torch.nn.Module):
         circuit : Tensor (..., V)
             Logits of the circuit.
         reference : Tensor (..., V)
-            Logits of the reference; the same shape and device.
+            Logits of the reference, of the same shape and on the same device.
         mask : Tensor (...), bool, optional
-            Which rows count.
+            True for rows that count.
         weights : Tensor (...), floating, optional
-            What each row is multiplied by.
+            The factor of each row's divergence.
 
         Returns
         -------
         Tensor
-            As of :func:`fastkl.kl_div`.
+            As returned by :func:`fastkl.kl_div`.
         """
         return kl_div(
             circuit,
@@ -114,7 +114,7 @@ class KLDivLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return what print shows."""
+        """Return the options that `print` shows."""
         return (
             f"reduction={self.reduction!r}, direction={self.direction!r}, "
             f"temperature={self.temperature}, vocab_size={self.vocab_size}, backend={self.backend!r}"
@@ -138,16 +138,16 @@ class JSDivLoss(torch.nn.Module):
     temperature : float
         All logits are divided by it first.
     vocab_size : int, optional
-        How many tokens count, from the first one on; the rest is padding.
+        Only the first `vocab_size` tokens count; the rest is padding.
     backend : str, optional
-        The name of a backend; without it, the environment variable FASTKL_BACKEND, then the device,
-        decide.
+        The name of a backend. If None, the environment variable FASTKL_BACKEND decides; if that is
+        not set, the device does.
 
     Raises
     ------
     TypeError, ValueError
-        An argument is not one of these, on construction. Whether `vocab_size` fits the logits, and
-        whether the backend can run on them, is seen when the loss is called.
+        On construction, if an argument is not as described above. Whether `vocab_size` fits the
+        logits, and whether the backend can run on them, is checked when the loss is called.
 
     Examples
     --------
@@ -181,9 +181,10 @@ class JSDivLoss(torch.nn.Module):
         mask: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the divergence of the circuit's logits and the reference's.
+        """Return the divergence between the circuit's logits and the reference's.
 
-        The arguments are those of :meth:`KLDivLoss.forward`, the result that of :func:`fastkl.js_div`.
+        The arguments are those of :meth:`KLDivLoss.forward`. The result is that of
+        :func:`fastkl.js_div`.
         """
         return js_div(
             circuit,
@@ -198,7 +199,7 @@ class JSDivLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return what print shows."""
+        """Return the options that `print` shows."""
         return (
             f"beta={self.beta}, reduction={self.reduction!r}, temperature={self.temperature}, "
             f"vocab_size={self.vocab_size}, backend={self.backend!r}"

@@ -1,4 +1,4 @@
-"""The KL of circuits against their size, as a picture."""
+"""A plot of circuits' KL divergence against their size."""
 
 import math
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ def kl_curve(
 ) -> Figure:
     """Draw KL (log axis) and top-1 agreement against circuit size.
 
-    An exact 0 has no place on a log axis: it stands in a linear strip below the last decade, with a
+    A log axis cannot show an exact 0. It is drawn in a linear strip below the lowest decade, with a
     tick of its own and a hollow marker.
 
     Parameters
     ----------
     sizes : sequence of int
-        Parts in each circuit, ascending.
+        Number of parts in each circuit, ascending.
     kl : sequence of float
         KL(full model ‖ circuit) of each circuit, in nats, not negative.
     agreement : sequence of float
-        Share of predictions with the full model's most probable token.
+        Share of each circuit's predictions whose most probable token is the full model's.
     added : sequence of str
-        What each circuit has beyond the one before it; one less than `sizes`.
+        Name of the part that each circuit adds to the previous one; one element less than `sizes`.
     title : str
         The picture's title.
 
@@ -53,10 +53,10 @@ def kl_curve(
     for zero, face in ((False, _KL_COLOR), (True, "white")):
         chosen = [point for point in zip(sizes, kl, strict=True) if (point[1] == 0) == zero]
         x, y = zip(*chosen, strict=True) if chosen else ((), ())
-        # Not clipped: half of a marker at 0 lies on the axis.
+        # Do not clip: half of a marker at 0 lies outside the axes.
         top.plot(x, y, "o", color=_KL_COLOR, markerfacecolor=face, clip_on=False, zorder=3)
         if zero and chosen:
-            # To the left of the line, which comes down steeply.
+            # Put the label to the left of the line, which falls steeply.
             top.annotate(
                 "exactly 0",
                 (x[-1], 0),
@@ -81,7 +81,7 @@ def kl_curve(
 
 
 def _scale(axes: Axes, kl: Sequence[float]) -> None:
-    """Set a log axis; with a linear strip for 0 below the smallest decade, if there is a 0."""
+    """Set a log axis, with a linear strip for 0 below the lowest decade if there is a 0."""
     positive = [value for value in kl if value > 0]
     if not positive:
         return

@@ -1,7 +1,7 @@
-"""From logits (..., V) to the rows (R, V) that backends take, copied only where no view has them.
+"""Views of logits (..., V) as the rows (R, V) that backends take; copies where there is no view.
 
-What an index such as `[:, 1:]` picks from a model's output (B, S, V) is (B, S - 1, V): rows with a gap
-between those of one prompt and those of the next, which no tensor (R, V) can be a view of.
+An index such as `[:, 1:]` into a model's output (B, S, V) gives logits (B, S - 1, V), with a gap
+between the rows of one prompt and those of the next. No tensor (R, V) can be a view of such rows.
 """
 
 import math
@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# Rows in the gaps are measured too, for nothing, if that makes no more than so many times as many rows
-# as were asked for: beyond that a copy costs less.
+# Rows in the gaps are measured too, and discarded, if the total is then at most this many times the
+# number of rows asked for; beyond that, a copy costs less.
 _MOST = 2
-# How many rows a prompt has, and how many rows the next prompt's first lies after this one's first.
+# The number of rows in a prompt, and the number of rows from its first to the next prompt's first.
 Window = tuple[int, int]
 
 
 def flattened(logits: Sequence[Tensor]) -> list[Tensor]:
-    """View logits (..., V) of one shape as rows (R, V), or as (B, S, V) where some have gaps."""
+    """View logits (..., V) of one shape as rows (R, V), or as (B, S, V) if any of them has gaps."""
     shape = logits[0].shape
     if len(shape) == 2:
         return list(logits)
@@ -29,7 +29,7 @@ def flattened(logits: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_gapless(logits: Tensor) -> bool:
-    """Return whether rows (B, S, V) are all as far apart as one is from the next."""
+    """Return whether all consecutive rows of (B, S, V) are equally far apart in memory."""
     n_prompts, n_positions, _ = logits.shape
     if n_prompts == 1 or n_positions == 1:
         return True
@@ -38,17 +38,18 @@ def _is_gapless(logits: Tensor) -> bool:
 
 def as_rows(logits: Tensor) -> Tensor:
     """View logits (..., V) as (R, V) with a contiguous last dimension; copy if there is no view."""
-    # Asked for K + 1 views, a call with many circuits would take a third longer.
+    # Skip needless views: K + 1 of them would make a call with many circuits a third slower.
     if logits.dim() != 2:
         logits = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     return logits if logits.stride()[1] == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def with_gaps(logits: Sequence[Tensor]) -> tuple[list[Tensor], Window | None]:
-    """Return rows (N, V) of all logits, (R, V) or (B, S, V) alike, and which of them were asked for.
+    """Return logits of one shape (R, V) or (B, S, V) as rows (N, V), and which rows are asked for.
 
-    Where the gaps of all logits (B, S, V) are equally many rows long, the rows in the gaps are measured
-    too, for nothing, which saves a copy. The distance from row to row may differ from tensor to tensor.
+    If the gaps of all logits (B, S, V) are the same number of rows long, and short, the rows in the
+    gaps are included, which saves a copy; they are measured only to be discarded. The distance
+    between consecutive rows may differ between tensors.
     """
     if logits[0].dim() == 3:
         n_prompts, n_positions, n_cols = logits[0].shape
@@ -61,7 +62,7 @@ def with_gaps(logits: Sequence[Tensor]) -> tuple[list[Tensor], Window | None]:
 
 
 def _step(logits: Tensor) -> int:
-    """Return how many rows (B, S, V) lie from one prompt's first to the next one's; 0 if no number."""
+    """Return how many rows lie from a prompt's first to the next prompt's; 0 without a view."""
     far, near, element = logits.stride()
     if near == 0 or far % near or (element != 1 and logits.shape[2] != 1):
         return 0
@@ -69,5 +70,5 @@ def _step(logits: Tensor) -> int:
 
 
 def asked_for(values: Tensor, window: Window | None) -> Tensor:
-    """Return the values (..., R) of the rows that were asked for, of those (..., N) of all."""
+    """Return the values (..., R) of the rows asked for, from those (..., N) of all rows."""
     return values if window is None else values.unfold(-1, *window).flatten(-2)

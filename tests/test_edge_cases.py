@@ -1,4 +1,4 @@
-"""The table of edge cases, for every backend; what it says is part of the contract."""
+"""Edge cases on every backend. The table of them is part of the contract."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ from conftest import assert_matches, interpreted, kl_rows, native_block_starts, 
 
 INF, NAN = math.inf, math.nan
 N_COLS = 1100
-# Where the odd logits are put: in the head, the body and the tail of a row of N_COLS.
+# The positions of odd logits: in the head, the body and the tail of a row of N_COLS.
 PLACES = {"first": 0, "body": 300, "last": N_COLS - 1}
 
 
@@ -18,7 +18,7 @@ def pair(generator):
     return reference + 0.1 * torch.randn(3, N_COLS, generator=generator), reference
 
 
-# (p_v, q_v) and the divergence of the row they are in: None for what the oracle says of the rest.
+# (p_v, q_v, the divergence of the row that they are in). None stands for the oracle's divergence.
 TABLE = {
     "p masked, q finite": (-INF, 0.3, None),
     "p masked, q finite and large": (-INF, 9.0, None),
@@ -38,7 +38,7 @@ TABLE = {
     "p masked, q +inf": (-INF, INF, NAN),
     "p +inf, q masked": (INF, -INF, NAN),
 }
-# For the Triton kernels a reference's logit below -1e38 is masked, as README says.
+# The Triton kernels take a reference logit below -1e38 as masked, as README says.
 LOWEST = "q masked, p the lowest float"
 TRITON_TABLE = TABLE | {LOWEST: (*TABLE[LOWEST][:2], None)}
 
@@ -49,7 +49,7 @@ def as_triton_reads(reference):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_one_token(backend, generator, place):
-    """A row for each case, between two ordinary ones."""
+    """Measure a row for each case, between two ordinary rows."""
     table = TRITON_TABLE if backend == "triton" else TABLE
     n_rows = 1 + len(table) + 1
     reference = torch.randn(n_rows, N_COLS, generator=generator)
@@ -64,7 +64,7 @@ def test_one_token(backend, generator, place):
     for row, case in enumerate(table, 1):
         assert_matches(found[row], expected[row], case)
         if backend != "triton":
-            # A block of others may be looked at in other ways for their sake.
+            # Other rows of a block may influence a row's formulas, so measure it alone too.
             alone = slice(row, row + 1)
             divergence = kl_rows([circuit[alone]], reference[alone], backend)[0]
             assert_matches(divergence, expected[alone], case)
@@ -89,11 +89,11 @@ def test_whole_row(backend, generator, p_row, q_row):
 @pytest.mark.parametrize("n_masked", [1, 600, N_COLS - 1])
 @pytest.mark.parametrize("end", ["prefix", "suffix"])
 def test_masked_run(backend, generator, mask, n_masked, end):
-    """A run masked on both sides is as if it were not there, however many tiles it covers."""
+    """A run of tokens masked on both sides counts as absent, however many tiles it covers."""
     circuit, reference = pair(generator)
     if interpreted(backend):
         circuit, reference = circuit[:1], reference[:1]
-    # Shifted: only a pivot taken after the mask keeps this accurate.
+    # After this shift, only a pivot taken from unmasked tokens keeps the result accurate.
     circuit += 50
     masked = slice(None, n_masked) if end == "prefix" else slice(N_COLS - n_masked, None)
     kept = slice(n_masked, None) if end == "prefix" else slice(None, N_COLS - n_masked)
@@ -103,14 +103,14 @@ def test_masked_run(backend, generator, mask, n_masked, end):
 
 
 def test_truncated_reference(backend, generator):
-    """Top-k sampling's reference: all but 50 tokens masked, the circuit whole."""
+    """Mask all tokens but 50 in the reference, as top-k sampling does, and none in the circuit."""
     circuit, reference = pair(generator)
     reference[reference < reference.topk(50).values[:, -1:]] = -INF
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
 def test_infinite_divergence_survives_a_rising_maximum(backend, generator):
-    """A token of infinite divergence stays, though its weight later becomes 0."""
+    """A token's infinite divergence is kept even when the token's weight later becomes 0."""
     circuit, reference = pair(generator)
     reference[:, 0], circuit[:, 0] = -200.0, -INF
     reference[:, 1000] = 300.0
@@ -128,7 +128,7 @@ def test_odd_rows_do_not_touch_their_neighbors(backend, generator):
 
 
 def test_large_shift_between_the_rows(backend, generator):
-    """Softmax does not see a constant, and neither may a small divergence."""
+    """A constant shift does not change softmax, so it must not change a small divergence either."""
     circuit, reference = pair(generator)
     circuit += 64
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
@@ -138,7 +138,7 @@ def test_large_shift_between_the_rows(backend, generator):
 @pytest.mark.parametrize("apart", [0.0, 6.0, 1000.0])
 @pytest.mark.parametrize("mask", [-100.0, -700.0, -1e4, -1e9, torch.finfo(torch.float32).min])
 def test_finite_masks(backend, generator, mask, apart, which):
-    """A large negative number in the place of -inf, on one side or both, and sides apart."""
+    """Mask one or both sides with large negative numbers, not -inf, with sides up to 1000 apart."""
     for n_cols in (3, 513):
         reference = 2 * torch.randn(4, n_cols, generator=generator)
         noise = torch.tensor([[0.0], [1e-3], [0.02], [0.5]])
@@ -154,8 +154,8 @@ def test_finite_masks(backend, generator, mask, apart, which):
 @pytest.mark.parametrize("circuit_mask", [None, -1e4, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("mask", [-1e6, -1e9, torch.finfo(torch.float32).min])
 def test_masked_blocks(backend, generator, mask, circuit_mask):
-    """What a block says of the sides is of no use for the next one: 1e9 apart, and not apart."""
-    # Slices of Triton's have 4096 tokens.
+    """A block's pivot is of no use for the next block: the sides are 1e9 apart, then not apart."""
+    # Triton's slices have 4096 tokens.
     n_cols = 8193 if backend == "triton" else 16385
     starts = [4096] if backend == "triton" else native_block_starts(n_cols)[1:]
     logits = torch.randn(1, n_cols, generator=generator)
@@ -170,7 +170,7 @@ def test_masked_blocks(backend, generator, mask, circuit_mask):
 
 
 def test_blocks_whose_sides_lie_far_apart_differently(implementation, generator):
-    """At the pivot of the blocks before, all d are 1e9 and alike: that is no small divergence."""
+    """At the previous blocks' pivot, all d are 1e9 and alike: this is not a small divergence."""
     logits = 0.1 * torch.rand(2, 33000, generator=generator)
     circuit = logits + 0.04 * torch.randn(2, 33000, generator=generator)
     for start in native_block_starts(33000)[1:]:
@@ -184,7 +184,7 @@ def test_blocks_whose_sides_lie_far_apart_differently(implementation, generator)
 
 
 def test_masks_that_overflow_when_added_up(backend):
-    """A finite KL of 2e38: of a circuit's `finfo.min` where the reference has mass."""
+    """KL is finite, 2e38, if a circuit has `finfo.min` where the reference has mass."""
     if backend != "native":
         pytest.skip("infinite in eager, and counts as masked in Triton: see README, Limits")
     reference = torch.zeros(1, 64)
@@ -225,16 +225,20 @@ def test_sides_apart_by_a_tie_of_their_grid(backend, generator):
     assert_matches(kl_rows([circuit], reference, backend)[0], oracle(circuit, reference))
 
 
-# About the Triton kernels' slices of 4096 tokens, of which the first 32 are asked for bases.
+# The following tests are about the Triton kernels' slices of 4096 tokens, whose bases are estimated
+# from their first 32 tokens.
 
 
 @pytest.mark.parametrize("low", [-20, -48, -55])
 def test_slices_whose_first_tokens_are_far_below(backend, generator, low, monkeypatch):
-    """The reference's in one slice, both sides' in another: the circuit's mass is lost in rounding."""
+    """The first tokens lie far below on both sides in one slice, in the reference alone in another.
+
+    In the latter, rounding can lose the circuit's mass.
+    """
     if launch := sys.modules.get("fastkl._triton.launch"):
         monkeypatch.setattr(launch, "slices", lambda n_cols, itemsize: (n_cols // 1024, 1024))
     generator.manual_seed(0)
-    # Half of the rows of such a batch showed it at -48, the first of them most.
+    # At -48, half of the rows of such a batch showed the error, the first row most of all.
     reference = torch.randn(6, 3072, generator=generator)
     circuit = reference + 1.2 * torch.randn(6, 3072, generator=generator)
     reference, circuit = reference[:1], circuit[:1]
@@ -245,7 +249,7 @@ def test_slices_whose_first_tokens_are_far_below(backend, generator, low, monkey
 
 @pytest.mark.parametrize("offset", [-5665, -11345])
 def test_bases_beside_a_power_of_two(backend, generator, offset):
-    """Bases of -8192 + 19 and the like, from which something is subtracted."""
+    """Subtracting SCALE from bases such as -8192 + 19 crosses the power of two."""
     reference = 3 * torch.randn(2, 8192, generator=generator) + offset
     circuit = reference.clone()
     circuit[:, :4096] += 0.1 * torch.randn(2, 4096, generator=generator)
@@ -254,7 +258,7 @@ def test_bases_beside_a_power_of_two(backend, generator, offset):
 
 @pytest.mark.parametrize("apart", [1000.3, 10000.3, 90000.3])
 def test_a_slice_of_the_circuit_alone_and_sides_apart(backend, generator, apart):
-    """What rounding takes from differences is in the circuit's mass, not in the reference's."""
+    """The rounding of p - q affects the circuit's mass, not the reference's."""
     reference = torch.zeros(1, 4596)
     reference[:, :4096] -= 12.0007
     circuit = reference.clone()

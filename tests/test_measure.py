@@ -1,4 +1,4 @@
-"""The auto_circuit contract, on small models of our own; tests/integration has the real ones."""
+"""The auto_circuit contract, tested on small stand-in models; tests/integration has real models."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ V = 60
 
 
 class Model:
-    """Logits from a table of embeddings; counts its calls and what is alive of its outputs."""
+    """A model that looks up logits in a table; records its calls and counts live outputs then."""
 
     def __init__(self, out_slice, n_cols=V):
         self.out_slice = out_slice
@@ -32,13 +32,13 @@ class Model:
         self.alive_at_call.append(sum(not output.expired() for output in self.outputs))
         self.calls.append((tokens, torch.is_inference_mode_enabled()))
         output = self.table[tokens]
-        # Of its memory: what out_slice picks is another tensor, and keeps it alive.
+        # Track the storage: out_slice picks another tensor, which keeps only the storage alive.
         self.outputs.append(StorageWeakRef(output.untyped_storage()))
         return output
 
 
 class Loader:
-    """Batches of prompts; counts how often it is iterated."""
+    """Batches of prompts; counts how often it is iterated over."""
 
     def __init__(self, sizes=(4, 4, 1), length=5):
         generator = torch.Generator().manual_seed(2)
@@ -61,7 +61,7 @@ class Loader:
 
 
 class Stream:
-    """Batches of an iterable data set, whose loader knows no length and says so in its own way."""
+    """Batches of an iterable data set, whose loader raises NotImplementedError for its length."""
 
     def __init__(self, loader):
         self.loader = loader
@@ -115,7 +115,7 @@ def expected_kl(model, loader, outs, inputs="clean"):
 def test_values(out_slice, clean, backend):
     if backend == "triton" and torch.cuda.is_available():
         pytest.skip("the model of this test is on the CPU")
-    # The interpreter is slow, a row.
+    # The interpreter needs much time per row.
     sizes, length = ((2, 1), 2) if backend == "triton" else ((4, 4, 1), 5)
     model, loader = Model(out_slice), Loader(sizes, length)
     outs = circuits_for(model, loader)
@@ -192,7 +192,7 @@ class Fetched(dict):
 
 
 def test_each_output_is_fetched_once():
-    """What a mapping gives may be loaded, or computed, when it is asked: it is checked and measured."""
+    """A mapping may load or compute what is fetched, so one fetch serves checks and measurement."""
     model, loader = Model(LAST), Loader()
     outs = circuits_for(model, loader)
     lazy = {edges: Fetched(outputs) for edges, outputs in outs.items()}
@@ -203,7 +203,7 @@ def test_each_output_is_fetched_once():
 
 
 class Loaded(dict):
-    """A circuit's outputs, loaded when fetched; counts the outputs of all circuits alive by then."""
+    """A circuit's outputs, loaded when fetched; at each load, counts all circuits' live outputs."""
 
     def __init__(self, outputs, storages, alive_at_load):
         super().__init__(outputs)
@@ -233,7 +233,7 @@ def test_edge_counts_pass_through():
 
 
 def test_rows_are_weighed_alike_not_batches():
-    """A last, smaller batch counts by its rows."""
+    """A smaller last batch counts by its number of rows."""
     model, loader = Model(LAST), Loader(sizes=(8, 1))
     outs = circuits_for(model, loader)
     outs[7][1001] = outs[7][1001] * 0
@@ -242,7 +242,10 @@ def test_rows_are_weighed_alike_not_batches():
 
 
 def test_sums_are_kept_in_float64():
-    """Within a batch, and over batches: float32 has seven digits for the first row and the others."""
+    """Adding the first row's large KL to the others' takes more digits than float32's seven.
+
+    The test sums within a batch, and over batches.
+    """
     reference, circuit = torch.zeros(4000, 2), torch.zeros(4000, 2)
     circuit[:, 0] = torch.linspace(0.5, 2, 4000)
     circuit[0, 0] = 3e6
@@ -262,7 +265,7 @@ def test_sums_are_kept_in_float64():
 @pytest.mark.parametrize("vocab_size", [V, V - 7])
 @pytest.mark.parametrize("padding", [0.0, 1e3, math.nan])
 def test_padded_vocabularies(out_slice, vocab_size, padding):
-    """Both sides are padded, each in its own way; a smaller vocab_size leaves more out."""
+    """Pad each side by a different number of tokens; a smaller vocab_size leaves out more."""
     model, loader = Model(out_slice), Loader()
     outs = circuits_for(model, loader)
     short = Model(out_slice)
@@ -282,7 +285,7 @@ def test_padded_vocabularies(out_slice, vocab_size, padding):
         for i, (edges, outputs) in enumerate(outs.items())
     }
     found = fastkl.measure_kl_div(model, loader, outs, vocab_size=vocab_size)
-    # Rows that lie otherwise may be added up in another order.
+    # Rows with another memory layout may be summed in another order.
     assert [edges for edges, _ in found] == [edges for edges, _ in expected]
     for (_, value), (_, exact) in zip(found, expected, strict=True):
         assert value == pytest.approx(exact, rel=1e-6, abs=1e-12)
@@ -335,7 +338,7 @@ def test_dtypes(dtype):
 
 
 def test_gradients_are_not_asked_for():
-    """Circuits that still hang in a graph are measured, under inference mode."""
+    """Circuits that are still part of an autograd graph are measured under inference mode."""
     model, loader = Model(LAST), Loader()
     outs = circuits_for(model, loader)
     plain = fastkl.measure_kl_div(model, loader, outs)
@@ -389,7 +392,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, progress):
     ids=["notebook", "IPython", "Python"],
 )
 def test_progress_bar_in_a_notebook(monkeypatch, shell, shown, progress):
-    """Its output is no terminal, and shows bars; IPython's may be a file."""
+    """A notebook's output is not a terminal but shows bars; IPython's output may be a file."""
     output = Terminal(tty=False)
     monkeypatch.setattr("sys.stderr", output)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
@@ -400,7 +403,7 @@ def test_progress_bar_in_a_notebook(monkeypatch, shell, shown, progress):
 
 @pytest.mark.parametrize("sized", [True, False])
 def test_progress_bar_counts_batches(monkeypatch, sized):
-    """Of a loader that knows how many there are; a generator does not."""
+    """The bar shows the number of batches if the loader has a length; a generator has none."""
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     model, loader = Model(LAST), Loader()
@@ -411,7 +414,7 @@ def test_progress_bar_counts_batches(monkeypatch, sized):
 
 
 def test_the_bar_is_the_notebooks_own():
-    """tqdm.auto's, which is a widget where there are any."""
+    """It is tqdm.auto's bar, which is a widget if widgets are available."""
     assert measure.tqdm is tqdm.auto.tqdm
 
 

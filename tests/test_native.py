@@ -362,12 +362,12 @@ def test_fuzz(seed, n_rows, n_cols, scale, noises, dtypes, gaps, offsets, specia
 LONG_CALL = """
 import gc, signal, sys, threading, time, torch
 from fastkl.backends import native
-# Of 100,000 circuits' addresses it makes something to look through, for longer than the test waits.
+# A garbage collection over 100,000 circuits' addresses would take longer than the test waits.
 gc.disable()
-# Ignored where a shell without job control started the tests in the background.
+# SIGINT is ignored if a shell without job control started the tests in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 rows = torch.randn({rows}, 151936)
-# Some ten seconds of work on two cores, however many rows it is made of.
+# About ten seconds of work on two cores, whatever the number of rows.
 circuits = [rows] * (200_000 // {rows})
 ticks = 0
 def tick():
@@ -484,7 +484,7 @@ import os, signal, sys, torch
 torch.set_num_threads(2)
 rows = torch.randn(64, 50257)
 circuit = rows.flip(0)
-# PyTorch's threads exist, and have worked.
+# Start PyTorch's threads and let them work.
 rows.exp()
 
 def measure():

@@ -39,7 +39,7 @@ print(fastkl.__version__)
 # Runs with neither a compiler nor anything else on the path.
 USE = """
 import sys
-# An editable install of this checkout would lend its own extension.
+# Remove the finder of an editable install: it would provide the extension of this checkout.
 sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
 import torch, fastkl
 assert fastkl.__file__.startswith(sys.argv[1]), fastkl.__file__

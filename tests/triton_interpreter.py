@@ -1,4 +1,4 @@
-"""Changes to Triton's interpreter, made before the first interpreted kernel runs."""
+"""Patches for Triton's interpreter, to apply before the first interpreted kernel runs."""
 
 import numpy as np
 from triton.runtime import interpreter
@@ -6,7 +6,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def correct() -> None:
-    """Make a multiply-add and `exp2` give what the hardware's instructions do."""
+    """Make multiply-adds and `exp2` give the results of the hardware's instructions."""
     InterpreterBuilder.create_fma = _fused_multiply_add
     InterpreterBuilder.create_exp2 = _flushed_exp2
 
@@ -14,7 +14,7 @@ def correct() -> None:
 def hasten() -> None:
     """Have the interpreter patch `triton.language` once per launch, which halves a launch's time.
 
-    It does so at a launch, and again at each call of a jitted function, to no effect.
+    By itself it patches at launch and again, without effect, at each call of a jitted function.
     """
     if not hasattr(interpreter, "_LangPatchScope"):
         return
@@ -35,9 +35,9 @@ def hasten() -> None:
 
 
 def _fused_multiply_add(self, x, y, z):
-    """Round once: the interpreter's own rounds the product too.
+    """Keep the product exact: the interpreter's own version rounds it.
 
-    float64 holds the product of two float32 exactly.
+    float64 holds the product of two float32 exactly. The sum is rounded to float64, then again.
     """
     del self
     with np.errstate(all="ignore"):
@@ -46,7 +46,7 @@ def _fused_multiply_add(self, x, y, z):
 
 
 def _flushed_exp2(self, x):
-    """Return 2^x, and 0 instead of subnormal numbers, as `ex2.approx.ftz` does."""
+    """Return 2^x with subnormal results flushed to 0, as `ex2.approx.ftz` does."""
     del self
     with np.errstate(all="ignore"):
         power = np.exp2(x.data)

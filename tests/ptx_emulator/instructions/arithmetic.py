@@ -24,7 +24,8 @@ from .builder import Builder, op, write
 
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
-# Right once they are rounded to nearest; "lo" is the low half of an integer product.
+# Functions whose results are correct once rounded to nearest; "lo" is the low half of an integer
+# product.
 _NEAREST = {
     "add": np.add,
     "sub": np.subtract,
@@ -40,7 +41,8 @@ def _exact_add(x, y):
     return fma(x, np.ones_like(x), y)
 
 
-# Of float32, in float64: exact, or rounded to odd. They can be rounded in any direction.
+# Functions of float32 operands with float64 results that are exact or rounded to odd, so that these
+# can be rounded in any direction.
 _EXACT_F32 = {
     "add": _exact_add,
     "sub": lambda x, y: _exact_add(x, -y),
@@ -61,7 +63,7 @@ _COMPARE = {
     "hi": np.greater,
     "hs": np.greater_equal,
 }
-# Those that end in u are true if an operand is NaN, the others false.
+# If an operand is NaN, comparisons that end in u are true, and all others except "nan" are false.
 _COMPARE_FLOAT = _COMPARE | {
     "ne": lambda x, y: (x < y) | (x > y),
     "equ": lambda x, y: ~((x < y) | (x > y)),
@@ -74,7 +76,7 @@ _COMPARE_FLOAT = _COMPARE | {
     "nan": lambda x, y: np.isnan(x) | np.isnan(y),
 }
 
-# Rounding to a whole number: of arrays, and of one Python float.
+# Functions that round to an integer: for arrays, and for one Python float.
 _WHOLE = {
     "rni": (np.rint, round),
     "rzi": (np.trunc, math.trunc),
@@ -171,7 +173,7 @@ def _bits(b: Builder):
     if b.base in LOGIC:
         return b.emit(LOGIC[b.base], t, t, t)
     if b.base in ("shl", "shr"):
-        # NumPy, like PTX, shifts everything out if told to.
+        # Like PTX, NumPy shifts all bits out if the shift is the width or more.
         shift = np.left_shift if b.base == "shl" else np.right_shift
         return b.emit(lambda x, n: shift(x, np.minimum(n, 64).astype(x.dtype)), t, t, B32)
     if b.base == "prmt":
@@ -196,7 +198,7 @@ def _compare(b: Builder):
 
     def run(mask):
         r = f(x(), y())
-        # p|q: the results of both elements if packed, else the result and its complement.
+        # p|q are the results of both elements of a packed type, else the result and its complement.
         results = (r[:, 0], r[:, 1]) if t.lanes == 2 else (r, ~r)
         for destination, value in zip(destinations, results, strict=True):
             if destination is not None:
@@ -207,7 +209,7 @@ def _compare(b: Builder):
 
 @op("mov")
 def _move(b: Builder):
-    """Also packs {a, b} into one wider register, and unpacks it."""
+    """Build a move, which may also pack {a, b} into one wider register, or unpack it."""
     t, to, source = b.type(), b.vector(), b.vector()
     count = max(len(to), len(source))
     if count == 1:
@@ -262,7 +264,7 @@ def _convert(b: Builder):
 def _to_integer(s: Type, t: Type, whole, sat):
     low, high = int(np.iinfo(t.store).min), int(np.iinfo(t.store).max)
     if s.float:
-        # Clamps; what NaN becomes depends on the width.
+        # Values are clamped. NaN becomes 0, or the top bit alone if either type has 64 bits.
         nan = 0
         if max(t.bits, s.bits) == 64:
             nan = low or high // 2 + 1

@@ -1,4 +1,4 @@
-"""How the text of an instruction becomes a closure over the arrays of its registers."""
+"""Turn the text of an instruction into a closure over the arrays of its registers."""
 
 import re
 from collections.abc import Callable
@@ -29,7 +29,7 @@ _OPS: dict[str, Callable] = {}
 
 
 def op(names: str):
-    """Decorator: this function builds the instructions with these (space-separated) bases."""
+    """Register the decorated function to build instructions with these (space-separated) bases."""
 
     def register(build):
         _OPS.update(dict.fromkeys(names.split(), build))
@@ -51,20 +51,20 @@ class Builder:
     """One instruction, compiled to `run`.
 
     The functions registered with `op` take modifiers and operands from the Builder one by one and
-    return `run`; whatever is left then is an error, so nothing is ignored by accident.
+    return `run`. Anything left over is an error, so nothing is ignored by accident.
 
     Attributes
     ----------
     kind : PLAIN, SYNC (lanes of a warp have to execute it together) or CONTROL.
     run : PLAIN and SYNC instructions are called as run(mask), which executes them for the threads
         in mask (None: all). CONTROL instructions are called as run(at, mask): they set the program
-        counters and the status of the threads themselves and return None, or return the next
-        instruction if all go on there.
-    members : of a SYNC instruction, for each thread, the lanes of its warp that must take part, as
-        bits.
-    barrier_id : of a barrier of the CTA.
-    base, mods, ops : "mul.rn.f32 %r1, %r2, %r3" is "mul", ["rn", "f32"] and the operands; of the
-        latter two, what has not been taken.
+        counters and the status of the threads themselves and return None, or return the index of
+        the next instruction if all threads continue there.
+    members : for each thread of a SYNC instruction, a bit mask of the lanes of its warp that must
+        take part.
+    barrier_id : the number of a CTA's barrier; None for other instructions.
+    base, mods, ops : "mul.rn.f32 %r1, %r2, %r3" splits into "mul", ["rn", "f32"] and the operands;
+        `mods` and `ops` hold only what has not been taken yet.
     """
 
     def __init__(self, machine, ins: Instruction):
@@ -86,7 +86,7 @@ class Builder:
         raise Unsupported(f"{self.machine.name}, {self.ins}: {why}")
 
     def take(self, *names: str) -> str | None:
-        """Remove and return the first of these modifiers that is there."""
+        """Remove and return the first of these modifiers that is present."""
         for name in names:
             if name in self.mods:
                 self.mods.remove(name)
@@ -97,14 +97,14 @@ class Builder:
         return self.take(*names) or self.fail(f"needs one of {names}")
 
     def type(self, *allowed: str) -> Type:
-        """Take the last modifier, a type."""
+        """Take the last modifier, which must be a type."""
         name = self.mods.pop() if self.mods else "none"
         if not TYPE_NAME.fullmatch(name) or (allowed and name not in allowed):
             self.fail(f"type {name}")
         return ptx_type(name)
 
     def memory_modifiers(self) -> tuple[str, bool]:
-        """Take those of a memory access: its space, and if a cache policy is the last operand."""
+        """Take a memory access's modifiers; return its space, and whether a policy comes last."""
         while self.take(*_HINTS):
             pass
         space = self.take("param", "global", "shared", "shared::cta") or "global"
@@ -114,13 +114,14 @@ class Builder:
         return self.ops.pop(0) if self.ops else self.fail("too few operands")
 
     def vector(self, text: str | None = None) -> list[str]:
-        """The parts of an operand {a, b, ...}, or the operand alone."""
+        """Return the parts of an operand {a, b, ...}, or the operand alone."""
         return [part.strip() for part in (text or self.next()).strip("{}").split(",")]
 
     def arg(self, t: Type, text: str | None = None, wide: bool = False, write: bool = False):
-        """The array behind the next operand: register, symbol or immediate.
+        """Return the array behind the next operand: register, symbol or immediate.
 
-        `wide`: a register may be wider than t. Then its low part is read, or the value extended.
+        With `wide`, a register may be wider than t: then its low part is read, or the value that is
+        written to it is extended.
         """
         text = text or self.next()
         bits = (self.machine.registers if write else self.machine.values).get(text)
@@ -137,16 +138,16 @@ class Builder:
         return bits.view(t.store).reshape(-1, 2) if t.lanes == 2 else bits.view(t.store)
 
     def dst(self, t: Type, text: str | None = None, wide: bool = False):
-        """The array behind the next operand, a destination."""
+        """Return the array behind the next operand, a destination."""
         return self.arg(t, text, wide, write=True)
 
     def pair(self, t: Type):
-        """A destination d, or d|p with a predicate p."""
+        """Return the arrays of a destination d|p with a predicate p, or of d alone and None."""
         first, _, second = self.next().partition("|")
         return self.dst(t, first), self.dst(PRED, second) if second else None
 
     def source(self, t: Type, ftz: bool = False, wide: bool = False) -> Callable:
-        """A function that reads the next operand as numbers to compute with; bf16 as float32."""
+        """Return a function that reads the next operand for arithmetic; bf16 as float32."""
         register = self.arg(t, wide=wide)
 
         def read():
@@ -157,7 +158,7 @@ class Builder:
         return read
 
     def emit(self, f, out: Type, *sources: Type, ftz=False, sat=False, wide=False) -> Callable:
-        """The closure of an instruction that sets its destination to f(sources)."""
+        """Return the closure of an instruction that sets its destination to f(sources)."""
         destination = self.dst(out, wide=wide)
         reads = [self.source(t, ftz, wide) for t in sources]
         flush_result = ftz and (out.bits == 32 or self.base != "cvt")
@@ -172,7 +173,7 @@ class Builder:
         return run_float if out.float else run_integer
 
     def address(self) -> Callable:
-        """A function that computes the addresses of the next operand, [register + offset]."""
+        """Return a function that computes addresses from the next operand, [register + offset]."""
         m = _ADDRESS.fullmatch(self.next()) or self.fail("address")
         base = self.machine.values.get(m["base"])
         if base is None or base.dtype not in (U32, U64):
@@ -181,11 +182,11 @@ class Builder:
         return lambda: (base + offset).astype(U64)
 
     def lanes(self, mask):
-        """The numbers of the threads in mask."""
+        """Return the indices of the threads in mask."""
         return self.machine.threads if mask is None else np.flatnonzero(mask)
 
     def enabled(self, mask):
-        """The threads of mask whose guard lets them execute."""
+        """Return the threads of mask whose guard lets them execute."""
         if self.guard is None:
             return mask
         passes = self.guard != self.ins.negate
@@ -193,12 +194,12 @@ class Builder:
 
 
 def _immediate(text: str, t: Type) -> int | None:
-    """The bits of a constant of type t, or if negative their two's complement."""
+    """Return a constant of type t as an integer (its bits modulo 2^width), else None."""
     m = _IMMEDIATE.fullmatch(text)
     if m is None:
         return None
     if m["int"]:
-        # Of the float types only those of 16 bits are written as integers.
+        # The only float constants that are written as integers are those of 16 bits.
         fits = not t.float or t.width < 32
         value = int(m["int"], 0)
     else:

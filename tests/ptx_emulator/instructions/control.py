@@ -5,7 +5,7 @@ import numpy as np
 from ..numbers import B32, B64
 from .builder import CONTROL, SYNC, Builder, op, write
 
-# What a thread is doing. Parked: it waits at a barrier or at a warp-synchronous instruction.
+# The status of a thread. PARKED: it waits at a barrier or a warp-synchronous instruction.
 READY, PARKED, DONE = range(3)
 
 

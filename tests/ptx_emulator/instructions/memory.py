@@ -12,7 +12,7 @@ def _load_store(b: Builder):
     t, load = b.type(), b.base == "ld"
     space, has_policy = b.memory_modifiers()
     count = int((b.take("v2", "v4", "v8") or "v1")[1:])
-    # A signed load extends the sign to the whole register.
+    # A signed load sign-extends the value to the width of the register.
     word = ptx_type(f"{'s' if t.kind == 's' else 'u'}{t.bits}")
     if len(b.ops) != 2 + has_policy:
         b.fail("operands")
@@ -50,7 +50,8 @@ def _copy_async(b: Builder):
 
 def _copy_order(b: Builder, order: str):
     machine = b.machine
-    # wait_group n leaves the n newest groups open; wait_all not even the one not committed.
+    # wait_group n leaves the n newest committed groups pending. wait_all leaves none, not even the
+    # group that is not committed yet.
     allowed = int(b.next(), 0) if order == "wait_group" else -1
 
     def run(mask):
@@ -68,13 +69,13 @@ def _copy_order(b: Builder, order: str):
 
 
 def _copy(b: Builder):
-    """The source is read, and checked, at once; the destination is poison until the wait."""
+    """Build a copy that reads and checks its source at once, and writes poison until the wait."""
     machine = b.machine
     _, has_policy = b.memory_modifiers()
     b.need("shared", "shared::cta")
     target, source = b.address(), b.address()
     size = int(b.ops[0], 0)
-    # The operands left are the size, then maybe how many of its bytes to copy.
+    # The remaining operands are the size and, optionally, how many of its bytes to copy.
     amount = [b.arg(B32) for _ in b.ops[has_policy:]][-1]
     if has_policy:
         b.arg(B64)
@@ -82,7 +83,7 @@ def _copy(b: Builder):
     def run(mask):
         lanes = b.lanes(mask)
         to = target()[lanes]
-        # What is not copied is filled with zeros.
+        # Bytes that are not copied are filled with zeros.
         data = np.zeros((lanes.size, size), U8)
         for n in set(amount[lanes].tolist()) - {0}:
             chosen = amount[lanes] == n
@@ -98,7 +99,7 @@ def _copy(b: Builder):
 
 @op("ldmatrix stmatrix")
 def _matrix(b: Builder):
-    """8x8 matrices of 16-bit elements; lanes 8i to 8i+7 hold the addresses of matrix i's rows."""
+    """Move 8x8 matrices of 16-bit elements; lanes 8i to 8i+7 hold addresses of matrix i's rows."""
     b.kind, b.members = SYNC, np.full(b.machine.n, 0xFFFFFFFF, U32)
     load = b.base == "ldmatrix"
     b.type("b16")

@@ -19,7 +19,7 @@ def _shuffle(b: Builder):
     lane = threads % 32
 
     def run(mask):
-        # PTX's pseudocode: c holds a bound in bits 0-4 and a mask for segments in bits 8-12.
+        # As in PTX's pseudocode, `clamp` holds a bound in bits 0-4 and a segment mask in bits 8-12.
         k, bound, segment = (v.astype(I64) for v in (n & 31, clamp & 31, clamp >> 8 & 31))
         last = lane & segment | bound & ~segment
         if mode == "up":
@@ -29,7 +29,7 @@ def _shuffle(b: Builder):
             other = {"down": lane + k, "bfly": lane ^ k, "idx": lane & segment | k & ~segment}[mode]
             inside = other <= last
         other = threads - lane + np.where(inside, other, lane)
-        # What a lane gives that does not take part is poison.
+        # A lane that does not take part supplies poison.
         value = x[other] if mask is None else np.where(mask[other], x[other], ~U32(0))
         write(destination, value, mask)
         if in_range is not None:
@@ -63,10 +63,10 @@ def _collective(b: Builder):
     }[kind]
 
     def run(mask):
-        # (threads, 32): the lanes of its warp that each thread combines.
+        # (threads, 32): for each thread, the lanes of its warp that it combines.
         named = (b.members[:, None] >> np.arange(32, dtype=U32) & U32(1)).astype(bool)
         v = np.abs(x) if absolute else x
-        # A lane not named gives what changes nothing: 0, or the thread's own value again.
+        # A lane that is not named supplies a neutral value: 0, or the thread's own value again.
         neutral = v.dtype.type(0) if kind in ("add", "xor") else v[:, None]
         lanes = np.where(named, np.repeat(v.reshape(-1, 32), 32, 0), neutral)
         r = f.reduce(lanes, axis=1).astype(v.dtype)
