@@ -4,16 +4,17 @@ With p the reference's logits, q the circuit's and d = log(P / Q) = p - q - (lse
 
     dKL/dq = Q - P = P (e^(-d) - 1)        dKL/dp = P (d - KL)
 
-Small gradients are as accurate, relative to their size, as the divergence. Where P and Q are close, Q -
-P is not computed as a difference of two rounded softmaxes but as P expm1(-d). That needs d to a small
-part of itself, whereas two rounded log-sum-exps are each off by 1e-7, however small d is. So everything
-is summed at a rounded pivot c near lse_p - lse_q, and the pivot's error x follows from Σ Q = 1::
+Small gradients are as accurate, relative to their size, as the divergence. Where P and Q are close,
+Q - P is not computed as a difference of two rounded softmaxes but as P expm1(-d). This needs a
+small relative error of d, whereas two rounded log-sum-exps are each off by 1e-7, however small d
+is. So all sums use a rounded pivot c near lse_p - lse_q, and the pivot's error x follows from
+Σ Q = 1::
 
-    d' = p - q - c        t = e^(p - m_p) expm1(-d')        x = lse_p - lse_q - c = -log1p(Σ t / z_p)
+    d' = p - q - c       t = e^(p - m_p) expm1(-d')       x = lse_p - lse_q - c = -log1p(Σ t / z_p)
 
-Relative to Σ |t|, x is as accurate as any sum. The reference's gradient does not need x, which cancels
-in d - KL = d' - Σ P d'. What remains is the rounding of p - q. There is none where p and q are within a
-factor of two of each other; where the sides lie far apart, it is added back.
+Relative to Σ |t|, x is as accurate as any sum. The reference's gradient does not need x, which
+cancels in d - KL = d' - Σ P d'. What remains is the rounding error of p - q. It is 0 where p and q
+are within a factor of two of each other; where the sides lie far apart, it is added back.
 
 References
 ----------
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, masked, read, row_sums
 
-# |d| from which Q - P is the difference: the larger is more than twice the smaller then.
+# From this |d| on, Q - P is a plain difference: the larger is then more than twice the smaller.
 EXPM1_BELOW = 1.0
 
 
@@ -47,7 +48,7 @@ def gradients(
     Parameters
     ----------
     grad : Tensor (K, R)
-        The gradient of some loss with respect to each divergence, any strides.
+        The gradient of some loss with respect to each divergence, with any strides.
     circuits : sequence of K Tensors (R, V)
         Logits of the circuits.
     reference : Tensor (R, V)
@@ -55,20 +56,20 @@ def gradients(
     wanted : sequence of K bools
         Which circuits' gradients are wanted.
     reference_wanted : bool
-        Whether the reference's is.
+        Whether the reference's gradient is wanted.
     temperature : float
-        What all logits are divided by. The gradients are with respect to the logits before the
-        division.
+        The divisor of all logits. The gradients are with respect to the logits before the division.
     kept : Tensor (N_KEPT, K, R), optional
-        What the same backend's `kl_rows_kept` kept of these rows; nothing here.
+        What the same backend's `kl_rows_kept` kept of these rows; unused here.
 
     Returns
     -------
     list of K Tensors (R, V) or None, and Tensor (R, V) or None
-        What is wanted, each in its logits' dtype, computed in float64 if any logits are, else in
-        float32. A logit of -inf has gradient 0; a token that only the reference masks has Q. A row
-        with KL = NaN is NaN. A row with KL = inf has Q - P for the circuit, and NaN for the reference,
-        wherever both logits are finite. A row whose `grad` is 0 is 0, whatever its logits.
+        The wanted gradients, each in its logits' dtype, computed in float64 if any logits are
+        float64, else in float32. The gradient of a logit of -inf is 0; that of a token that only
+        the reference masks is Q. A row with KL = NaN has gradient NaN. A row with KL = inf has
+        Q - P for the circuit, and NaN for the reference, wherever both logits are finite. A row
+        whose `grad` is 0 has gradient 0, whatever its logits.
     """
     del kept
     dtype = compute_dtype(reference, *circuits)
@@ -108,7 +109,7 @@ def _block(
     total: Tensor | None,
     temperature: float,
 ) -> None:
-    """Set dq to a block of the circuit's gradient, and add to the reference's what it has of it."""
+    """Set dq to a block of the circuit's gradient; add this circuit's part of dKL/dp to total."""
     dtype = ref.weights.dtype
     d, c = log_ratios(cir, ref, temperature)
     masked_p, masked_q = (masked(row.logits) for row in (ref, cir))
@@ -118,8 +119,9 @@ def _block(
     scale = torch.where(grad == 0, 0.0, scale)
 
     if total is not None:
-        # Where one token has nearly all mass, d - KL is 0 there but for the last few digits of d. So d
-        # is counted from there; masked tokens take no part, whatever the circuit says of them.
+        # If one token has nearly all mass, its d - KL lies in the last few digits of d. So d is
+        # measured from the likeliest token's d. Tokens that the reference masks add nothing,
+        # whatever their logit in the circuit.
         t = d - d.gather(-1, ref.weights.argmax(-1, keepdim=True))
         if masked_p is not None:
             t.masked_fill_(masked_p, 0.0)
@@ -147,7 +149,7 @@ def _block(
 
 
 def _clear_masked(t: Tensor, grad: Tensor, scale: Tensor, *masks: Tensor | None) -> None:
-    """Set masked logits to 0, or NaN in rows that are NaN, and rows with no incoming gradient to 0."""
+    """Set t to 0 at masked logits (NaN in NaN rows), and in rows with no incoming gradient."""
     for mask in masks:
         if mask is not None:
             torch.where(mask, torch.where(scale.isnan(), torch.nan, 0.0).to(t.dtype), t, out=t)

@@ -4,22 +4,22 @@ With β the weight of P, u = 1 - β and the mixture M = βP + uQ::
 
     JS = β KL(P ‖ M) + u KL(Q ‖ M)
 
-Its terms are of both signs and cancel where P and Q are close. With w = Q/P - 1 and z = P/Q - 1 the
-parts of first order, βuPw + βuQz, are 0 token by token; without them no term is negative, and each is of
-second order like the divergence itself::
+Its terms have both signs and cancel where P and Q are close. With w = Q/P - 1 and z = P/Q - 1, the
+first-order parts, βuPw + βuQz, sum to 0 for each token. Without them, no term is negative, and each
+is of second order, like the divergence itself::
 
     near    β P r(u w) + u Q r(β z)       r(x) = x - log(1 + x)
-    far     where a token is likelier in P: -P ((β + u e) log(β + u e) + u e |d|)    e = Q/P = e^(-|d|)
-            where in Q: the same with P and Q, and β and u, the other way round
-    light   the far form of a likelier side of little weight, whose terms of order 1 would cancel:
+    far     for a token likelier in P: -P ((β + u e) log(β + u e) + u e |d|)    e = Q/P = e^(-|d|)
+            for a token likelier in Q: the same with P and Q, and β and u, exchanged
+    light   the far form for a likelier side of little weight, where terms of order 1 would cancel:
             P (β |d| - e (1 + s) log(1 + s))     s = β (e^|d| - 1) < 1
 
-A gradient is that of a softmax, given what each token's mass is worth, log Q/M or log P/M::
+Each gradient is that of a softmax in which a token's mass is worth log Q/M or log P/M::
 
     dJS/dq = u Q (log Q/M - Σ Q log Q/M)        dJS/dp = β P (log P/M - Σ P log P/M)
 
-An error that all d = log P/Q have in common cancels, and so does any constant in a row's log Q/M or log
-P/M.
+Any constant in a row's log Q/M or log P/M cancels. So does, where P and Q are close, an error
+common to all d = log P/Q of the row.
 
 References
 ----------
@@ -35,9 +35,9 @@ from torch import Tensor
 
 from fastkl.rows import Rows, blocks, compute_dtype, log_ratios, read, row_sums
 
-# |d| up to which the near form is used; from there on cancellation costs the far form about one digit.
+# Up to this |d| the near form is used; beyond it, cancellation costs the far form about one digit.
 _NEAR = 0.25
-# Smaller weights count as this one, whose inverse float32 can still hold.
+# Smaller weights are replaced by this one, whose inverse float32 can still hold.
 _LEAST = 1e-30
 # From this x on log(1 + e^x) is x, even in float64, while e^x is still finite in float32.
 _EXACT_BEYOND = 40
@@ -45,7 +45,7 @@ _EXACT_BEYOND = 40
 
 @torch.no_grad()
 def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
-    """Return the divergence (R,) of rows (R, V), in nats: float64 if any logits are, else float32."""
+    """Return the divergence (R,) of rows (R, V), in nats: float64 if a side is, else float32."""
     beta, dtype = max(beta, _LEAST), compute_dtype(circuit, reference)
     result = torch.empty(circuit.shape[:1], dtype=dtype, device=circuit.device)
     for rows in blocks(reference):
@@ -57,7 +57,7 @@ def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float)
         near += (1 - beta) * q * _excess(beta * torch.expm1(inner))
         total = row_sums(torch.where(d.abs() < _NEAR, near, _far(d, p, q, beta)))[:, 0]
         defined = (ref.defined & cir.defined)[:, 0]
-        # Terms that are next to nothing may be rounded to less.
+        # Rounding may make tiny terms negative.
         result[rows] = torch.where(defined, total.clamp(min=0.0), torch.nan)
     return result
 
@@ -72,9 +72,10 @@ def js_gradients(
     wanted: bool,
     reference_wanted: bool,
 ) -> list[Tensor]:
-    """Return the gradients of Σ grad · JS that are wanted, the circuit's first, each like its logits.
+    """Return the wanted gradients of Σ grad · JS, the circuit's first, each like its logits.
 
-    A logit of -inf has gradient 0; a row without a divergence is NaN; a row whose grad (R,) is 0 is 0.
+    A logit of -inf has gradient 0; a row without a divergence has gradient NaN; a row whose grad
+    (R,) is 0 has gradient 0.
     """
     beta, dtype = max(beta, _LEAST), compute_dtype(circuit, reference)
     wants = (wanted, reference_wanted)
@@ -96,7 +97,7 @@ def js_gradients(
             mass = _masses(side)
             top = mass.argmax(-1, keepdim=True)
             worth = torch.where(mass == 0, 0.0, _worths(sign * d, weight, other, top))
-            # Where one token has nearly all mass the mean is its worth, to the last few digits.
+            # If one token has nearly all mass, the mean is its worth but for the last few digits.
             worth -= worth.gather(-1, top)
             worth -= row_sums(mass * worth).to(dtype)
             t = worth.mul_(mass).mul_((scale * weight).to(dtype))
@@ -106,7 +107,7 @@ def js_gradients(
 
 
 def _log_ratio(cir: Rows, ref: Rows, temperature: float) -> Tensor:
-    """Return d = log P/Q; 0 where neither has the token."""
+    """Return d = log P/Q, or 0 where both sides mask the token."""
     d, _ = log_ratios(cir, ref, temperature)
     return d.masked_fill_((ref.logits == -torch.inf) & (cir.logits == -torch.inf), 0.0)
 
@@ -116,17 +117,17 @@ def _masses(side: Rows) -> Tensor:
 
 
 def _far(d: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Return the far and the light form of terms of tokens, of masses p and q, and d = log p/q."""
+    """Return the tokens' terms in the far or light form, given masses p and q and d = log p/q."""
     size, likelier = d.abs(), d > 0
-    # Of the side where the token is likelier.
+    # The weights of the side where the token is likelier, and of the other side.
     of_p, of_q = d.new_full((), beta), d.new_full((), 1 - beta)
     own, other = torch.where(likelier, of_p, of_q), torch.where(likelier, of_q, of_p)
     e = torch.exp(-size)
     mixture = own + other * e
-    # Close to 1 by its distance from it.
+    # Near 1, the logarithm is computed from the mixture's distance from 1.
     log_mixture = torch.log1p(other * torch.expm1(-size))
     log_mixture = torch.where(mixture < 0.5, torch.log(mixture), log_mixture)
-    # Of no mass there is nothing to weigh: not 0 · inf.
+    # A token without mass on the other side adds 0, not 0 · inf.
     shift = torch.where(e == 0, 0.0, other * e * size)
     rise = own * torch.expm1(size)
     light = own * size - mixture * torch.log1p(rise)
@@ -135,7 +136,10 @@ def _far(d: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
 
 
 def _excess(x: Tensor) -> Tensor:
-    """X - log(1 + x) for -0.25 < x < 0.3, without cancellation: by the series of atanh(x / (2 + x))."""
+    """Return x - log(1 + x) without cancellation, for -0.25 < x < 0.3.
+
+    It is computed from the series of atanh(x / (2 + x)).
+    """
     y = x / (2 + x)
     square = y * y
     series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * (1 / 9 + square * (1 / 11))))
@@ -145,14 +149,15 @@ def _excess(x: Tensor) -> Tensor:
 def _worths(d: Tensor, weight: float, other: float, top: Tensor) -> Tensor:
     """Return log A/M for d = log A/B and M = weight · A + other · B, less a constant of each row.
 
-    A token that nearly only A has is worth about -log(weight). Where a row's likeliest token (R, 1) is
-    one, what counts is how much the worths differ from that, so -log(weight) is left out of all of
-    them. In other rows the constant is 0. It cancels in the gradient.
+    A token with nearly all its mass in A is worth about -log(weight). If a row's likeliest token,
+    `top` (R, 1), is such a token, only the worths' differences from -log(weight) matter, so
+    -log(weight) is subtracted from all of them. In other rows the constant is 0. The constant
+    cancels in the gradient.
     """
     limit = math.log(other) - math.log(weight)
     from_zero = d.gather(-1, top) <= max(limit, 1.0)
     worths = _log_of_mixture(d, weight, other)
-    # Asking another device than the CPU would wait for it.
+    # On other devices than the CPU, this test would make the host wait.
     if d.device.type == "cpu" and from_zero.all():
         return worths
     counted = torch.nn.functional.softplus(limit - d, threshold=_EXACT_BEYOND).neg_()
@@ -161,7 +166,7 @@ def _worths(d: Tensor, weight: float, other: float, top: Tensor) -> Tensor:
 
 def _log_of_mixture(d: Tensor, weight: float, other: float) -> Tensor:
     """Return log A/M for d = log A/B and M = weight · A + other · B."""
-    # By the distance of M/A from 1, unless one side is nearly all of M.
+    # Where M/A is between 1/2 and 2, the logarithm is computed from the distance of M/A from 1.
     rise = other * torch.expm1(-d)
     e = torch.exp(-d.abs())
     far = d.clamp(max=0.0) - torch.log(torch.where(d > 0, weight + other * e, other + weight * e))

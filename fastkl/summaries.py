@@ -1,7 +1,7 @@
-"""What a row's log-softmax tells by itself, in plain PyTorch: log-sum-exp, entropy, likeliest token.
+"""Statistics of a row's own log-softmax, in plain PyTorch: log-sum-exp, entropy, likeliest token.
 
-Each logit is looked at for its row's maximum, and its exponential taken in a block that stays in the
-cache; what is asked of a row's few numbers is asked for all rows and circuits together.
+Rows are processed in blocks that stay in the cache: first the maxima are found, then exponentials
+are taken. The last operations, on a few numbers per row, run once for all rows and circuits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastkl.rows import blocks, compute_dtype, divide, row_sums
 
-# Elements a thread takes of a block, and for how many threads at the most: two buffers of them are in
-# reach of a CPU's core, and threads wait for each other after every operation on a block.
+# Elements per thread in a block, and the largest number of threads counted: two buffers of this
+# size stay in a CPU core's caches, and threads wait for each other after every operation on a
+# block.
 _SHARE, _SHARES = 1 << 18, 16
-# An exponent of which float64 too has no exponential but 0, and 0 times it is 0.
+# An exponent whose exponential is 0 even in float64, and finite, so that 0 times it is 0.
 _NO_MASS = -1e4
 
 
@@ -22,15 +23,15 @@ _NO_MASS = -1e4
 def row_statistics(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is known of rows (R, V) without their divergences.
+    """Return the statistics of rows (R, V) that do not need their divergences.
 
-    Log-sum-exps, the reference's first (1 + K, R), the reference's entropies (R,), both in nats, and
-    whether the likeliest tokens agree (K, R).
+    These are the log-sum-exps (1 + K, R), the reference's first, and the reference's entropies
+    (R,), both in nats, and whether the likeliest tokens agree (K, R).
     """
     sides = [reference, *circuits]
     dtype, (n_rows, n_cols) = compute_dtype(*sides), sides[0].shape
-    # What is known of each row: the largest logit m, where it is, and Σ e^x, x being (logit - m) / T;
-    # of the reference's Σ x e^x too.
+    # For each row: the largest logit m, its index, and Σ e^x with x = (logit - m) / T; for the
+    # reference's rows also Σ x e^x.
     m, z = sides[0].new_empty((2, len(sides), n_rows), dtype=torch.float64)
     top = m.new_empty(m.shape, dtype=torch.int64)
     below = m.new_empty(n_rows)
@@ -46,12 +47,12 @@ def row_statistics(
                 block = x.copy_(block)
             largest, top[side, rows] = _largest(block)
             m[side, rows] = largest[:, 0]
-            # Of a row of nothing but -inf, a finite number is subtracted, so that its sum is 0.
+            # From a row of nothing but -inf, a finite number is subtracted, so that its sum is 0.
             torch.sub(block, largest.clamp(min=torch.finfo(dtype).min), out=x)
             if temperature != 1:
                 divide(x, temperature)
             if side == 0:
-                # A token without mass adds nothing: not 0 · inf.
+                # A token without mass adds 0, not 0 · inf.
                 x.clamp_(min=_NO_MASS)
             torch.exp(x, out=w)
             z[side, rows] = row_sums(w)[:, 0]
@@ -63,7 +64,7 @@ def row_statistics(
 def finish(
     m: Tensor, z: Tensor, below: Tensor, top: Tensor, temperature: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the statistics, given what each row sums up to.
+    """Return the statistics, given each row's sums.
 
     Parameters
     ----------
@@ -73,10 +74,10 @@ def finish(
     below : Tensor (R,)
         The reference's Σ x e^x.
     top : Tensor (1 + K, R)
-        Where the largest logit is.
+        The index of the largest logit.
     """
-    # Where there is no distribution z is 0, or NaN, of a NaN or inf - inf, which fails the comparison;
-    # the entropy is NaN either way.
+    # A row without a distribution has z = 0, or z = NaN from a NaN or inf - inf, which fails the
+    # comparison. Its entropy is NaN either way.
     defined, log_z = z > 0, torch.log(z)
     entropy = log_z[0] - below / z[0]
     agreement = (top[1:] == top[0]) & defined[0] & defined[1:]
@@ -84,7 +85,7 @@ def finish(
 
 
 def _slices(logits: Tensor) -> Iterator[slice]:
-    """Yield the slices of rows (R, V) that are computed at a time."""
+    """Yield the slices of rows (R, V) that are computed one after another."""
     if logits.device.type != "cpu":
         yield from blocks(logits)
         return
@@ -95,9 +96,9 @@ def _slices(logits: Tensor) -> Iterator[slice]:
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's largest logit (R, 1), and where it is first (R,)."""
+    """Return each row's largest logit (R, 1), and its first index (R,)."""
     if logits.device.type == "cpu":
-        # PyTorch takes ten times as long to say where a maximum is.
+        # PyTorch takes ten times as long as NumPy to find the index of a maximum.
         at = torch.from_numpy(logits.numpy().argmax(-1))
         return logits.gather(-1, at[:, None]), at
     m, at = logits.max(-1, keepdim=True)

@@ -18,17 +18,17 @@ ENVIRONMENT_VARIABLE = "FASTKL_BACKEND"
 
 
 class Backend(Protocol):
-    """What a module of this package offers."""
+    """The interface of each backend module in this package."""
 
     NAME: str
-    # How many numbers of a row and circuit `kl_rows_kept` keeps for `gradients`, and of which type.
+    # How many numbers per row and circuit `kl_rows_kept` keeps for `gradients`, and their dtype.
     N_KEPT: int
     KEPT_DTYPE: torch.dtype
 
     def missing(
         self, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> str | None:
-        """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
+        """Say what is missing to run, at all or on this device and dtype; None if nothing is."""
 
     def kl_rows(
         self, circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
@@ -38,7 +38,7 @@ class Backend(Protocol):
     def kl_rows_kept(
         self, circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return what `kl_rows` does, and what it keeps (N_KEPT, K, R) to save `gradients` work."""
+        """Return what `kl_rows` does, and numbers (N_KEPT, K, R) that save `gradients` work."""
 
     def gradients(
         self,
@@ -50,7 +50,7 @@ class Backend(Protocol):
         temperature: float = 1.0,
         kept: Tensor | None = None,
     ) -> tuple[list[Tensor | None], Tensor | None]:
-        """Return what `fastkl.gradient.gradients` does; what was not kept is computed again."""
+        """Return what `fastkl.gradient.gradients` does; compute again what was not kept."""
 
     def js_rows(
         self, circuit: Tensor, reference: Tensor, beta: float, temperature: float
@@ -75,19 +75,19 @@ class Backend(Protocol):
         """Return what `fastkl.summaries.row_statistics` does."""
 
     def row_states(self, circuits: Sequence[Tensor], reference: Tensor) -> RowState:
-        """Return the same rows' states, each field (K, R), to be merged with other slices'."""
+        """Return the rows' states, each field (K, R), to be merged with those of other slices."""
 
 
-# Fastest first: the first one that can run on the logits as they are is taken.
+# Fastest first: `choose` takes the first backend that can run on the logits as they are.
 _TABLE: tuple[Backend, ...] = (triton, native, eager)
 _BY_NAME = {backend.NAME: backend for backend in _TABLE}
 NAMES = tuple(_BY_NAME)
-# Whose frames are skipped when a warning looks for the user's line.
+# Top-level packages whose frames are skipped when finding the user's line for a warning.
 _OWN = ("fastkl", "torch")
 
 
 def available_backends() -> tuple[str, ...]:
-    """Tell which backends can run on this machine.
+    """Return the backends that can run on this machine.
 
     Returns
     -------
@@ -104,12 +104,12 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """Tell which backends cannot run on this machine, and what is missing.
+    """Return the backends that cannot run on this machine, and what each is missing.
 
     Returns
     -------
     dict {name: reason}
-        Those that :func:`fastkl.available_backends` does not name.
+        The backends that :func:`fastkl.available_backends` does not name.
 
     Examples
     --------
@@ -122,12 +122,12 @@ def unavailable_backends() -> dict[str, str]:
 
 
 def backend_by_name(name: str, source: str = "backend") -> Backend:
-    """Return the backend of a name that `source` gave.
+    """Return the backend with the name that `source` gave.
 
     Raises
     ------
     ValueError
-        There is none.
+        There is no backend of that name.
     """
     if backend := _BY_NAME.get(name):
         return backend
@@ -165,7 +165,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
             source = "backend" if name is not None else ENVIRONMENT_VARIABLE
             raise errors.unusable_backend(backend.NAME, reason, source)
         return backend
-    # On a CPU, Triton is an interpreter for tests: it runs when asked for.
+    # On a CPU, Triton runs in an interpreter, which is for tests: it is chosen only on request.
     candidates = _TABLE if device.type != "cpu" else (b for b in _TABLE if b is not triton)
     found = next((b for b in candidates if not b.missing(device, dtype)), None)
     if found is None:
@@ -184,7 +184,7 @@ def choose_for(name: str | None, logits: Sequence[Tensor]) -> Backend:
 
 @functools.cache
 def _tell_once(usual: str, reason: str | None) -> None:
-    """Warn of the slowest backend where a user would take another one for granted."""
+    """Warn, once, that the slowest backend runs where a user would expect a faster one."""
     warnings.warn(
         f"fastkl falls back to its slow backend, eager (PyTorch's own operations), because the backend "
         f'{usual} cannot be used: {reason}. Pass backend="eager" to silence this warning.',

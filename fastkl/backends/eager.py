@@ -1,8 +1,8 @@
-"""KL divergence in plain PyTorch: any device that has float64, no compiler needed.
+"""KL divergence in plain PyTorch: on any device that has float64, without a compiler.
 
-Rows are taken in blocks that stay in the cache, so that a logit comes from memory once, twice in rows
-that are measured again, and some ten elementwise passes over a block do not leave the chip; the
-reference's exponentials are computed once for all circuits.
+Rows are processed in blocks that stay in the cache. So a logit is read from memory once, or twice
+in rows that are measured again, and some ten elementwise passes over a block do not leave the chip.
+The reference's exponentials are computed once for all circuits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from fastkl.state import RowState
 
 NAME = "eager"
 N_KEPT, KEPT_DTYPE = 0, torch.float32
-# Elements a block where all rows get the full treatment, on the CPU.
+# Elements per block, on the CPU, where all rows are measured by their states.
 _BLOCK_ELEMENTS = 1 << 19
 
 
@@ -30,7 +30,7 @@ row_statistics = summaries.row_statistics
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Say what is missing to run: nothing, where sums can be kept in float64; in any floating dtype."""
+    """Say what is missing to run: float64 on the device; None if nothing is. Any dtype will do."""
     del dtype
     if device is not None and device.type == "mps":
         return (
@@ -50,7 +50,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     reference : Tensor (R, V)
         Logits of the full model.
     temperature : float
-        What all logits are divided by.
+        The divisor of all logits.
 
     Returns
     -------
@@ -64,7 +64,8 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     if states.on_cpu(reference) and dtype == torch.float32:
         _measure_blocks(circuits, reference, temperature, divergence)
         return divergence
-    # Choosing by values would wait for the device: all rows get the full treatment.
+    # All rows are measured by their states: the other formula needs float32 and the CPU, since
+    # choosing rows by their values would make the host wait for any other device.
     for rows, ref, e in _blocks(reference, dtype, temperature):
         for k, circuit in enumerate(circuits):
             cir = states.read_circuit(at_temperature(circuit[rows], dtype, temperature), e)
@@ -114,7 +115,7 @@ def _measure_blocks(
 
             def circuit(k: int, some: Tensor | None, blocks: Sequence[Tensor] = blocks) -> Tensor:
                 block = blocks[k] if some is None else blocks[k][some]
-                # Half precision is converted where it is subtracted.
+                # Half-precision logits are converted when they are subtracted.
                 return (
                     block if temperature == 1 else at_temperature(block, torch.float32, temperature)
                 )

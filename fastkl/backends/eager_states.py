@@ -1,4 +1,4 @@
-"""Rows by their states, on any device: what all rows can be measured by, and some have to be."""
+"""Measure rows by their states, on any device: possible for all rows, and necessary for some."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from fastkl import state
 from fastkl.rows import KNOWN, differences, masked, row_sums
 from fastkl.state import RowState
 
-# |d| from which on a token's e^(-d) is the circuit's own exponential: up to it what is left of
-# e^(-d) - 1 + d is little, and beyond it the reference's weight may have vanished.
+# From this |d| on, a token's e^(-d) is the circuit's own exponential. Below it, e^(-d) - 1 + d may
+# be small compared with its terms; beyond it, the reference's weight may have underflowed.
 _FAR = 4.0
 
 
@@ -24,34 +24,34 @@ class Circuit(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A block of reference rows and what all circuits share of it."""
+    """A block of reference rows, and what all circuits use of it."""
 
     p: Tensor  # logits (R, V)
     w: Tensor  # e^(p - m_p) (R, V)
     m_p: Tensor  # max p (R, 1)
     z_p: Tensor  # Σ w (R,), float64
-    absent: Tensor | None  # p = -inf (R, V); None if known to be so nowhere
+    absent: Tensor | None  # p = -inf (R, V); None if this is known to hold nowhere
 
     @classmethod
     def read(cls, p: Tensor, w: Tensor) -> "Reference":
-        """Return the block of logits p, its weights written to w."""
+        """Return the block of logits p, with its weights written to w."""
         m_p = p.amax(-1, keepdim=True)
         exponentials(p, m_p, out=w)
         return cls(p, w, m_p, row_sums(w)[:, 0], masked(p))
 
 
 def on_cpu(t: Tensor) -> bool:
-    """Whether values may be asked for: elsewhere the host would wait for the device."""
+    """Return whether values can be read cheaply: for other devices, the host would wait."""
     return t.device.type == "cpu"
 
 
 def exponentials(logits: Tensor, maximum: Tensor, *, out: Tensor) -> None:
-    """Write e^(logits - maximum) to out: of a row of nothing but -inf, 0."""
+    """Write e^(logits - maximum) to out, or 0 for a row of nothing but -inf."""
     torch.sub(logits, maximum.masked_fill(maximum == -torch.inf, 0.0), out=out).exp_()
 
 
 def read_circuit(q: Tensor, e: Tensor) -> Circuit:
-    """Return a block of circuit rows, its exponentials written to e."""
+    """Return a block of circuit rows, with its exponentials written to e."""
     q = q.to(e.dtype)
     m_q = q.amax(-1, keepdim=True)
     exponentials(q, m_q, out=e)
@@ -61,13 +61,13 @@ def read_circuit(q: Tensor, e: Tensor) -> Circuit:
 def finalize(cir: Circuit, ref: Reference) -> Tensor:
     """Return the divergences (R,) of whole rows.
 
-    Where the sides are so far apart that even float64 cannot hold the pivot (KNOWN), each side's
-    maximum is subtracted from its logits first: beside such a pivot nothing would be left of the
-    smaller side's logits.
+    If the sides are so far apart that even float64 cannot hold the pivot (KNOWN), each side's
+    maximum is subtracted from its logits first: next to such a pivot, the smaller side's logits
+    would be rounded away.
     """
     apart = (ref.m_p.double() - cir.m_q.double()).abs()
     far = (apart >= KNOWN) & apart.isfinite()
-    # Asking another device than the CPU would wait for it.
+    # On other devices than the CPU, this test would make the host wait.
     if not on_cpu(far) or far.any():
         m_p, m_q = (m.where(far, 0.0) for m in (ref.m_p, cir.m_q))
         ref = ref._replace(p=ref.p - m_p, m_p=ref.m_p - m_p)
@@ -76,17 +76,17 @@ def finalize(cir: Circuit, ref: Reference) -> Tensor:
 
 
 def row_state(cir: Circuit, ref: Reference) -> RowState:
-    """Return the state of each row, its pivot the slice's own difference of log-sum-exps."""
+    """Return the state of each row, with the slice's own difference of log-sum-exps as pivot."""
     m_p, m_q, z_p, z_q = ref.m_p[:, 0].double(), cir.m_q[:, 0].double(), ref.z_p, cir.z_q
     c = (m_p - m_q) + torch.log(z_p / z_q)
     c = torch.where(c.isfinite(), c, 0.0)[:, None]
     d, c = differences(cir.q, ref.p, c)
-    # NaN and infinities, a masked token's among them, are not below anything.
+    # If d has a NaN or an infinity, such as a masked token's, `largest` fails all comparisons.
     largest = max(map(abs, map(float, torch.aminmax(d)))) if on_cpu(d) else torch.inf
     infinite = torch.zeros_like(m_p, dtype=torch.bool)
     if not largest < torch.inf:
         if ref.absent is not None:
-            # A token without reference mass is far, and its weight is 0.
+            # A token without reference mass counts as far; its weight is 0.
             d.masked_fill_(ref.absent, _FAR)
         infinite = (d == torch.inf).any(-1)
     t = d * ref.w
@@ -100,12 +100,13 @@ def row_state(cir: Circuit, ref: Reference) -> RowState:
         terms = torch.where(known, torch.expm1(-d).add_(d).mul_(ref.w), t - ref.w)
         h = row_sums(torch.where(size < state.NEAR, _near_terms(t, d), terms))[:, 0]
         g = row_sums(torch.where(known, 0.0, cir.e))[:, 0]
-    # At its own pivot s / z_p is the divergence too: where it is small, the better sum says it.
+    # At its own pivot, s / z_p is the divergence too: if it is small, the more accurate sum
+    # replaces s.
     accurate = h + g * (z_p / z_q)
     s = torch.where(s < state.ACCURATE_BELOW * z_p, accurate, s)
     return RowState(m_p, z_p, m_q, z_q, s, h, g, c[:, 0])
 
 
 def _near_terms(t: Tensor, d: Tensor) -> Tensor:
-    """e^(p - m_p) φ(d) for |d| < NEAR, given t = e^(p - m_p) d."""
+    """Return e^(p - m_p) φ(d) for |d| < NEAR, given t = e^(p - m_p) d."""
     return state.phi_over_square(d).mul_(d).mul_(t)

@@ -1,7 +1,7 @@
-"""Divergences of CPU tensors by the compiled kernel, in vector instructions and many threads.
+"""Divergences of CPU tensors by the compiled kernel, with vector instructions and many threads.
 
-The kernel comes in one version for each instruction-set level of the processor's architecture, and
-the best one that this processor has is taken; FASTKL_NATIVE_ISA forces another one.
+The kernel has one version for each instruction-set level of the processor's architecture. The best
+level that this processor has is used; FASTKL_NATIVE_ISA forces another one.
 """
 
 import functools
@@ -17,7 +17,7 @@ from fastkl import errors, summaries
 from fastkl.state import RowState
 
 NAME = "native"
-# A row's state.
+# The numbers of a row's state: see `_states`.
 N_KEPT, KEPT_DTYPE = 5, torch.float64
 LEVEL_VARIABLE = "FASTKL_NATIVE_ISA"
 _Matrix = tuple[int, int, int]
@@ -42,12 +42,12 @@ def _loaded() -> ModuleType:
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Say what is missing to run: at all, or on this device and in this dtype; None if nothing.
+    """Say what is missing to run, at all or on this device and dtype; None if nothing is.
 
     Raises
     ------
     RuntimeError
-        Logits on the CPU are to be measured, and FASTKL_NATIVE_ISA names no level of this machine.
+        The device is the CPU, and FASTKL_NATIVE_ISA names a level that this machine lacks.
     """
     extension = _extension()
     if isinstance(extension, ModuleNotFoundError):
@@ -62,7 +62,8 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
         return f"the compiled kernel runs on CPU tensors, got {device}"
     if dtype is not None and dtype not in _DTYPES:
         return f"the kernel takes {errors.names_of(_DTYPES)} (eager takes float64 too), got {dtype}"
-    # Not a reason to fall back: a level that is forced must not be replaced by another backend unseen.
+    # This is an error, not a reason to fall back: another backend must not silently replace a
+    # forced level.
     if problem := _level_problem(extension):
         raise RuntimeError(problem)
     return None
@@ -79,7 +80,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     reference : Tensor (R, V)
         Logits of the full model.
     temperature : float
-        What all logits are divided by, as they are read.
+        The divisor of all logits, applied as they are read.
 
     Returns
     -------
@@ -109,7 +110,7 @@ def row_statistics(
     """Return what `fastkl.summaries.row_statistics` does, in float32; each logit is read once."""
     extension = _loaded()
     sides = [reference, *circuits]
-    # The largest logit, Σ e^x, the reference's Σ x e^x, and where the largest logit is.
+    # The largest logit, Σ e^x, the reference's Σ x e^x, and the index of the largest logit.
     found = torch.empty((len(sides), len(reference), 4), dtype=torch.float64, device="cpu")
     extension.summarize(
         _level(extension),
@@ -128,8 +129,8 @@ def row_statistics(
 def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     """Return the states of rows that are slices of a vocabulary, each field (K, R) in float64.
 
-    The pivot is the slice's own difference of log-sum-exps, at which s / z_p and h / z_p are both its
-    divergence. m_p and m_q are not the maxima, but numbers near them.
+    The pivot is the slice's own difference of log-sum-exps, at which s / z_p and h / z_p are both
+    its divergence. m_p and m_q are not the maxima, but numbers near them.
     """
     m_p, z_p, m_q, z_q, divergence = _states(circuits, reference, 1.0).unbind(-1)
     # The kernel leaves any number here if there is no mass.
@@ -142,8 +143,8 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         z_q=z_q,
         s=z_p * divergence,
         h=z_p * divergence,
-        # The far tokens' circuit mass is part of h already, but for a slice without reference mass,
-        # where all tokens are far.
+        # The far tokens' circuit mass is part of h already, except in a slice without reference
+        # mass, where all tokens are far.
         g=torch.where(z_p == 0, z_q, 0.0),
         c=torch.where(pivot.isfinite(), pivot, 0.0),
     )
@@ -159,10 +160,10 @@ def gradients(
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
+    """Return the gradients of Σ grad · KL for the logits: see `fastkl.gradient.gradients`.
 
-    Each logit is read once. Beside the gradients, every thread takes 8 bytes a token, and 16 if the
-    reference's gradient is wanted.
+    Each logit is read from memory once, or twice without `kept`. Besides the gradients, every
+    thread needs 8 bytes of memory per token of a row, or 16 if the reference's gradient is wanted.
     """
     extension = _loaded()
     n_rows, n_cols = reference.shape
@@ -200,7 +201,7 @@ def gradients(
 def js_rows(circuit: Tensor, reference: Tensor, beta: float, temperature: float) -> Tensor:
     """Return the Jensen-Shannon divergence (R,) of rows (R, V), in nats, in float32.
 
-    Every thread takes some 150 KiB; rows are divided by the temperature as they are read.
+    Every thread uses some 150 KiB of memory. Rows are divided by the temperature as they are read.
     """
     result = torch.empty(circuit.shape[:1], dtype=torch.float32, device="cpu")
     _js(circuit, reference, beta, temperature, result=result)
@@ -217,9 +218,9 @@ def js_gradients(
     wanted: bool,
     reference_wanted: bool,
 ) -> list[Tensor]:
-    """Return the gradients that are wanted: see `fastkl.jensen_shannon.js_gradients`.
+    """Return the wanted gradients: see `fastkl.jensen_shannon.js_gradients`.
 
-    Beside them, every thread takes 8 bytes a token for each.
+    Besides the gradients, every thread needs 8 bytes of memory per token of a row for each of them.
     """
     dq, dp = (
         torch.empty(rows.shape, dtype=rows.dtype, device="cpu") if want else None
@@ -231,7 +232,7 @@ def js_gradients(
 
 
 def _states(circuits: Sequence[Tensor], reference: Tensor, temperature: float) -> Tensor:
-    """Return the states (K, R, 5) of rows in float64: max and sum of p, of q, and the divergence."""
+    """Return the states (K, R, 5) of rows in float64: max and sum of p and of q, and divergence."""
     shape = (len(circuits), reference.shape[0], N_KEPT)
     states = torch.empty(shape, dtype=KEPT_DTYPE, device="cpu")
     _measure(circuits, reference, temperature, states=states)

@@ -1,6 +1,7 @@
 """KL divergence by the fused Triton kernels, on CUDA and ROCm tensors.
 
-On CPU tensors too, under Triton's interpreter (TRITON_INTERPRET=1): slow, and there for tests.
+The kernels also run on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), which is slow and
+meant for tests.
 """
 
 import functools
@@ -19,25 +20,25 @@ from fastkl.backends import eager
 from fastkl.state import RowState
 
 NAME = "triton"
-# fastkl._triton.N_KEPT, which is not imported before it is known that triton is there.
+# Equal to fastkl._triton.N_KEPT, which is not imported before triton is known to be installed.
 N_KEPT, KEPT_DTYPE = 10, torch.float32
-# Triton 3.3 cannot compile the kernels. In pyproject.toml too.
+# Triton 3.3 cannot compile the kernels. pyproject.toml requires the same version.
 OLDEST_TRITON = (3, 4)
-# NVIDIA's cards since Ampere: a maximum that keeps NaN is an instruction there.
+# NVIDIA's cards since Ampere, which have an instruction for a maximum that propagates NaN.
 OLDEST_CAPABILITY = (8, 0)
-# The names that Triton is installed by: on its own, and with PyTorch's builds for ROCm.
+# The names of Triton's distributions: its own, and those of PyTorch's builds for ROCm.
 _DISTRIBUTIONS = ("triton", "pytorch-triton-rocm", "pytorch-triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# No kernels of these yet.
+# There are no kernels for these yet.
 js_rows = jensen_shannon.js_rows
 js_gradients = jensen_shannon.js_gradients
 row_statistics = summaries.row_statistics
 
 
 def missing(device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-    """Say what is missing to run: at all, or on this device and in this dtype; None if nothing."""
+    """Say what is missing to run, at all or on this device and dtype; None if nothing is."""
     if problem := installation_problem():
         return problem
     if problem := _device_problem(device):
@@ -48,7 +49,7 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
 
 
 def _device_problem(device: torch.device | None) -> str | None:
-    """Say why the kernels do not run on a device, or on any."""
+    """Say why the kernels do not run on a device, or on any; None if they do."""
     import fastkl._triton as _triton
 
     if device is None:
@@ -70,7 +71,7 @@ def _device_problem(device: torch.device | None) -> str | None:
 
 
 def installation_problem() -> str | None:
-    """Say what is missing of the packages; what is there and new enough is imported."""
+    """Say which package is missing, too old or broken; None if the kernels are imported."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
     if importlib.util.find_spec("fastkl._triton") is None:
@@ -78,7 +79,7 @@ def installation_problem() -> str | None:
             "the kernels fastkl._triton are", "fastkl was not installed by pip"
         )
     found = version()
-    # Of "3.4.0+git1a2b3c4" or "3.5.0rc1" the first two numbers.
+    # The first two numbers of a version such as "3.4.0+git1a2b3c4" or "3.5.0rc1".
     if found and tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"triton {found} is too old: the kernels need {oldest} or newer"
@@ -87,8 +88,8 @@ def installation_problem() -> str | None:
 
 @functools.cache
 def _import_problem() -> str | None:
-    """Say why Triton and the kernels cannot be imported, though they are there."""
-    # A library of the system's that is missing, another package's version: it may be anything.
+    """Say why Triton or the kernels cannot be imported, though installed; None if they can."""
+    # An import may fail in any way: a missing system library, another package's version.
     try:
         importlib.import_module("fastkl._triton")
     except Exception as error:
@@ -119,7 +120,7 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
     reference : Tensor (R, V)
         Logits of the full model, on the same device.
     temperature : float
-        What all logits are divided by, in the kernels.
+        The divisor of all logits, applied in the kernels.
 
     Returns
     -------
@@ -155,15 +156,16 @@ def gradients(
     temperature: float = 1.0,
     kept: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
-    """Return the gradients of Σ grad · KL with respect to the logits: see `fastkl.gradient.gradients`.
+    """Return the gradients of Σ grad · KL for the logits: see `fastkl.gradient.gradients`.
 
-    Each logit is read once, and nothing else of the logits' size is allocated, except float32 copies
-    where dtypes differ. Without `kept` the forward pass is run again, so that the logits are read
-    twice. Where KL = inf, Q - P is only as accurate as two rounded softmaxes. Where one token has
-    nearly all of both sides' mass, its gradient, which is as small as the mass of the others, is the
-    least accurate: with 1e-6 of mass left to the others, errors of 1e-4 of it were seen, and larger
-    ones with less; up to a third of it where KL is large because of tokens that the reference all but
-    masks.
+    Each logit is read once, except that the reference's gradient needs more reads of rows in which
+    one token may have nearly all mass. Nothing else of the logits' size is allocated, except
+    float32 copies where dtypes differ. Without `kept`, the forward pass is run again, so that the
+    logits are read twice. Where KL = inf, Q - P is only as accurate as two rounded softmaxes. If
+    one token has nearly all of both sides' mass, its gradient is as small as the others' mass, and
+    is the least accurate: with a mass of 1e-6 left to the others, relative errors of 1e-4 were
+    seen, and larger ones with less mass, up to a third of the gradient where KL is large because of
+    tokens that the reference all but masks.
     """
     import fastkl._triton as _triton
 
@@ -202,20 +204,21 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
     m_p, m_q = b_p * math.log(2), b_q * math.log(2)
     c, x = moved + rest, torch.log1p(growth)
     z_q = z_p * torch.exp((m_p - m_q) - c - x)
-    # KL = h / z_p - φ(x), of which h is what the kernel does not keep.
+    # The kernel does not keep h, which follows from KL = h / z_p - φ(x).
     h = z_p * (divergence + state.phi(x))
     kept = RowState(m_p, z_p, m_q, z_q, s, h, torch.zeros_like(s), c)
     finite = torch.stack(kept).isfinite().all(0)
     if finite.all():
         return kept
-    # A slice without mass on a side, or of infinite divergence, has a state and no finite pivot.
+    # A slice without mass on a side, or with an infinite divergence, has a state, but not from
+    # these numbers, which are not all finite.
     others = eager.row_states(circuits, reference)
     pairs = zip(kept, others, strict=True)
     return RowState(*(torch.where(finite, ours, other) for ours, other in pairs))
 
 
 def _one_dtype(circuits: Sequence[Tensor], reference: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the logits as they are if all have one dtype, else as float32, which loses nothing."""
+    """Return the logits as they are if all have one dtype, else as float32, which is exact."""
     if all(circuit.dtype == reference.dtype for circuit in circuits):
         return list(circuits), reference
     return [circuit.float() for circuit in circuits], reference.float()

@@ -1,8 +1,8 @@
 """The gradients of the divergences, from logits and what `finish_kernel` kept of each row.
 
-The algebra is that of `fastkl.gradient`, whose names these are: Q - P = P expm1(-d) at a pivot c of
-which it is known how much it is off. Every token's gradient follows from its own two logits and a few
-numbers of its row, so that each logit is read once.
+The algebra and the names are those of `fastkl.gradient`: Q - P = P expm1(-d) at a pivot c whose
+error is known. Every token's gradient follows from its own two logits and a few numbers of its row,
+so that each logit is read once.
 """
 
 import triton
@@ -11,7 +11,8 @@ import triton.language as tl
 from .algebra import N_KEPT, NEAR, moved_differences, phi_over_square, weights
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
-# As in kernels.py: plain numbers at run time, whatever they are, and tensors that start anywhere.
+# As in kernels.py: arguments on whose values the compiled code does not depend, and tensors that
+# may start anywhere.
 SIZES = (
     "p_row_stride",
     "grad_circuit_stride",
@@ -25,48 +26,49 @@ SIZES = (
     "inverse",
 )
 ANYWHERE = ("p_ptr", "grad_ptr")
-# A row is summed from its likeliest token's d if the other tokens' mass is less than this part of |d|;
-# if it is more, the rounding of Σ P d is below 2e-6 of that mass anyway.
+# A row is summed with its likeliest token's d as pivot if the other tokens' mass is less than this
+# fraction of |d|. If it is more, the rounding error of Σ P d is below 2e-6 of that mass anyway.
 CONFIDENT = tl.constexpr(0.0625)
-# A reference's logit at or below it counts as masked: its gradient is 0. Above it, d is finite at
-# temperatures from 3e-4 on, unless the circuit's logit overflows it. A constant, since a limit that
-# depends on the temperature would occupy registers and make others spill.
+# A reference's logit at or below this counts as masked: its gradient is 0. Above it, d is finite at
+# temperatures from 3e-4 on, unless the circuit's logit makes it overflow. It is a constant, since a
+# limit that depends on the temperature would occupy registers and make others spill.
 MASKED = tl.constexpr(-1e35)
 
 
 @triton.jit
 def load_tokens(pointer, offsets, inside):
-    """Load logits as float32, those outside as anything."""
+    """Load logits as float32; those outside are undefined."""
     return tl.load(pointer + offsets, mask=inside).to(tl.float32)
 
 
 @triton.jit
 def nothing(scale):
-    """Return a masked logit's gradient: 0, but NaN in a row that is."""
+    """Return a masked logit's gradient: 0, or NaN if the row's scale is NaN."""
     return tl.where(scale == scale, 0.0, scale)
 
 
 @triton.jit
 def kept_of(field, stride):
-    """Return what `kept` in algebra.py says of a row, and how much of its move is the reference's."""
-    # From one to the next: an address of its own for each would be held, in registers, all the time.
+    """Return what `kept` in algebra.py returned for a row, and the reference's part of its move."""
+    # The address is stepped from one field to the next: separate addresses would occupy registers
+    # all the time.
     numbers = ()
     for _ in tl.static_range(N_KEPT - 1):
         field += stride
         numbers = numbers + (tl.load(field),)
     base_p, z_p, base_q, rest, moved, s, growth, far, share = numbers
-    # All of it if that is further from 0.
+    # The reference's part is the whole move if its base is further from 0, else none.
     of_p = tl.where(tl.abs(base_p) > tl.abs(base_q), moved, 0.0)
     return base_p, z_p, base_q, rest, moved, of_p, s, growth, far, share
 
 
 @triton.jit
 def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
-    """Return scale · (Q - P) z_p of tokens, as exactly where P and Q are close as where they are not."""
+    """Return the tokens' scale · (Q - P) z_p, as accurate for close P and Q as for distant ones."""
     # With the right pivot the weights e^(-d) are 1 + growth times as large.
     near = d * d * phi_over_square(d) - d
     near = weight * tl.fma(near, scale + scale * growth, scale * growth)
-    # The same difference, of what cannot overflow.
+    # The same difference, of weights that cannot overflow.
     other = weights(q, unit, base_q)
     far = tl.fma(other, scale + scale * growth_far, -weight * scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
@@ -75,10 +77,12 @@ def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
 
 @triton.jit
 def reference_gradient(p, weight, q, d, mean, scale):
-    """Return scale · P (d - KL) z_p of tokens, given a mean of NaN where the divergence is infinite."""
-    # In this order a weight of 0 gives 0, or NaN of such a mean, however large d and the scale are.
+    """Return the tokens' scale · P (d - KL) z_p, given a NaN mean if the divergence is infinite."""
+    # With the factors in this order, a weight of 0 gives 0, or NaN if the mean is NaN, however
+    # large d and the scale are.
     value = (weight * (d - mean)) * scale
-    # Where d may be infinite: not 0 · inf. The weight does not say: of finite logits it vanishes too.
+    # Here d may be infinite, and 0 · inf must be avoided. A weight of 0 does not identify these
+    # tokens: finite logits' weights underflow too.
     masked = (p <= MASKED) | (q == -float("inf"))
     return tl.where(masked, nothing(scale), value)
 
@@ -103,7 +107,7 @@ def differentiate(
     inverse,
     REFERENCE: tl.constexpr,
 ):
-    """Write the gradients of a row's tokens at `offsets` from `at`, counted from `shift` before it."""
+    """Write gradients of tokens: `offsets` from `at`, counted from `shift` before the row."""
     dtype: tl.constexpr = p_row.dtype.element_ty
     field_stride = n_circuits.to(tl.int64) * n_rows
     p = load_tokens(p_row + at, offsets, inside)
@@ -114,13 +118,13 @@ def differentiate(
         grad = tl.load(grad_ptr + circuit * grad_circuit_stride + row * grad_row_stride)
         index = circuit * n_rows.to(tl.int64) + row
         value = tl.zeros_like(p)
-        # A row that no one asks for is not looked at: 0 times NaN would be one.
+        # A row whose gradient is not wanted or has a factor 0 is skipped: 0 times NaN would be NaN.
         if (grad != 0.0) & (wanted | REFERENCE):
             q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
             q = load_tokens(q_row + at, offsets, inside)
-            # The weights are counted from the first circuit's base of the reference: if this circuit's
-            # is another, its sums are moved there. The first one's is loaded again, since the compiler,
-            # given it in a register, computes all weights again.
+            # The weights use the first circuit's base of the reference. If this circuit has another
+            # base, its sums are moved there. The first circuit's base is loaded again: if it stayed
+            # in a register, the compiler would compute all weights again.
             kept = kept_of(rows_ptr + index, field_stride)
             base_p, z_p, base_q, rest, moved, of_p, _, growth, growth_far, _ = kept
             raised = tl.load(rows_ptr + field_stride + row) - base_p
@@ -166,16 +170,16 @@ def gradient_kernel(
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
-    Program = (row, tile), each a dimension of the grid. The table holds the addresses and row strides
-    of the circuits, of their gradients, and of the reference's; 0 where one is not wanted. As in
-    `sweep`, whole tiles begin at the row's first multiple of 16 bytes and take loads and stores of 128
-    bits without a mask. The tokens before and after them, or all of them if not `aligned`, are taken one
-    a lane, masked, by the programs that are left.
+    Program = (row, tile), each a dimension of the grid. The table holds the addresses and row
+    strides of the circuits, of their gradients, and of the reference's gradient; 0 for a gradient
+    that is not wanted. As in `sweep`, whole tiles begin at the row's first multiple of 16 bytes and
+    take loads and stores of 128 bits without a mask. The remaining programs take the tokens before
+    and after the whole tiles, or all tokens if not `aligned`, one per lane, with a mask.
 
-    rows[field, circuit, row] as kept by finish_kernel, top[rest or mean, circuit, row] by top_kernel.
+    finish_kernel kept rows[field, circuit, row]; top_kernel wrote top[rest or mean, circuit, row].
 
-    Reads n_cols·itemsize·(1 + 1/K) bytes a row and circuit, and writes n_cols·itemsize a gradient. One
-    exponential a pair and one a token of the reference.
+    Reads n_cols·itemsize·(1 + 1/K) bytes per row and circuit, and writes n_cols·itemsize bytes per
+    row of a gradient. One exponential per pair and one per token of the reference.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     row = tl.program_id(0).to(tl.int64)
@@ -246,13 +250,14 @@ def top_kernel(
     TILE: tl.constexpr,
     COOL: tl.constexpr,
 ):
-    """Write two numbers of each row that dKL/dp needs: the rest of the pivot, and the mean of d at it.
+    """Write two numbers per row that dKL/dp needs: the rest of the pivot, and the mean of d at it.
 
-    Where one token has nearly all mass, d - KL is 0 there but for the last digits of d. Then the token
-    is found, and the row is summed again with that token's d as the pivot.
+    If one token has nearly all mass, its d - KL lies in the last digits of d. Then the token is
+    found, and the row is summed again with that token's d as the pivot.
 
-    Program = (circuit, row). Reads 24 bytes, or 28 in half precision, and writes 8; of rows one slice
-    of which has nearly all mass it reads n_cols·itemsize·3 more, and takes an exponential a pair.
+    Program = (circuit, row). Reads 24 bytes, or 28 in half precision, and writes 8. In rows of
+    which one slice has nearly all mass, it reads n_cols·itemsize·3 bytes more, and takes one
+    exponential per pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0)
@@ -264,7 +269,7 @@ def top_kernel(
     dtype: tl.constexpr = p_ptr.dtype.element_ty
     mean = s / z_p
 
-    # What a token must have of the mass to be counted from; false where there is no divergence.
+    # Whether some token may have enough mass to be the pivot; false if there is no divergence.
     if share * (1.0 + (tl.abs(rest) + tl.abs(mean)) * CONFIDENT) >= 1.0:
         p_row = p_ptr + row * p_row_stride
         q_row = row_address(table_ptr, circuit, row, dtype)
@@ -288,7 +293,7 @@ def top_kernel(
                 p = load_inside(p_row + token, token < n_cols)
                 q = load_inside(q_row + token, token < n_cols)
                 weight = weights(p, unit, base_p)
-                # A token without mass counts nothing, whatever its d.
+                # A masked token adds 0, whatever its d.
                 d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
                 total += tl.where(p == -float("inf"), 0.0, weight * d)
             mean = tl.sum(total, axis=0) / z_p

@@ -1,4 +1,4 @@
-"""Launching the kernels of the gradients."""
+"""Launch the kernels of the gradients."""
 
 import contextlib
 from typing import NamedTuple
@@ -8,35 +8,36 @@ import torch
 from . import gradient_kernels as kernels
 from .launch import LOG2_E, layouts_of, places_of, pointer_table, warp_size
 
-# Threads of a program.
+# Threads per program.
 LANES = 128
-# Registers a thread, with the reference's gradient or without: at least six or eight programs on an SM.
+# Registers per thread, with and without the reference's gradient: at least six and eight programs
+# fit on an SM.
 MAX_REGISTERS = {True: 80, False: 64}
 
 
 class GradientTile(NamedTuple):
-    """How gradient_kernel is built for an element size."""
+    """How gradient_kernel is built for one element size."""
 
     vec: int
     loads: int  # of 128 bits, by each thread from each tensor
 
     @property
     def tokens(self):
-        """What a program takes at a time."""
+        """The number of tokens that a program takes at a time."""
         return LANES * self.vec * self.loads
 
 
-# By bytes an element. Eight tokens a thread share what it loads and computes of the row; with sixteen
-# its registers would spill.
+# By bytes per element. The eight tokens of a thread share what it loads and computes for the row;
+# with sixteen, its registers would spill.
 GRADIENT_TILES = {4: GradientTile(vec=4, loads=2), 2: GradientTile(vec=8, loads=1)}
 
 
 def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
     """Launch the kernels that write the gradients of Σ grad · KL.
 
-    `grad` (K, R) is float32, with any strides; K circuits and a reference (R, V) are as for `launch`,
-    and `rows` as it kept them. `dqs`, K contiguous tensors (R, V) or None, and `dp`, one more or None,
-    are written to.
+    `grad` (K, R) is float32, with any strides; K circuits and a reference (R, V) are as for
+    `launch`, and `rows` is what it kept. `dqs`, K contiguous tensors (R, V) or None, and `dp`, one
+    more or None, are written to.
     """
     n_circuits, (n_rows, n_cols) = len(circuits), reference.shape
     device, itemsize = reference.device, reference.itemsize
@@ -69,7 +70,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
                 TILE=tile.tokens,
                 num_warps=warps,
             )
-        # Of the second dimension a grid has no more than 65535: the vocabulary's.
+        # A grid's second dimension is limited to 65535, so it is the vocabulary's.
         kernels.gradient_kernel[(n_rows, n_cols // tile.tokens + 1)](
             **numbers,
             grad_ptr=grad,

@@ -1,8 +1,8 @@
-"""The kernels: a sweep over slices of the vocabulary, and what turns its states into divergences.
+"""The kernels: a sweep over slices of the vocabulary, and the step from its states to divergences.
 
-For a group of G circuits `partial_kernel` reads each logit of the circuits once and the reference's
-once: (1 + 1/G) tensor reads a pair. `finish_kernel` reads a few dozen bytes a slice, and a slice's
-logits once more only where its sums were not good enough.
+For a group of G circuits, `partial_kernel` reads each logit of the circuits once and the
+reference's once: (1 + 1/G) tensor reads per pair. `finish_kernel` reads 20 bytes per slice, and a
+slice's logits again only if its sums were not accurate enough.
 """
 
 import triton
@@ -27,8 +27,8 @@ from .algebra import (
     weights,
 )
 
-# Arguments that are plain numbers at run time, whatever they are: a batch of one row, or of a multiple
-# of 16, runs the code that was compiled for any other.
+# Arguments on whose values the compiled code does not depend: a batch of one row, or of a multiple
+# of 16 rows, runs the code that was compiled for any other.
 SIZES = (
     "p_row_stride",
     "n_rows",
@@ -43,27 +43,28 @@ SIZES = (
     "unit",
     "inverse",
 )
-# Arguments whose tensors may start anywhere: what kernels know of a row's alignment they are told by
-# `lead` and `aligned`.
+# Arguments whose tensors may start anywhere: `lead` and `aligned` tell the kernels all that they
+# know of a row's alignment.
 ANYWHERE = ("p_ptr",)
-# What `pointer_table` adds to a number.
+# `pointer_table` adds this to every number.
 DISGUISE = tl.constexpr(2**32)
-# How often a row may be summed again. The most that is needed: the slices that matter, at the row's own
-# pivot; all slices; all at the row's maxima, where a sum overflowed; all at the pivot found there.
+# How often a row may be summed again. At most these looks are needed: the slices that matter, at
+# the row's own pivot; all slices; all at the row's maxima, if a sum overflowed; all at the pivot
+# found there.
 LOOKS = tl.constexpr(4)
-# What takes the scale of weights off their sums.
+# Removes the scale of the weights from their sums.
 UNSCALE = tl.constexpr(2.0**-SCALE.value)
-# A slice at the base of 0 that means "all of its first tokens are masked" is suspect if its mass is
-# below this: some of its weights may have been too small for a float32.
+# A base of 0 means that all of a slice's first tokens are masked. Such a slice is suspect if its
+# mass is below this: some of its weights may have been too small for a float32.
 FAINT = tl.constexpr(2.0**-60)
-# The circuit's mass of a slice is a difference; if it is less than this part of the terms, it may be
-# nothing but rounding.
+# The circuit's mass of a slice is a difference; if it is less than this fraction of the terms, it
+# may be nothing but rounding error.
 NOISE = tl.constexpr(2.0**-18)
 
 
 @triton.jit
 def temperature_of(unit, inverse, COOL: tl.constexpr):
-    """Return log2(e) / T and 1 / T; if not COOL, T is known to be 1 and costs no register."""
+    """Return log2(e) / T and 1 / T; if not COOL, T is known to be 1 and costs no registers."""
     if COOL:
         return unit, inverse
     else:
@@ -72,10 +73,11 @@ def temperature_of(unit, inverse, COOL: tl.constexpr):
 
 @triton.jit
 def load_vectors(pointer, start, lane, VEC: tl.constexpr):
-    """Load VEC tokens a lane from `start` on as float32: a tuple of tensors, (LANES, VEC) together.
+    """Load VEC tokens per lane from `start` as float32: a tuple of tensors, (LANES, VEC) together.
 
-    They are cast at once: comparisons of raw half types are not IEEE's. bfloat16 is loaded two at a time
-    and taken apart as integers, an instruction each where the compiler's own conversion takes 1.5.
+    They are cast immediately: comparisons of raw half types do not follow IEEE 754. bfloat16 is
+    loaded two at a time and split as integers, with one instruction each where the compiler's own
+    conversion takes 1.5.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         offsets = lane[:, None] * (VEC // 2) + tl.arange(0, VEC // 2)[None, :]
@@ -91,14 +93,14 @@ def load_vectors(pointer, start, lane, VEC: tl.constexpr):
 
 @triton.jit
 def load_inside(pointer, inside):
-    """Load a token a lane as float32; outside, -inf: a token that both sides mask counts 0."""
-    # Put there after the cast: in half precision it might be another number.
+    """Load a token per lane as float32; outside, -inf: a token that both sides mask adds 0."""
+    # The -inf is put there after the cast: in half precision it might become another number.
     return tl.where(inside, tl.load(pointer, mask=inside, other=0.0).to(tl.float32), -float("inf"))
 
 
 @triton.jit
 def base_of(row, begin, end, unit, LANES: tl.constexpr):
-    """Return a base for tokens [begin, end): an estimate by the first LANES of them."""
+    """Return a base for tokens [begin, end): an estimate from the first LANES of them."""
     token = begin + tl.arange(0, LANES)
     return estimate(load_inside(row + token, token < end), unit)
 
@@ -159,12 +161,12 @@ def sweep(
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
-    A slice that is summed AGAIN has exact differences; only then is there a mass.
+    If AGAIN, the differences are exact; only then is the circuit's mass summed.
 
-    All pointers point to a multiple of 16 bytes if `aligned`. The body starts at the first token that
-    lies on such a multiple: tiles of VEC tokens a lane, in 128-bit loads without a mask. What is left,
-    fewer than VEC tokens before the body and fewer than a tile after it, is taken one token a lane,
-    with a mask; so is everything if not `aligned`.
+    If `aligned`, all pointers point to a multiple of 16 bytes. The body starts at the first token
+    on such a multiple: tiles of VEC tokens per lane, in 128-bit loads without a mask. The rest,
+    fewer than VEC tokens before the body and fewer than a tile after it, is taken one token per
+    lane, with a mask; so is everything if not `aligned`.
     """
     TILE: tl.constexpr = LANES * VEC
     PARTS: tl.constexpr = 2 if p_ptr.dtype.element_ty == tl.bfloat16 else 1
@@ -212,7 +214,7 @@ def sweep(
 
 @triton.jit
 def row_address(table_ptr, circuit, row, DTYPE: tl.constexpr):
-    """Return where a circuit's row starts: the table holds an address and a row stride a circuit."""
+    """Return where a circuit's row starts, from the table of addresses and row strides."""
     address = tl.load(table_ptr + 2 * circuit)
     stride = tl.load(table_ptr + 2 * circuit + 1)
     return address.to(tl.pointer_type(DTYPE)) + row * stride
@@ -222,21 +224,22 @@ def row_address(table_ptr, circuit, row, DTYPE: tl.constexpr):
 def row_pointer(table_ptr, circuit, row, shift, DTYPE: tl.constexpr):
     """Return where a circuit's row starts, rounded down by `shift` tokens to 16 bytes.
 
-    The hint stands on the pointer: on the integer it would be lost. Where rows are not aligned it is
-    not true, and of no effect, since tokens are taken one a lane there.
+    The alignment hint is on the pointer: on the integer it would be lost. If rows are not aligned,
+    the hint is false but has no effect, since tokens are then taken one per lane.
     """
     return tl.multiple_of(row_address(table_ptr, circuit, row, DTYPE) - shift, 16)
 
 
 @triton.jit
 def place_of(lead, row, p_row_stride, aligned, VEC: tl.constexpr):
-    """Return (shift, first): where a row begins and where its slices are cut from.
+    """Return (shift, first): where a row begins, and from where it is cut into slices.
 
-    `shift` is how many tokens the row starts behind a multiple of 16 bytes, 0 if not `aligned`, and all
-    tokens are counted from there. `first` is the reference's first multiple of 16 bytes within its row,
-    even if not `aligned`: so all circuits have the same slices, counted from the same tokens.
+    `shift` is how many tokens after a multiple of 16 bytes the row starts, 0 if not `aligned`; all
+    tokens are counted from that multiple. `first` is the reference's first multiple of 16 bytes
+    within its row, even if not `aligned`: so all circuits have the same slices, with bases from the
+    same tokens.
     """
-    # VEC is a power of two, and the remainder of that division never negative.
+    # VEC is a power of two, so the mask gives the remainder, which is never negative.
     behind = ((lead + row * p_row_stride) & (VEC - 1)).to(tl.int32)
     shift = behind * aligned
     return shift, shift + ((VEC - behind) & (VEC - 1))
@@ -275,14 +278,14 @@ def partial_kernel(
     """Write the state of one slice of one row for a group of G circuits.
 
     Program = (row, slice, group), group fastest: programs that share a slice of the reference run
-    together. A program is one warp: nothing waits for another. `lead` is how many tokens p_ptr lies
-    behind a multiple of 16 bytes.
+    together. A program is one warp, so no warp waits for another. `lead` is how many tokens after a
+    multiple of 16 bytes p_ptr lies.
 
-    states[field, circuit, row, slice], field in (b_p, z_p, b_q, s, h), float32; the bases are those of
-    the slice's first LANES tokens.
+    states[field, circuit, row, slice], field in (b_p, z_p, b_q, s, h), float32; the bases are those
+    of the slice's first LANES tokens.
 
-    Reads n_cols·itemsize·(1 + 1/G) bytes a row and circuit, and LANES tokens a slice and tensor once
-    more, from a cache; writes 20 bytes a slice. 1 + 1/G exponentials a pair.
+    Reads n_cols·itemsize·(1 + 1/G) bytes per row and circuit, and LANES tokens per slice and tensor
+    once more, from a cache; writes 20 bytes per slice. 1 + 1/G exponentials per pair.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0)
@@ -331,9 +334,9 @@ def partial_kernel(
 
 @triton.jit
 def maxima(p_row, q_row, shift, n_cols, unit, LANES: tl.constexpr):
-    """Return bases for a whole row, by its maxima, and whether it has a divergence at all.
+    """Return bases for a whole row, from its maxima, and whether it has a divergence at all.
 
-    It has none where a logit is NaN or +inf, or all of a side's are -inf.
+    It has none if a logit is NaN or +inf, or if all of a side's logits are -inf.
     """
     lane = tl.arange(0, LANES)
     top_p = tl.full((LANES,), -float("inf"), tl.float32)
@@ -349,7 +352,8 @@ def maxima(p_row, q_row, shift, n_cols, unit, LANES: tl.constexpr):
     top_p = tl.max(top_p, axis=0) * unit
     top_q = tl.max(top_q, axis=0) * unit
     defined = (tl.min(number, axis=0) == 1) & (tl.abs(top_p) < float("inf"))
-    # Not below the maxima: with weights above 1 a divergence of 1e38 would be infinite.
+    # The bases are not below the maxima: with weights above 1, a divergence of 1e38 would be
+    # infinite.
     return to_grid(top_p) + GRID, to_grid(top_q) + GRID, defined & (tl.abs(top_q) < float("inf"))
 
 
@@ -395,7 +399,7 @@ def sum_again(
                 VEC,
                 1,
                 True,
-                # COOL matters to the first pass only: differences are exact here, whatever T is.
+                # COOL matters only in the first pass: differences are exact here, whatever T is.
                 False,
             )
             new_s, new_h, new_mass = sums[0]
@@ -413,15 +417,16 @@ def sum_again(
 def look_at(state, unseen, stretch, n_slices, KEEP: tl.constexpr):
     """Merge slices; return (row, x, divergence, finite, settled, again): see `merge` and `judge`.
 
-    `settled` is whether the divergence is finite and good enough. If it is not, the slices to sum again
-    are those whose part in the doubt is large, and all that are `unseen`.
+    `settled` is whether the divergence is finite and accurate enough. If it is not, `again` marks
+    the slices to sum again: those with a large part of the doubt, and all that are `unseen`.
     """
     merged, x, finite, doubt, plain_doubt = merge(state, stretch, KEEP)
     if unseen is not None:
         doubt = tl.where(unseen, float("inf"), doubt)
         plain_doubt = tl.where(unseen, float("inf"), plain_doubt)
     divergence, good, room, plain_room = judge(merged, x, doubt, plain_doubt, KEEP)
-    # What is not good enough is the plain sum of a large divergence, or the accurate one of a small one.
+    # The sum that is not accurate enough is the plain one for a large divergence, or the accurate
+    # one for a small divergence.
     again = tl.where(
         plain_room > 0.0,
         plain_doubt * n_slices > plain_room,
@@ -432,12 +437,12 @@ def look_at(state, unseen, stretch, n_slices, KEEP: tl.constexpr):
 
 @triton.jit
 def first_look(state, some, stretch, n_slices, KEEP: tl.constexpr):
-    """Return slices as partial_kernel left them, and what `look_at` says of them.
+    """Return slices as partial_kernel left them, and what `look_at` returns for them.
 
-    The base of a slice whose first tokens are all masked is 0. If its sum is next to nothing then,
-    though it has `some` tokens, its weights may have been too small for a float32; and where the
-    reference's base is far too low, the circuit's mass may be lost in rounding. Such a slice's mass is
-    left out for now, and the slice is summed again at the base of the others.
+    The base of a slice whose first tokens are all masked is 0. If its sum is then tiny, although it
+    has `some` tokens, its weights may have been too small for a float32. If the reference's base is
+    far too low, the circuit's mass may be lost in rounding. The mass of such a slice is left out
+    for now, and the slice is summed again at the base of the others.
     """
     b_p, z_p, b_q, mass, s, h, size = state
     unseen_p = some & (b_p == 0.0) & (z_p < FAINT)
@@ -470,15 +475,15 @@ def finish_kernel(
     COOL: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Merge the slices of one row and circuit into its divergence, and look again where need be.
+    """Merge the slices of one row and circuit into its divergence; look again where necessary.
 
-    kl[circuit, row]; to KEEP what gradients need, rows[field, circuit, row] with KL and the fields of
-    `kept`. float32.
+    Writes kl[circuit, row], or, to KEEP what gradients need, rows[field, circuit, row] with KL and
+    the fields of `kept`, in float32.
 
-    Program = (circuit, row), of one warp. Reads 20 bytes a slice and writes 4 or 40. A slice whose pivot
-    was not good enough is summed again at the row's: that reads slice_size·itemsize·2 bytes more and
-    takes two exponentials a pair. Where a sum overflowed or vanished, the row's maxima are looked for
-    and all of its slices are summed again.
+    Program = (circuit, row), of one warp. Reads 20 bytes per slice and writes 4 or 40. A slice
+    whose pivot was not good enough is summed again at the row's pivot: that reads
+    slice_size·itemsize·2 bytes more and takes two exponentials per pair. If a sum overflowed or
+    underflowed, the row is scanned for its maxima and all of its slices are summed again.
     """
     unit, inverse = temperature_of(unit, inverse, COOL)
     program = tl.program_id(0)
@@ -496,8 +501,8 @@ def finish_kernel(
     b_q = tl.load(source + 2 * field_stride, mask=inside, other=0.0)
     s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
     h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
-    # Slices that have tokens. The last one has none if the first, which also takes the tokens before
-    # the first multiple of 16 bytes, leaves it none.
+    # Slices that have tokens. The last slice has none if the first slice, which also takes the
+    # tokens before the first multiple of 16 bytes, leaves it none.
     some = inside & ((index == 0) | (index * slice_size < n_cols - (first - shift)))
     state = (b_p, z_p, b_q, z_p + (h - s), s, h, z_p + tl.abs(s) + tl.abs(h))
     stretch = stretch_of(unit, inverse)
@@ -508,14 +513,15 @@ def finish_kernel(
     while (look < LOOKS) & (settled == 0):
         q_row = row_pointer(table_ptr, circuit, row, shift, p_ptr.dtype.element_ty)
         base_p, sum_p, base_q, _, _ = merged
-        # No likely token's weight is above 1 then: its exponent would be rounded the more.
+        # With the bases raised by this, no likely token's weight is above 1, where the rounding
+        # error of its exponent would be larger.
         up = to_grid(tl.log2(sum_p))
         base_p += up
         base_q += up
         at_maxima = finite == 0
         if at_maxima:
             base_p, base_q, defined = maxima(p_row, q_row, shift, n_cols, unit, LANES)
-            # A row without a divergence is done with.
+            # A row without a divergence is not summed again.
             again = (index < n_slices) & defined
         state = sum_again(
             state,
@@ -537,9 +543,9 @@ def finish_kernel(
             SLICES,
         )
         merged, x, divergence, finite, settled, _ = look_at(state, None, stretch, n_slices, KEEP)
-        # Summed at its maxima and still not finite, a row is settled: its divergence is inf or NaN.
+        # A row that is not finite even at its maxima is settled: its divergence is inf or NaN.
         settled = settled | (at_maxima & (finite == 0))
-        # Those that mattered were summed at the row's pivot; now all of them.
+        # The slices that mattered were summed at the row's pivot; next, all slices are.
         again = index < n_slices
         look += 1
     divergence = tl.where(finite, divergence, tl.where(defined, float("inf"), float("nan")))
@@ -553,10 +559,10 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=("first", "n"))
 def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
-    """Write up to n of a tuple of `pointer_table`'s numbers to the table, from `first` on: 8 bytes each.
+    """Write the first n of `pointer_table`'s numbers to the table, from `first` on: 8 bytes each.
 
-    Numbers travel as arguments: for a copy from host memory the host would have to wait, and that
-    memory to outlive a graph that captured the copy.
+    The numbers are passed as arguments: the host would have to wait for a copy from its memory, and
+    that memory would have to outlive a graph that captured the copy.
     """
     for i in tl.static_range(len(numbers)):
         tl.store(table_ptr + first + i, (numbers[i] >> 1) - DISGUISE, mask=i < n)

@@ -1,4 +1,4 @@
-"""Launching the kernels: which rows lie alike, which circuits form a group, how big a tile is."""
+"""Launch the kernels: which rows share an alignment, which circuits form a group, tile sizes."""
 
 import contextlib
 import functools
@@ -15,24 +15,26 @@ from .kernels import DISGUISE
 # Whether the kernels were built for Triton's interpreter, which runs them on CPU tensors.
 INTERPRETED = not isinstance(kernels.partial_kernel, triton.runtime.JITFunction)
 
-# Bytes of the widest load; rows that lie alike modulo this can share tiles.
+# Bytes of the widest load; rows whose addresses are equal modulo this can share tiles.
 WIDEST = 16
-# Tokens of a slice, which one warp sums: enough that what a program does once is a small part of the
-# work, and few enough that 64 rows of GPT-2's vocabulary and 20 circuits fill an H100's 4224 places.
+# Tokens of a slice, which one warp sums: enough that a program's fixed costs are a small part of
+# its work, and few enough that 64 rows of GPT-2's vocabulary and 20 circuits fill an H100's 4224
+# places for warps.
 SLICE = 4096
-# Slices of a row, at the most: larger vocabularies have larger slices.
+# The largest number of slices of a row: larger vocabularies have larger slices.
 SLICES = 64
-# The fields of a slice's state, as partial_kernel writes it, and of a row's, as finish_kernel keeps it.
+# How many fields partial_kernel writes for a slice's state, and finish_kernel keeps for a row.
 N_FIELDS, N_KEPT = 5, algebra.N_KEPT.value
 LOG2_E = algebra.LOG2_E.value
-# Numbers that table_kernel takes at a time, for 32 tensors: in a tuple, 64 take no longer to launch than
-# 8 arguments by name.
+# The numbers that one launch of table_kernel takes, for 32 tensors: 64 in a tuple take no longer to
+# launch than 8 arguments by name.
 TABLE_CHUNK = 64
 
-# Registers a thread of partial_kernel: 32 warps of it fit into an SM's, half of what an A100's or H100's
-# can hold. Some cards hold fewer programs: see bench/cards.py.
+# Registers per thread of partial_kernel: 32 of its warps fit on an SM, half of what an A100's or
+# H100's SM can hold. Some cards hold fewer programs: see bench/cards.py.
 MAX_REGISTERS = 64
-# Of finish_kernel: 23 warps. Left to itself the compiler takes fewer in half precision, and spills.
+# The same for finish_kernel: 23 warps fit. Without this limit, the compiler takes fewer registers
+# in half precision, and spills.
 FINISH_REGISTERS = 88
 
 
@@ -43,11 +45,10 @@ class Tile(NamedTuple):
     unroll: int
 
 
-# By bytes an element and group size. VEC is one 128-bit load; a lane is a thread, so that every sum
-# within a tile stays in it. Unrolled until 64 registers are used: a lone warp waits for memory less
-# often, and the loop's own instructions weigh less.
-# The counts: instructions a pair in the loop, of those that an H100 can issue while memory delivers a
-# pair.
+# By bytes per element and group size. VEC is one 128-bit load; a lane is a thread, so that every
+# sum within a tile stays in the thread. Loops are unrolled until 64 registers are used: a lone warp
+# then waits for memory less often, and the loop's own instructions weigh less. The counts are
+# instructions per pair in the loop, of those that an H100 can issue while memory delivers a pair.
 TILES = {
     # 18 of 44.
     (4, 4): Tile(vec=4, unroll=1),
@@ -62,7 +63,8 @@ TILES = {
     # 23 of 35.
     (2, 1): Tile(vec=8, unroll=4),
 }
-# Circuits that share a tile of the reference: as many fours as there are, then what is left.
+# How many circuits share a tile of the reference: groups of four as long as possible, then smaller
+# ones.
 GROUPS = (4, 2, 1)
 
 
@@ -70,7 +72,7 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
-    float32, or, to keep the rows' states too, (N_KEPT, K, R), the divergences first.
+    float32, or, with `keep`, what is kept of the rows (N_KEPT, K, R), the divergences first.
     """
     own, *places = places_of((reference, *circuits))
     layout, *layouts = layouts_of((own, *places), reference)
@@ -100,8 +102,8 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
 
 @functools.lru_cache
 def slices(n_cols, itemsize):
-    """Return into how many slices a vocabulary is cut, and their size: by V and the element's size."""
-    # Whole tiles, however the loop is unrolled and whatever the warp's size.
+    """Return a vocabulary's number of slices and their size, given V and the element's size."""
+    # A slice holds whole tiles, however the loop is unrolled and whatever the warp's size.
     step = max(64 * tile.vec * tile.unroll for (size, _), tile in TILES.items() if size == itemsize)
     wanted = min(triton.cdiv(n_cols, SLICE), SLICES)
     size = triton.cdiv(triton.cdiv(n_cols, wanted), step) * step
@@ -119,12 +121,12 @@ def groups(n_circuits):
 
 
 def places_of(tensors):
-    """Return the addresses and row strides of tensors (R, V): 0, 0 for None."""
+    """Return the addresses and row strides of tensors (R, V), or (0, 0) for None."""
     return [(0, 0) if t is None else (t.data_ptr(), t.stride(0)) for t in tensors]
 
 
 def layouts_of(places, like):
-    """Return, for each place, where the first row starts and how long the row stride is.
+    """Return the start of the first row, and the row stride, for each place.
 
     Both in elements, modulo WIDEST bytes; 0 for the stride of a single row. The places are those of
     tensors of the shape and dtype of `like`.
@@ -137,15 +139,15 @@ def layouts_of(places, like):
 
 
 def layout_of(rows):
-    """Return where the rows of a tensor (R, V) start."""
+    """Return the layout of a tensor (R, V): see `layouts_of`."""
     return layouts_of(places_of([rows]), rows)[0]
 
 
 def _reference_like_most(layouts, reference, layout):
     """Return the reference and its layout.
 
-    If more circuits lie otherwise, it is copied once to lie as most do. For a single circuit the copy
-    costs more than loads of single elements.
+    If more circuits have another layout, the reference is copied once into the layout of most
+    circuits. For a single circuit, the copy costs more than loads of single elements.
     """
     most, count = Counter(layouts).most_common(1)[0]
     if most != layout and count > max(1, layouts.count(layout)):
@@ -154,7 +156,7 @@ def _reference_like_most(layouts, reference, layout):
 
 
 def _copy(rows, wanted):
-    """Copy rows (R, V) to where they start as wanted."""
+    """Copy rows (R, V) into memory with the wanted layout."""
     (n_rows, n_cols), (lead, step) = rows.shape, wanted
     vec = WIDEST // rows.itemsize
     stride = n_cols + (step - n_cols) % vec
@@ -166,7 +168,7 @@ def _copy(rows, wanted):
 
 
 def _launch_part(places, reference, aligned, temperature, keep):
-    """Launch the kernels on circuits that all lie like the reference, or none of which is sure to."""
+    """Launch the kernels on circuits that all have the reference's layout, if `aligned`."""
     n_circuits, (n_rows, n_cols) = len(places), reference.shape
     device, itemsize = reference.device, reference.itemsize
     n_slices, slice_size = slices(n_cols, itemsize)
@@ -187,7 +189,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
         "COOL": temperature != 1,
-        # A lane a thread of one warp; AMD's data-center cards have 64 in one.
+        # One lane per thread of a warp; a warp of AMD's data-center cards has 64 threads.
         "LANES": warp_size(device),
         "state_ptr": states,
         "num_warps": 1,
@@ -225,15 +227,15 @@ def _launch_part(places, reference, aligned, temperature, keep):
 
 
 def warp_size(device):
-    """Return the threads of a warp."""
+    """Return the number of threads in a warp."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def pointer_table(places, device):
     """Return a table (K, 2) on the device of addresses and row strides.
 
-    They travel as odd numbers of more than 32 bits: Triton compiles anew for integers in a tuple that
-    are 1, fit into 32 bits, or are multiples of 16.
+    The numbers are passed as odd numbers of more than 32 bits: Triton compiles anew for integers in
+    a tuple that are 1, fit into 32 bits, or are multiples of 16.
     """
     nothing = 2 * DISGUISE.value + 1
     numbers = [2 * number + nothing for place in places for number in place]
