@@ -170,7 +170,7 @@ def build_partial(
         "LANES": gpu_target(target).warp_size,
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
-        "COOL": False,
+        "DIVIDE": False,
     }
     compiled = compiler(
         kernels.partial_kernel,
@@ -197,7 +197,7 @@ def build_finish(
             "LANES": gpu_target(target).warp_size,
             "VEC": launch.TILES[ITEMSIZE[dtype], 1].vec,
             "SLICES": launch.SLICES,
-            "COOL": False,
+            "DIVIDE": False,
             "KEEP": keep,
         },
         target=gpu_target(target),
@@ -237,7 +237,7 @@ def build_gradient(
             "TILE": tile.tokens,
             "VEC": tile.vec,
             "REFERENCE": reference,
-            "COOL": False,
+            "DIVIDE": False,
         },
         target=gpu_target(target),
         divisible=divisible if hints else (),

@@ -153,7 +153,7 @@ class PTX:
                 "LANES": 32,
                 "VEC": tile.vec,
                 "UNROLL": tile.unroll,
-                "COOL": False,
+                "DIVIDE": False,
             },
             target=GPUTarget("cuda", arch, 32),
             num_warps=1,

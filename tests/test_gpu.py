@@ -326,7 +326,7 @@ WHAT = {
     "weights": lambda c, r, **k: fastkl.kl_div_many(c, r, weights=r[:, 0].abs(), **k),
     "mask": lambda c, r, **k: fastkl.kl_div_many(c, r, mask=r[:, 0] > 0, reduction="sum", **k),
     "reverse": lambda c, r, **k: fastkl.kl_div_many(c, r, direction="reverse", **k),
-    "cooled": lambda c, r, **k: fastkl.kl_div_many(c, r, temperature=1.7, **k),
+    "divided": lambda c, r, **k: fastkl.kl_div_many(c, r, temperature=1.7, **k),
     "heated": lambda c, r, **k: fastkl.kl_div_many(c, r, temperature=0.3, **k),
     "vocab_size": lambda c, r, **k: fastkl.kl_div_many(c, r, vocab_size=1000, **k),
     "statistics": lambda c, r, **k: torch.stack(

@@ -252,7 +252,7 @@ def terms(d, weight, q, base_q, unit):
 
 
 @triton.jit
-def quick_terms(p, q, weight, apart, unit, COOL: tl.constexpr):
+def quick_terms(p, q, weight, apart, unit, DIVIDE: tl.constexpr):
     """Return the tokens' terms of -s / log 2 and of h, given the difference of the bases.
 
     The terms use x = -d / log 2, so that 2^x is the ratio of the circuit's weight to the
@@ -261,7 +261,7 @@ def quick_terms(p, q, weight, apart, unit, COOL: tl.constexpr):
     # Subtract before multiplying: a rounded product on one side only would make identical rows
     # differ. If both sides mask a token, the difference is 0; if a single side does, x is infinite.
     difference = unmasked(q) - unmasked(p)
-    if COOL:
+    if DIVIDE:
         # The difference is doubled, exactly, so that a single side's mask overflows to inf even if
         # unit is less than 1.
         difference, unit = difference + difference, unit * 0.5

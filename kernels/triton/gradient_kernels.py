@@ -166,7 +166,7 @@ def gradient_kernel(
     TILE: tl.constexpr,
     VEC: tl.constexpr,
     REFERENCE: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
@@ -181,7 +181,7 @@ def gradient_kernel(
     Reads n_cols·itemsize·(1 + 1/K) bytes per row and circuit, and writes n_cols·itemsize bytes per
     row of a gradient. One exponential per pair and one per token of the reference.
     """
-    unit, inverse = temperature_of(unit, inverse, COOL)
+    unit, inverse = temperature_of(unit, inverse, DIVIDE)
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
 
@@ -248,7 +248,7 @@ def top_kernel(
     unit: tl.float32,
     inverse: tl.float32,
     TILE: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     """Write two numbers per row that dKL/dp needs: the rest of the pivot, and the mean of d at it.
 
@@ -259,7 +259,7 @@ def top_kernel(
     which one slice has nearly all mass, it reads n_cols·itemsize·3 bytes more, and takes one
     exponential per pair.
     """
-    unit, inverse = temperature_of(unit, inverse, COOL)
+    unit, inverse = temperature_of(unit, inverse, DIVIDE)
     program = tl.program_id(0)
     circuit = program // n_rows
     row = (program % n_rows).to(tl.int64)

@@ -54,7 +54,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         "n_circuits": n_circuits,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
-        "COOL": temperature != 1,
+        "DIVIDE": temperature != 1,
     }
     tile, warps = GRADIENT_TILES[itemsize], LANES // warp_size(device)
     limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS[dp is not None]}

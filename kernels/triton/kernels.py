@@ -63,9 +63,9 @@ NOISE = tl.constexpr(2.0**-18)
 
 
 @triton.jit
-def temperature_of(unit, inverse, COOL: tl.constexpr):
-    """Return log2(e) / T and 1 / T; if not COOL, T is known to be 1 and costs no registers."""
-    if COOL:
+def temperature_of(unit, inverse, DIVIDE: tl.constexpr):
+    """Return log2(e) / T and 1 / T; if not DIVIDE, T is known to be 1 and costs no registers."""
+    if DIVIDE:
         return unit, inverse
     else:
         return LOG2_E, 1.0
@@ -118,7 +118,7 @@ def absorb(
     PARTS: tl.constexpr,
     G: tl.constexpr,
     AGAIN: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
@@ -133,7 +133,7 @@ def absorb(
                 t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
                 mass += tl.sum(circuit_weight, axis=1)
             else:
-                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit, COOL)
+                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit, DIVIDE)
             s += tl.sum(t, axis=1)
             h += tl.sum(term, axis=1)
             new_sums = new_sums + ((s, h, mass),)
@@ -157,7 +157,7 @@ def sweep(
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
     AGAIN: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
@@ -187,7 +187,9 @@ def sweep(
         qs = ()
         for i in tl.static_range(G):
             qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, COOL)
+        z_p, sums = absorb(
+            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, DIVIDE
+        )
 
     n_before = body_begin - begin
     n_rest = n_before + end - body_end
@@ -199,7 +201,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, COOL)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE)
 
     total = ()
     for i in tl.static_range(G):
@@ -273,7 +275,7 @@ def partial_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
 
@@ -287,7 +289,7 @@ def partial_kernel(
     Reads n_cols·itemsize·(1 + 1/G) bytes per row and circuit, and LANES tokens per slice and tensor
     once more, from a cache; writes 20 bytes per slice. 1 + 1/G exponentials per pair.
     """
-    unit, inverse = temperature_of(unit, inverse, COOL)
+    unit, inverse = temperature_of(unit, inverse, DIVIDE)
     program = tl.program_id(0)
     group = program % n_groups
     part = (program // n_groups) % n_slices
@@ -319,7 +321,7 @@ def partial_kernel(
         VEC,
         UNROLL,
         False,
-        COOL,
+        DIVIDE,
     )
 
     field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
@@ -399,7 +401,7 @@ def sum_again(
                 VEC,
                 1,
                 True,
-                # COOL matters only in the first pass: differences are exact here, whatever T is.
+                # DIVIDE matters only in the first pass: differences are exact here, whatever T is.
                 False,
             )
             new_s, new_h, new_mass = sums[0]
@@ -472,7 +474,7 @@ def finish_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     SLICES: tl.constexpr,
-    COOL: tl.constexpr,
+    DIVIDE: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     """Merge the slices of one row and circuit into its divergence; look again where necessary.
@@ -485,7 +487,7 @@ def finish_kernel(
     slice_size·itemsize·2 bytes more and takes two exponentials per pair. If a sum overflowed or
     underflowed, the row is scanned for its maxima and all of its slices are summed again.
     """
-    unit, inverse = temperature_of(unit, inverse, COOL)
+    unit, inverse = temperature_of(unit, inverse, DIVIDE)
     program = tl.program_id(0)
     circuit = program // n_rows
     row = (program % n_rows).to(tl.int64)

@@ -188,7 +188,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "aligned": aligned,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
-        "COOL": temperature != 1,
+        "DIVIDE": temperature != 1,
         # One lane per thread of a warp; a warp of AMD's data-center cards has 64 threads.
         "LANES": warp_size(device),
         "state_ptr": states,
