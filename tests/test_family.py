@@ -220,6 +220,7 @@ def test_padded_vocabularies(generator, function):
     ]
     found = function(*padded, vocab_size=50)
     assert torch.equal(found, function(circuit, reference))
+    assert torch.equal(found, function(circuit, reference, vocab_size=50))
     found.backward()
     for leaf in padded:
         assert (leaf.grad[..., 50:] == 0).all()
