@@ -3,7 +3,7 @@
 What stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->` is replaced by what
 `bench.NAME.markdown` makes of bench/results/NAME.json; NAME_gpu is NAME measured on a card, and
 FOLDER/NAME what another machine's processor measured, in a folder of bench/results. With --check
-nothing is written; the exit status is 1 if a page is stale.
+nothing is written; the exit status is 1 if a page is stale. Needs Triton, for the tables of its kernels.
 """
 
 import argparse
@@ -69,9 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     any_stale = False
-    for page in options.pages:
-        text = page.read_text(encoding="utf-8")
-        fresh = update(text, options.results)
+    texts = [page.read_text(encoding="utf-8") for page in options.pages]
+    try:
+        # Before any page is written, so that an error leaves all of them as they were.
+        pages = [update(text, options.results) for text in texts]
+    except ModuleNotFoundError as error:
+        print(f"nothing written: the tables need {error.name}, which is missing", file=sys.stderr)
+        return 2
+    for page, text, fresh in zip(options.pages, texts, pages, strict=True):
         if fresh == text:
             print(f"{page} is up to date")
         elif options.check:

@@ -73,6 +73,7 @@ GRID = (
     Training(temperature=2.0),
     Training(dtype="bfloat16"),
     Training(n_rows=16),
+    Training(n_rows=1),
     Training(n_vocabulary=151936, n_rows=64),
     Training(js=True),
 )

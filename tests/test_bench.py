@@ -542,6 +542,17 @@ def test_report_rewrites_what_is_between_the_markers_alone(readme, document):
     assert report.main([*arguments, "--check"]) == 0
 
 
+def test_report_writes_no_page_unless_it_can_write_all(readme, tmp_path, monkeypatch, capsys):
+    (tmp_path / "roofline.json").write_text("{}")
+    other = tmp_path / "other.md"
+    other.write_text("<!-- bench:roofline -->\n<!-- /bench:roofline -->\n")
+    monkeypatch.setitem(sys.modules, "bench.roofline", None)
+    stale = readme.read_text()
+    assert report.main(["--pages", str(readme), str(other), "--results", str(tmp_path)]) == 2
+    assert "nothing written: the tables need bench.roofline" in capsys.readouterr().err
+    assert readme.read_text() == stale
+
+
 def test_report_shows_another_machine_beside(tmp_path, document):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "cpu.json").write_text(json.dumps(document))

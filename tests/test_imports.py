@@ -149,7 +149,7 @@ def test_the_readmes_examples_run():
     """Run them one after another with embeddings as models; auto_circuit's has tests of its own."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     full, student = torch.nn.Embedding(50, 70), torch.nn.Embedding(50, 70)
     inputs, mask = torch.randint(50, (3, 4)), torch.rand(3, 4) < 0.8
     models = {"full": full, "quantized": student, "teacher": full, "student": student}

@@ -52,7 +52,9 @@ def missing(device: torch.device | None = None, dtype: torch.dtype | None = None
     extension = _extension()
     if isinstance(extension, ModuleNotFoundError):
         return errors.not_in_this_folder(
-            "the extension fastkl._native is", "it was not built, for want of a C++17 compiler"
+            "the extension fastkl._native is",
+            "it was not built (pip needs GCC or Clang and Python's headers; `pip install -v` shows the "
+            "error)",
         )
     if isinstance(extension, ImportError):
         return f"the extension fastkl._native cannot be loaded: {extension}"

@@ -73,7 +73,9 @@ def _device_problem(device: torch.device | None) -> str | None:
 def installation_problem() -> str | None:
     """Say which package is missing, too old or broken; None if the kernels are imported."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
+        if torch.cuda.is_available():
+            return "the package triton is not installed (pip install triton)"
+        return "PyTorch sees no CUDA or ROCm device, and the package triton is not installed"
     if importlib.util.find_spec("fastkl._triton") is None:
         return errors.not_in_this_folder(
             "the kernels fastkl._triton are", "fastkl was not installed by pip"
