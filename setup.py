@@ -35,6 +35,13 @@ FLAGS = [
 ]
 
 
+def _processors():
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 class BuildNative(build_ext):
     """Compile the files in parallel, each level with its own flags; carry on without a compiler."""
 
@@ -45,7 +52,7 @@ class BuildNative(build_ext):
         try:
             if compiler.compiler_type != "unix" or compile_one is None:
                 raise RuntimeError(f"the kernel needs GCC or Clang, not {compiler.compiler_type}")
-            with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            with ThreadPoolExecutor(_processors()) as pool:
                 self._compile_in(pool)
                 super().build_extension(ext)
         except Exception as error:

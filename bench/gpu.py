@@ -528,7 +528,7 @@ def plot(document: dict, path: Path, n_cols: int = 50257) -> None:
 
 
 def markdown(document: dict) -> str:
-    """Return the README's table: every peer at GPT-2's vocabulary, with a caption on the setup."""
+    """Return the table: every peer at GPT-2's vocabulary, with a caption on the setup."""
     measured = ["µs", "µs, not captured", "GB/s", "of copy", "of datasheet", "MB", "error"]
     rows = [["peer", "dtype", "K", "rows", *measured]]
     for entry in document["results"]:

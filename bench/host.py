@@ -162,7 +162,7 @@ def run(calls: int) -> dict[str, Any]:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the table of bench/README.md."""
     rows = [
         [
             "circuits",

@@ -184,7 +184,7 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Return the README's table."""
+    """Return the table of bench/README.md."""
     cases = document["cases"]
     sizes = [Size(*(case[name] for name in Size._fields)) for case in cases]
     rows = [["ms (relative to the first row)", *map(str, sizes)]]

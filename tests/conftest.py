@@ -213,17 +213,25 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 def native_block_starts(n_cols: int) -> list[int]:
-    """Return where the native kernel's blocks of a row begin, if the row is one slice."""
+    """Return where the native kernel's blocks of a row begin, by the constants in its sources."""
     kernel = Path(__file__).parents[1] / "kernels" / "cpu"
-    longest, first = (
-        int(re.search(rf"{name} = (\d+);", (kernel / file).read_text()).group(1))
-        for name, file in (("kBlock", "kl.hpp"), ("kFirstBlock", "slice.hpp"))
+    text = (kernel / "kl.hpp").read_text() + (kernel / "slice.hpp").read_text()
+    longest_slice, longest, first = (
+        int(re.search(rf" {name} = (\d+);", text).group(1))
+        for name in ("kSlice", "kBlock", "kFirstBlock")
     )
-    if n_cols <= longest:
-        return [0]
-    rest = n_cols - first
-    length = 64 * math.ceil(rest / math.ceil(rest / longest) / 64)
-    return [0, *range(first, n_cols, length)]
+
+    def piece_length(n: int, most: int) -> int:
+        return 64 * math.ceil(n / math.ceil(n / most) / 64)
+
+    starts = []
+    length = piece_length(n_cols, longest_slice)
+    for begin in range(0, n_cols, length):
+        n = min(length, n_cols - begin)
+        starts.append(begin)
+        if n > longest:
+            starts += range(begin + first, begin + n, piece_length(n - first, longest))
+    return starts
 
 
 def interpreted(backend: str) -> bool:

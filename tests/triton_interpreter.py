@@ -12,7 +12,7 @@ def correct() -> None:
 
 
 def hasten() -> None:
-    """Have the interpreter patch `triton.language` once per launch, which halves a launch's time.
+    """Have the interpreter patch `triton.language` once per launch and module, in half the time.
 
     By itself it patches at launch and again, without effect, at each call of a jitted function.
     """

@@ -362,7 +362,7 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
         const char* at = address(problem.reference, row, start);
         const Block block = with_dtype(problem.reference.dtype, at, [&](auto p) {
             return read_reference_block<DIVIDE>(p, n, problem.temperature, reference, next, scratch,
-                                              taken);
+                                                taken);
         });
         const Shares share = shares(reference, {block.max + taken, block.sum});
         for (int64_t k = 0; k < problem.n_circuits;) {
@@ -371,7 +371,7 @@ bool slice_at(const Problem& problem, int64_t row, int64_t begin, int64_t end, S
                 with_dtype(problem.circuits[k].dtype, nullptr, [&](auto logits) {
                     using T = std::remove_const_t<std::remove_pointer_t<decltype(logits)>>;
                     return look_from<T, DIVIDE>(problem, row, start, block, taken, k, states, looks,
-                                              scratch, of_block);
+                                                scratch, of_block);
                 });
             for (int64_t i = 0; i < count; ++i, ++k)
                 states[k] = merge(share, states[k], of_block[i]);

@@ -561,10 +561,10 @@ def finish_kernel(
 
 @triton.jit(do_not_specialize=("first", "n"))
 def table_kernel(table_ptr, numbers, first: tl.int32, n: tl.int32):
-    """Write the first n of `pointer_table`'s numbers to the table, from `first` on: 8 bytes each.
+    """Write the first n of a chunk of `pointer_table`'s numbers to the table, from `first` on.
 
-    The numbers are passed as arguments: the host would have to wait for a copy from its memory, and
-    that memory would have to outlive a graph that captured the copy.
+    Each number takes 8 bytes. The numbers are passed as arguments: the host would have to wait for
+    a copy from its memory, and that memory would have to outlive a graph that captured the copy.
     """
     for i in tl.static_range(len(numbers)):
         tl.store(table_ptr + first + i, (numbers[i] >> 1) - DISGUISE, mask=i < n)
