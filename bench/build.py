@@ -123,6 +123,13 @@ def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str
     }
 
 
+def chip_of(target: str, dtype: str) -> str:
+    """Return what the launcher has the kernels' arithmetic compiled for on a target."""
+    if target.startswith("gfx"):
+        return "other"
+    return launch.nvidia_chip(gpu_target(target).arch // 10, ITEMSIZE[dtype])
+
+
 def options_for(target: str, warps: int, maxnreg: int | None) -> dict[str, int]:
     """Return the compiler's options; AMD's compiler has no option that limits registers."""
     limits = {} if maxnreg is None or target.startswith("gfx") else {"maxnreg": maxnreg}
@@ -160,7 +167,8 @@ def build_partial(
     compiler : callable
         What compiles; another one is needed if Triton's interpreter has replaced the kernels.
     """
-    tile = tile or launch.TILES[ITEMSIZE[dtype], group]
+    chip = chip_of(target, dtype)
+    tile = tile or launch.tile_of(chip, ITEMSIZE[dtype], group)
     numbers = launch_numbers(dtype, group, n_rows, n_cols)
     signature, constexprs, divisible = specialize(kernels.partial_kernel, dtype, numbers)
     if not hints:
@@ -171,6 +179,7 @@ def build_partial(
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
         "DIVIDE": False,
+        "CHIP": chip,
     }
     compiled = compiler(
         kernels.partial_kernel,
@@ -199,6 +208,7 @@ def build_finish(
             "SLICES": launch.SLICES,
             "DIVIDE": False,
             "KEEP": keep,
+            "CHIP": chip_of(target, dtype),
         },
         target=gpu_target(target),
         divisible=divisible,

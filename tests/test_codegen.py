@@ -15,7 +15,7 @@ from emulated import compilations, emulate, launch
 from ptx_emulator import compile_kernel
 from triton.backends.compiler import GPUTarget
 
-from bench.build import build_finish, build_gradient, build_partial, gradient_launch
+from bench.build import build_finish, build_gradient, build_partial, chip_of, gradient_launch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
@@ -68,6 +68,23 @@ def test_other_targets(target, dtype):
         body = kernel.program.body
         assert set(body.load_widths) == {16}
         assert (body.barriers, body.shuffles, body.spills) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("group", "instructions"), [(1, 18.2), (2, 15.5), (4, 14.0)])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_operations_on_two_floats(dtype, group, instructions):
+    """A B200 issues 9.3 instructions while memory delivers 2 bytes: two floats at a time."""
+    kernel = build_partial("sm_100", dtype, group, compiler=compile_kernel)
+    program, body = kernel.program, kernel.program.body
+    assert program.stack == 0
+    assert 65536 // (program.registers * program.threads) * program.threads >= 1024
+    # The difference, x, three steps of the polynomial, its last one and two products.
+    paired = sum(body.opcodes[name] for name in ("FFMA2", "FMUL2", "FADD2"))
+    assert paired >= 8 / 2 * kernel.body_pairs
+    assert len(body) / kernel.body_pairs <= instructions * SLACK
+    # Other cards' memory is slower, or float32 has twice the time.
+    for target, other in (("sm_90", dtype), ("sm_120", dtype), ("sm_100", "fp32")):
+        assert chip_of(target, other) == "nvidia"
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -137,7 +154,8 @@ class PTX:
     """The PTX of a compiled kernel, whose instructions can be counted by name."""
 
     def __init__(self, arch, dtype, group):
-        tile = launch.TILES[BYTES[dtype], group]
+        chip = launch.nvidia_chip(arch // 10, BYTES[dtype])
+        tile = launch.tile_of(chip, BYTES[dtype], group)
         kinds = {"p_row_stride": "i64", "unit": "fp32", "inverse": "fp32"}
         sizes = {name: kinds.get(name, "i32") for name in launch.kernels.SIZES}
         pointers = {"p_ptr": f"*{dtype}", "table_ptr": "*i64", "state_ptr": "*fp32"}
@@ -150,6 +168,7 @@ class PTX:
                 "VEC": tile.vec,
                 "UNROLL": tile.unroll,
                 "DIVIDE": False,
+                "CHIP": chip,
             },
             target=GPUTarget("cuda", arch, 32),
             num_warps=1,

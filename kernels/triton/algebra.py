@@ -43,6 +43,8 @@ finite, the divergence is +inf.
 import triton
 import triton.language as tl
 
+from .arithmetic import add, multiply, multiply_add
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # 1 / LOG2_E - LN_2, both rounded to float32. Without it, pivots would be off by 1e-5 if the sides
@@ -110,10 +112,12 @@ def phi_over_square(d):
 
 
 @triton.jit
-def rise_over_square(x):
+def rise_over_square(x, CHIP: tl.constexpr):
     """Return (e^y - 1 - y) / x² for y = x log 2 and |y| < 0.5: the same polynomial."""
-    series = 0.009618316128 + x * (0.00134328844 + x * 0.000154321042)
-    return 0.24022648761 + x * (0.05550282135 + x * series)
+    series = multiply_add(x, 0.000154321042, 0.00134328844, CHIP)
+    series = multiply_add(x, series, 0.009618316128, CHIP)
+    series = multiply_add(x, series, 0.05550282135, CHIP)
+    return multiply_add(x, series, 0.24022648761, CHIP)
 
 
 @triton.jit
@@ -252,24 +256,22 @@ def terms(d, weight, q, base_q, unit):
 
 
 @triton.jit
-def quick_terms(p, q, weight, apart, unit, DIVIDE: tl.constexpr):
-    """Return the tokens' terms of -s / log 2 and of h, given the difference of the bases.
+def quick_terms(p, q, apart, unit, DIVIDE: tl.constexpr, CHIP: tl.constexpr):
+    """Return the tokens' -d / log 2 and φ(d), given the difference of the bases.
 
-    The terms use x = -d / log 2, so that 2^x is the ratio of the circuit's weight to the
-    reference's.
+    With x = -d / log 2, 2^x is the ratio of the circuit's weight to the reference's.
     """
     # Subtract before multiplying: a rounded product on one side only would make identical rows
     # differ. If both sides mask a token, the difference is 0; if a single side does, x is infinite.
-    difference = unmasked(q) - unmasked(p)
+    difference = multiply_add(unmasked(p), -1.0, unmasked(q), CHIP)
     if DIVIDE:
         # The difference is doubled, exactly, so that a single side's mask overflows to inf even if
         # unit is less than 1.
         difference, unit = difference + difference, unit * 0.5
-    x = tl.fma(difference, unit, apart)
-    rise = tl.where(
-        tl.abs(x) < NEAR_2, x * (x * rise_over_square(x)), (tl.exp2(x) - 1.0) - x * LN_2
-    )
-    return weight * x, weight * rise
+    x = multiply_add(difference, unit, apart, CHIP)
+    near = multiply(x, multiply(x, rise_over_square(x, CHIP), CHIP), CHIP)
+    far = (tl.exp2(x) - 1.0) - x * LN_2
+    return x, tl.where(tl.abs(x) < NEAR_2, near, far)
 
 
 @triton.jit

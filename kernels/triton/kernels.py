@@ -26,6 +26,7 @@ from .algebra import (
     to_grid,
     weights,
 )
+from .arithmetic import add_products, add_up
 
 # Arguments on whose values the compiled code does not depend: a batch of one row, or of a multiple
 # of 16 rows, runs the code that was compiled for any other.
@@ -48,6 +49,8 @@ SIZES = (
 ANYWHERE = ("p_ptr",)
 # `pointer_table` adds this to every number.
 DISGUISE = tl.constexpr(2**32)
+# The numbers of a slice's state: the bases b_p and b_q, and the sums z_p, s and h.
+N_FIELDS = tl.constexpr(5)
 # How often a row may be summed again. At most these looks are needed: the slices that matter, at
 # the row's own pivot; all slices; all at the row's maxima, if a sum overflowed; all at the pivot
 # found there.
@@ -119,11 +122,12 @@ def absorb(
     G: tl.constexpr,
     AGAIN: tl.constexpr,
     DIVIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
         weight = weights(ps[part], unit, base_p if AGAIN else base_p - SCALE)
-        z_p += tl.sum(weight, axis=1)
+        z_p = add_up(z_p, weight, CHIP)
         new_sums = ()
         for i in tl.static_range(G):
             s, h, mass = sums[i]
@@ -131,11 +135,13 @@ def absorb(
             if AGAIN:
                 d = exact_differences(p, q, base_p, bases_q[i], unit, inverse)
                 t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
-                mass += tl.sum(circuit_weight, axis=1)
+                s = add_up(s, t, CHIP)
+                h = add_up(h, term, CHIP)
+                mass = add_up(mass, circuit_weight, CHIP)
             else:
-                t, term = quick_terms(p, q, weight, base_p - bases_q[i], unit, DIVIDE)
-            s += tl.sum(t, axis=1)
-            h += tl.sum(term, axis=1)
+                x, rise = quick_terms(p, q, base_p - bases_q[i], unit, DIVIDE, CHIP)
+                s = add_products(s, weight, x, CHIP)
+                h = add_products(h, weight, rise, CHIP)
             new_sums = new_sums + ((s, h, mass),)
         sums = new_sums
     return z_p, sums
@@ -158,6 +164,7 @@ def sweep(
     UNROLL: tl.constexpr,
     AGAIN: tl.constexpr,
     DIVIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
@@ -188,7 +195,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
         z_p, sums = absorb(
-            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, DIVIDE
+            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, DIVIDE, CHIP
         )
 
     n_before = body_begin - begin
@@ -201,7 +208,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE)
+        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE, CHIP)
 
     total = ()
     for i in tl.static_range(G):
@@ -276,25 +283,25 @@ def partial_kernel(
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
     DIVIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
 
-    Program = (row, slice, group), group fastest: programs that share a slice of the reference run
+    Program = (slice, row, group), group fastest: programs that share a slice of the reference run
     together. A program is one warp, so no warp waits for another. `lead` is how many tokens after a
     multiple of 16 bytes p_ptr lies.
 
-    states[field, circuit, row, slice], field in (b_p, z_p, b_q, s, h), float32; the bases are those
-    of the slice's first LANES tokens.
+    states[row, slice, circuit, field], field in (b_p, z_p, b_q, s, h), float32: a program's numbers
+    lie beside each other, so that all are stored from one address. The bases are those of the
+    slice's first LANES tokens.
 
     Reads n_cols·itemsize·(1 + 1/G) bytes per row and circuit, and LANES tokens per slice and tensor
     once more, from a cache; writes 20 bytes per slice. 1 + 1/G exponentials per pair.
     """
     unit, inverse = temperature_of(unit, inverse, DIVIDE)
-    program = tl.program_id(0)
-    group = program % n_groups
-    part = (program // n_groups) % n_slices
-    row = (program // n_groups // n_slices).to(tl.int64)
-    circuit = first_circuit + group * G
+    program, part = tl.program_id(0), tl.program_id(1)
+    row = (program // n_groups).to(tl.int64)
+    circuit = first_circuit + (program % n_groups) * G
 
     shift, first = place_of(lead, row, p_row_stride, aligned, VEC)
     begin, end = slice_of(part, slice_size, shift, first, n_cols)
@@ -322,16 +329,15 @@ def partial_kernel(
         UNROLL,
         False,
         DIVIDE,
+        CHIP,
     )
 
-    field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
-    out = state_ptr + ((circuit.to(tl.int64) * n_rows + row) * n_slices + part)
+    out = state_ptr + (row * n_slices + part) * (n_circuits * N_FIELDS) + circuit * N_FIELDS
     for i in tl.static_range(G):
         s, h, _ = sums[i]
         state = (base_p, z_p, bases_q[i], s, h)
-        for field in tl.static_range(5):
-            tl.store(out + field * field_stride, state[field])
-        out += n_rows.to(tl.int64) * n_slices
+        for field in tl.static_range(N_FIELDS):
+            tl.store(out + (i * N_FIELDS + field), state[field])
 
 
 @triton.jit
@@ -378,6 +384,7 @@ def sum_again(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     SLICES: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Return the state of all slices (SLICES,) with those summed `again` at other bases."""
     b_p, z_p, b_q, mass, s, h, size = state
@@ -403,6 +410,7 @@ def sum_again(
                 True,
                 # DIVIDE matters only in the first pass: differences are exact here, whatever T is.
                 False,
+                CHIP,
             )
             new_s, new_h, new_mass = sums[0]
             b_p = tl.where(this, base_p, b_p)
@@ -476,6 +484,7 @@ def finish_kernel(
     SLICES: tl.constexpr,
     DIVIDE: tl.constexpr,
     KEEP: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Merge the slices of one row and circuit into its divergence; look again where necessary.
 
@@ -496,13 +505,12 @@ def finish_kernel(
 
     index = tl.arange(0, SLICES)
     inside = index < n_slices
-    source = state_ptr + program.to(tl.int64) * n_slices + index
-    field_stride = n_circuits.to(tl.int64) * n_rows * n_slices
+    source = state_ptr + ((row * n_slices + index) * n_circuits + circuit) * N_FIELDS
     b_p = tl.load(source, mask=inside, other=0.0)
-    z_p = tl.load(source + field_stride, mask=inside, other=0.0)
-    b_q = tl.load(source + 2 * field_stride, mask=inside, other=0.0)
-    s = tl.load(source + 3 * field_stride, mask=inside, other=0.0)
-    h = tl.load(source + 4 * field_stride, mask=inside, other=0.0)
+    z_p = tl.load(source + 1, mask=inside, other=0.0)
+    b_q = tl.load(source + 2, mask=inside, other=0.0)
+    s = tl.load(source + 3, mask=inside, other=0.0)
+    h = tl.load(source + 4, mask=inside, other=0.0)
     # Slices that have tokens. The last slice has none if the first slice, which also takes the
     # tokens before the first multiple of 16 bytes, leaves it none.
     some = inside & ((index == 0) | (index * slice_size < n_cols - (first - shift)))
@@ -543,6 +551,7 @@ def finish_kernel(
             LANES,
             VEC,
             SLICES,
+            CHIP,
         )
         merged, x, divergence, finite, settled, _ = look_at(state, None, stretch, n_slices, KEEP)
         # A row that is not finite even at its maxima is settled: its divergence is inf or NaN.

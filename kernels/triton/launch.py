@@ -22,9 +22,9 @@ WIDEST = 16
 # places for warps.
 SLICE = 4096
 # The largest number of slices of a row: larger vocabularies have larger slices.
-SLICES = 64
+SLICES = 32
 # How many fields partial_kernel writes for a slice's state, and finish_kernel keeps for a row.
-N_FIELDS, N_KEPT = 5, algebra.N_KEPT.value
+N_FIELDS, N_KEPT = kernels.N_FIELDS.value, algebra.N_KEPT.value
 LOG2_E = algebra.LOG2_E.value
 # The numbers that one launch of table_kernel takes, for 32 tensors: 64 in a tuple take no longer to
 # launch than 8 arguments by name.
@@ -50,18 +50,23 @@ class Tile(NamedTuple):
 # then waits for memory less often, and the loop's own instructions weigh less. The counts are
 # instructions per pair in the loop, of those that an H100 can issue while memory delivers a pair.
 TILES = {
-    # 18 of 44.
+    # 17 of 44.
     (4, 4): Tile(vec=4, unroll=1),
-    # 19 of 53.
+    # 18 of 53.
     (4, 2): Tile(vec=4, unroll=2),
     # 21 of 70.
     (4, 1): Tile(vec=4, unroll=4),
-    # 18 of 22: tight, and faster by far than a plain sum whose small divergences are read twice.
+    # 18 of 22.
     (2, 4): Tile(vec=8, unroll=1),
-    # 20 of 27.
+    # 19 of 27.
     (2, 2): Tile(vec=8, unroll=2),
-    # 23 of 35.
+    # 22 of 35.
     (2, 1): Tile(vec=8, unroll=4),
+}
+# Tiles that differ where operations take two floats: these need pairs of adjacent registers.
+PAIRED_TILES = {
+    # With two tiles at a time, registers spill.
+    (2, 2): Tile(vec=8, unroll=1),
 }
 # How many circuits share a tile of the reference: groups of four as long as possible, then smaller
 # ones.
@@ -108,6 +113,12 @@ def slices(n_cols, itemsize):
     wanted = min(triton.cdiv(n_cols, SLICE), SLICES)
     size = triton.cdiv(triton.cdiv(n_cols, wanted), step) * step
     return triton.cdiv(n_cols, size), size
+
+
+def tile_of(chip, itemsize, group):
+    """Return how partial_kernel is built for a chip, an element's size and a group size."""
+    tile = TILES[itemsize, group]
+    return PAIRED_TILES.get((itemsize, group), tile) if chip == "blackwell" else tile
 
 
 def groups(n_circuits):
@@ -171,10 +182,11 @@ def _launch_part(places, reference, aligned, temperature, keep):
     """Launch the kernels on circuits that all have the reference's layout, if `aligned`."""
     n_circuits, (n_rows, n_cols) = len(places), reference.shape
     device, itemsize = reference.device, reference.itemsize
+    chip = chip_of(device, itemsize)
     n_slices, slice_size = slices(n_cols, itemsize)
     lead, _ = layout_of(reference)
     states = torch.empty(
-        (N_FIELDS, n_circuits, n_rows, n_slices), dtype=torch.float32, device=device
+        (n_rows, n_slices, n_circuits, N_FIELDS), dtype=torch.float32, device=device
     )
     rows = {
         "p_ptr": reference,
@@ -189,6 +201,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
         "DIVIDE": temperature != 1,
+        "CHIP": chip,
         # One lane per thread of a warp; a warp of AMD's data-center cards has 64 threads.
         "LANES": warp_size(device),
         "state_ptr": states,
@@ -203,8 +216,8 @@ def _launch_part(places, reference, aligned, temperature, keep):
     with on_device:
         rows["table_ptr"] = pointer_table(places, device)
         for first, size, count in groups(n_circuits):
-            tile = TILES[itemsize, size]
-            kernels.partial_kernel[(n_rows * n_slices * count,)](
+            tile = tile_of(chip, itemsize, size)
+            kernels.partial_kernel[(n_rows * count, n_slices)](
                 **rows,
                 first_circuit=first,
                 n_groups=count,
@@ -229,6 +242,22 @@ def _launch_part(places, reference, aligned, temperature, keep):
 def warp_size(device):
     """Return the number of threads in a warp."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def chip_of(device, itemsize):
+    """Return what the kernels' arithmetic is to be compiled for: see `arithmetic`."""
+    if device.type != "cuda" or torch.version.hip:
+        return "other"
+    return nvidia_chip(torch.cuda.get_device_capability(device)[0], itemsize)
+
+
+def nvidia_chip(major, itemsize):
+    """Return the same for NVIDIA's cards, by their major compute capability.
+
+    10 is data-center Blackwell. Its memory keeps up with instructions in half precision only, and
+    that of other cards in neither.
+    """
+    return "blackwell" if (major, itemsize) == (10, 2) else "nvidia"
 
 
 def pointer_table(places, device):
