@@ -6,7 +6,7 @@ same for the Jensen-Shannon divergence of one circuit. All take rows (R, V) of a
 with gaps between them that no view (R, V) can skip may come as (B, S, V), with R = B·S. Logits
 without a view as rows with a contiguous last dimension are copied.
 
-Besides the divergences, `fastkl::kl_div` returns the N numbers (N, K, R) that its backend keeps of
+Besides the divergences, `fastkl::kl_div` returns the N numbers (K, R, N) that its backend keeps of
 each row and circuit to save work in the backward pass. Without `keep`, and for backends that keep
 nothing, N is 0.
 """
@@ -53,7 +53,7 @@ def kl_div(
         (ref, *cir), window = with_gaps([reference, *circuits])
         if keep:
             found = chosen.kl_rows_kept(cir, ref, temperature)
-            return asked_for(found[0], window), asked_for(found[1], window)
+            return asked_for(found[0], window), asked_for(found[1], window, -2)
         divergence = asked_for(chosen.kl_rows(cir, ref, temperature), window)
     return divergence, _empty_kept(divergence, chosen, keep)
 
@@ -76,7 +76,7 @@ def kl_div_backward(
     errors.check_rows(circuits, reference, grad=grad, kept=kept)
     chosen = backends.choose_for(backend, (reference, *circuits))
     # FASTKL_BACKEND may have changed since the forward pass and name another backend now.
-    its_own = kept.shape[0] == chosen.N_KEPT and kept.dtype == chosen.KEPT_DTYPE
+    its_own = kept.shape[-1] == chosen.N_KEPT and kept.dtype == chosen.KEPT_DTYPE
     dqs, dp = chosen.gradients(
         grad,
         [as_rows(circuit) for circuit in circuits],
@@ -96,7 +96,7 @@ def _empty_divergence(circuits: Sequence[Tensor], reference: Tensor) -> Tensor:
 
 def _empty_kept(divergence: Tensor, chosen: backends.Backend, keep: bool) -> Tensor:
     """Return an uninitialized tensor for what a backend keeps of divergences (K, R)."""
-    shape = (chosen.N_KEPT if keep else 0, *divergence.shape)
+    shape = (*divergence.shape, chosen.N_KEPT if keep else 0)
     return divergence.new_empty(shape, dtype=chosen.KEPT_DTYPE)
 
 
@@ -184,9 +184,9 @@ def _fold(t: Tensor, dim: int | None, size: int) -> tuple[Tensor, torch.Size]:
     return as_rows(batch), batch.shape[1:]
 
 
-def _fold_values(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return a vmap batch of numbers per row (..., R) as (..., batch * R)."""
-    return batch_first(t, dim, size).movedim(0, -2).flatten(-2)
+def _fold_values(t: Tensor, dim: int | None, size: int, rows: int = -1) -> Tensor:
+    """Return a vmap batch of rows' values as those of batch * R rows, along dimension `rows`."""
+    return batch_first(t, dim, size).movedim(0, rows - 1).flatten(rows - 1, rows)
 
 
 @batches(kl_div)
@@ -205,7 +205,7 @@ def _(
     folded, (*leading, _) = _fold(reference, reference_dim, info.batch_size)
     divergence, kept = kl_div(rows, folded, temperature, backend, keep)
     shape = (len(rows), info.batch_size, math.prod(leading))
-    return (divergence.reshape(shape), kept.reshape(kept.shape[0], *shape)), (1, 2)
+    return (divergence.reshape(shape), kept.reshape(*shape, kept.shape[-1])), (1, 1)
 
 
 @batches(kl_div_backward)
@@ -231,7 +231,7 @@ def _(
         _fold_values(grad, grad_dim, size),
         rows,
         folded,
-        _fold_values(kept, kept_dim, size),
+        _fold_values(kept, kept_dim, size, -2),
         wanted,
         reference_wanted,
         temperature,

@@ -257,7 +257,7 @@ def check_rows(
     shape = (len(circuits), math.prod(reference.shape[:-1]))
     if grad is not None and grad.shape != shape:
         raise ValueError(f"grad must have the divergences' shape {shape}, got {tuple(grad.shape)}")
-    if kept is not None and kept.shape[0] and kept.shape[1:] != shape:
+    if kept is not None and kept.shape[-1] and kept.shape[:-1] != shape:
         raise ValueError(
             f"kept must be what the divergences {shape} were returned with, got {tuple(kept.shape)}"
         )

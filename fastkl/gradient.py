@@ -59,7 +59,7 @@ def gradients(
         Whether the reference's gradient is wanted.
     temperature : float
         The divisor of all logits. The gradients are with respect to the logits before the division.
-    kept : Tensor (N_KEPT, K, R), optional
+    kept : Tensor (K, R, N_KEPT), optional
         What the same backend's `kl_rows_kept` kept of these rows; unused here.
 
     Returns

@@ -69,6 +69,9 @@ def _step(logits: Tensor) -> int:
     return far // near
 
 
-def asked_for(values: Tensor, window: Window | None) -> Tensor:
-    """Return the values (..., R) of the rows asked for, from those (..., N) of all rows."""
-    return values if window is None else values.unfold(-1, *window).flatten(-2)
+def asked_for(values: Tensor, window: Window | None, dim: int = -1) -> Tensor:
+    """Return the values of the R rows asked for, from those of all N rows, along dimension `dim`."""
+    if window is None:
+        return values
+    at = values.dim() + dim
+    return values.unfold(at, *window).movedim(-1, at + 1).flatten(at, at + 1)

@@ -125,10 +125,10 @@ def test_circuits_counted_from_other_bases(generator):
         session.circuits = circuits
         kept = launch.launch(circuits, reference, keep=True)
         for field in (1, 3):
-            kept[field, 1] += torch.tensor([5.0, -9.5])
+            kept[1, :, field] += torch.tensor([5.0, -9.5])
         # Where z_p and s are kept.
         for field in (2, 6):
-            kept[field, 1] *= 2 ** torch.tensor([-5.0, 9.5])
+            kept[1, :, field] *= 2 ** torch.tensor([-5.0, 9.5])
         session.written = [*dqs, dp]
         gradient_launch.launch_gradients(torch.ones(2, 2), circuits, reference, kept, dqs, dp, 1.0)
     expected = [oracle_gradients(circuit, reference) for circuit in circuits]

@@ -38,7 +38,7 @@ class Backend(Protocol):
     def kl_rows_kept(
         self, circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Return what `kl_rows` does, and numbers (N_KEPT, K, R) that save `gradients` work."""
+        """Return what `kl_rows` does, and numbers (K, R, N_KEPT) that save `gradients` work."""
 
     def gradients(
         self,

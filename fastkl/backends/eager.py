@@ -79,7 +79,7 @@ def kl_rows_kept(
 ) -> tuple[Tensor, Tensor]:
     """Return what `kl_rows` does; nothing is kept for `gradients`."""
     divergence = kl_rows(circuits, reference, temperature)
-    return divergence, divergence.new_empty((N_KEPT, *divergence.shape), dtype=KEPT_DTYPE)
+    return divergence, divergence.new_empty((*divergence.shape, N_KEPT), dtype=KEPT_DTYPE)
 
 
 @torch.no_grad()

@@ -98,11 +98,11 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kl_rows` does, and the rows' states (N_KEPT, K, R)."""
+    """Return what `kl_rows` does, and the rows' states (K, R, N_KEPT)."""
     states = _states(circuits, reference, temperature)
     _, z_p, _, z_q, divergence = states.unbind(-1)
     divergence = torch.where((z_p > 0) & (z_q > 0), divergence, torch.nan)
-    return divergence.float(), states.movedim(-1, 0).contiguous()
+    return divergence.float(), states
 
 
 @torch.no_grad()
@@ -178,10 +178,7 @@ def gradients(
         dp = torch.empty(reference.shape, dtype=reference.dtype, device="cpu")
     if not circuits or not n_rows:
         return dqs, None if dp is None else dp.zero_()
-    if kept is None:
-        states = _states(circuits, reference, temperature)
-    else:
-        states = kept.movedim(0, -1).contiguous()
+    states = _states(circuits, reference, temperature) if kept is None else kept.contiguous()
     scaled = (grad.double() / temperature).contiguous()
     extension.gradients(
         _level(extension),

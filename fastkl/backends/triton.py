@@ -140,12 +140,12 @@ def kl_rows(circuits: Sequence[Tensor], reference: Tensor, temperature: float = 
 def kl_rows_kept(
     circuits: Sequence[Tensor], reference: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (N_KEPT, K, R)."""
+    """Return what `kl_rows` does, and a few numbers of each row for `gradients` (K, R, N_KEPT)."""
     import fastkl._triton as _triton
 
     circuits, reference = _one_dtype(circuits, reference)
     kept: Tensor = _triton.launch(circuits, reference, temperature, keep=True)
-    return kept[0].clone(), kept
+    return kept[..., 0].clone(), kept
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def row_states(circuits: Sequence[Tensor], reference: Tensor) -> RowState:
         return eager.row_states(circuits, reference)
     circuits, reference = _one_dtype(circuits, reference)
     kept_rows = _triton.launch(circuits, reference, keep=True).double()
-    divergence, b_p, z_p, b_q, rest, moved, s, growth, *_ = kept_rows
+    divergence, b_p, z_p, b_q, rest, moved, s, growth, *_ = kept_rows.unbind(-1)
     # The bases are in units of log 2, and growth is e^x - 1.
     m_p, m_q = b_p * math.log(2), b_q * math.log(2)
     c, x = moved + rest, torch.log1p(growth)

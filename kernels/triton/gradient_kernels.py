@@ -48,14 +48,11 @@ def nothing(scale):
 
 
 @triton.jit
-def kept_of(field, stride):
+def kept_of(row_ptr):
     """Return what `kept` in algebra.py returned for a row, and the reference's part of its move."""
-    # The address is stepped from one field to the next: separate addresses would occupy registers
-    # all the time.
     numbers = ()
-    for _ in tl.static_range(N_KEPT - 1):
-        field += stride
-        numbers = numbers + (tl.load(field),)
+    for field in tl.static_range(1, N_KEPT):
+        numbers = numbers + (tl.load(row_ptr + field),)
     base_p, z_p, base_q, rest, moved, s, growth, far, share = numbers
     # The reference's part is the whole move if its base is further from 0, else none.
     of_p = tl.where(tl.abs(base_p) > tl.abs(base_q), moved, 0.0)
@@ -70,7 +67,7 @@ def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
     near = weight * tl.fma(near, scale + scale * growth, scale * growth)
     # The same difference, of weights that cannot overflow.
     other = weights(q, unit, base_q)
-    far = tl.fma(other, scale + scale * growth_far, -weight * scale)
+    far = tl.fma(other, scale + scale * growth_far, weight * -scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
     return tl.where(q == -float("inf"), nothing(scale), value)
 
@@ -109,9 +106,10 @@ def differentiate(
 ):
     """Write gradients of tokens: `offsets` from `at`, counted from `shift` before the row."""
     dtype: tl.constexpr = p_row.dtype.element_ty
-    field_stride = n_circuits.to(tl.int64) * n_rows
     p = load_tokens(p_row + at, offsets, inside)
-    weight = weights(p, unit, tl.load(rows_ptr + field_stride + row))
+    # The first circuit's base of the reference.
+    base_ptr = rows_ptr + (row * N_KEPT + 1)
+    weight = weights(p, unit, tl.load(base_ptr))
     total = tl.zeros_like(p)
     for circuit in range(n_circuits):
         wanted = tl.load(table_ptr + 2 * (n_circuits + circuit)) != 0
@@ -122,17 +120,17 @@ def differentiate(
         if (grad != 0.0) & (wanted | REFERENCE):
             q_row = row_pointer(table_ptr, circuit, row, shift, dtype)
             q = load_tokens(q_row + at, offsets, inside)
-            # The weights use the first circuit's base of the reference. If this circuit has another
-            # base, its sums are moved there. The first circuit's base is loaded again: if it stayed
-            # in a register, the compiler would compute all weights again.
-            kept = kept_of(rows_ptr + index, field_stride)
+            # The weights use the first circuit's base. If this circuit has another base, its sums
+            # are moved there. The first circuit's base is loaded again: if it stayed in a register,
+            # the compiler would compute all weights again.
+            kept = kept_of(rows_ptr + index * N_KEPT)
             base_p, z_p, base_q, rest, moved, of_p, _, growth, growth_far, _ = kept
-            raised = tl.load(rows_ptr + field_stride + row) - base_p
+            raised = tl.load(base_ptr) - base_p
             base_q += raised
             scale = grad * inverse / (z_p * tl.exp2(-raised))
             if REFERENCE:
-                top_rest = tl.load(top_ptr + index)
-                mean = tl.load(top_ptr + field_stride + index)
+                top_rest = tl.load(top_ptr + 2 * index)
+                mean = tl.load(top_ptr + (2 * index + 1))
                 d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype)
                 total += reference_gradient(p, weight, q, d, mean, scale)
             d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
@@ -176,7 +174,7 @@ def gradient_kernel(
     take loads and stores of 128 bits without a mask. The remaining programs take the tokens before
     and after the whole tiles, or all tokens if not `aligned`, one per lane, with a mask.
 
-    finish_kernel kept rows[field, circuit, row]; top_kernel wrote top[rest or mean, circuit, row].
+    finish_kernel kept rows[circuit, row, field]; top_kernel wrote top[circuit, row, rest or mean].
 
     Reads n_cols·itemsize·(1 + 1/K) bytes per row and circuit, and writes n_cols·itemsize bytes per
     row of a gradient. One exponential per pair and one per token of the reference.
@@ -263,8 +261,7 @@ def top_kernel(
     program = tl.program_id(0)
     circuit = program // n_rows
     row = (program % n_rows).to(tl.int64)
-    field_stride = n_circuits.to(tl.int64) * n_rows
-    kept = kept_of(rows_ptr + program, field_stride)
+    kept = kept_of(rows_ptr + program.to(tl.int64) * N_KEPT)
     base_p, z_p, _, rest, moved, of_p, s, _, _, share = kept
     dtype: tl.constexpr = p_ptr.dtype.element_ty
     mean = s / z_p
@@ -297,7 +294,6 @@ def top_kernel(
                 d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
                 total += tl.where(p == -float("inf"), 0.0, weight * d)
             mean = tl.sum(total, axis=0) / z_p
-    tl.store(top_ptr + program, rest)
-    tl.store(
-        top_ptr + field_stride + program, tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-    )
+    top_ptr += program.to(tl.int64) * 2
+    tl.store(top_ptr, rest)
+    tl.store(top_ptr + 1, tl.where(tl.abs(mean) < float("inf"), mean, float("nan")))

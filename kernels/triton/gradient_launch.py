@@ -63,7 +63,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         numbers["table_ptr"] = pointer_table(places, device)
         top = rows
         if dp is not None:
-            top = torch.empty((2, n_circuits, n_rows), dtype=torch.float32, device=device)
+            top = torch.empty((n_circuits, n_rows, 2), dtype=torch.float32, device=device)
             kernels.top_kernel[(n_circuits * n_rows,)](
                 **numbers,
                 top_ptr=top,

@@ -488,7 +488,7 @@ def finish_kernel(
 ):
     """Merge the slices of one row and circuit into its divergence; look again where necessary.
 
-    Writes kl[circuit, row], or, to KEEP what gradients need, rows[field, circuit, row] with KL and
+    Writes kl[circuit, row], or, to KEEP what gradients need, rows[circuit, row, field] with KL and
     the fields of `kept`, in float32.
 
     Program = (circuit, row), of one warp. Reads 20 bytes per slice and writes 4 or 40. A slice
@@ -560,12 +560,13 @@ def finish_kernel(
         again = index < n_slices
         look += 1
     divergence = tl.where(finite, divergence, tl.where(defined, float("inf"), float("nan")))
-    tl.store(kl_ptr + program, divergence)
     if KEEP:
-        fields = kept(state, merged, divergence, x, unit, inverse)
-        row_stride = n_circuits.to(tl.int64) * n_rows
-        for field in tl.static_range(N_KEPT - 1):
-            tl.store(kl_ptr + (1 + field) * row_stride + program, fields[field])
+        out = kl_ptr + program.to(tl.int64) * N_KEPT
+        fields = (divergence,) + kept(state, merged, divergence, x, unit, inverse)
+        for field in tl.static_range(N_KEPT):
+            tl.store(out + field, fields[field])
+    else:
+        tl.store(kl_ptr + program, divergence)
 
 
 @triton.jit(do_not_specialize=("first", "n"))

@@ -77,7 +77,7 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
     """Launch the kernels on K circuits (R, V) and a reference (R, V) of one dtype and device.
 
     Rows may have any stride; the last dimension is contiguous. Returns the divergences (K, R) in
-    float32, or, with `keep`, what is kept of the rows (N_KEPT, K, R), the divergences first.
+    float32, or, with `keep`, what is kept of the rows (K, R, N_KEPT), the divergences first.
     """
     own, *places = places_of((reference, *circuits))
     layout, *layouts = layouts_of((own, *places), reference)
@@ -98,11 +98,10 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
     ]
     if len(parts) == 1:
         return parts[0][1]
-    dim = 1 if keep else 0
     places = [k for picked, _ in parts for k in picked]
     order = sorted(range(len(places)), key=places.__getitem__)
-    joined = torch.cat([result for _, result in parts], dim=dim).unbind(dim)
-    return torch.stack([joined[k] for k in order], dim=dim)
+    joined = torch.cat([result for _, result in parts]).unbind()
+    return torch.stack([joined[k] for k in order])
 
 
 @functools.lru_cache
@@ -226,7 +225,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
                 UNROLL=tile.unroll,
                 **limits,
             )
-        shape = (N_KEPT, n_circuits, n_rows) if keep else (n_circuits, n_rows)
+        shape = (n_circuits, n_rows, N_KEPT) if keep else (n_circuits, n_rows)
         result = torch.empty(shape, dtype=torch.float32, device=device)
         kernels.finish_kernel[(n_circuits * n_rows,)](
             **rows,
