@@ -248,6 +248,7 @@ def build_gradient(
             "VEC": tile.vec,
             "REFERENCE": reference,
             "DIVIDE": False,
+            "CHIP": chip_of(target, dtype),
         },
         target=gpu_target(target),
         divisible=divisible if hints else (),

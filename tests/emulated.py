@@ -184,12 +184,14 @@ def emulation(arch, approx_ulp=0):
     stand_ins = types.SimpleNamespace(**{name: EmulatedKernel(name, session) for name in KERNELS})
     chip_of = launch.chip_of
     launch.kernels = gradient_launch.kernels = stand_ins
-    launch.chip_of = lambda device, itemsize: launch.nvidia_chip(arch // 10, itemsize)
+    launch.chip_of = gradient_launch.chip_of = lambda device, itemsize: launch.nvidia_chip(
+        arch // 10, itemsize
+    )
     try:
         yield session
     finally:
         launch.kernels, gradient_launch.kernels = kernels, gradient_kernels
-        launch.chip_of = chip_of
+        launch.chip_of = gradient_launch.chip_of = chip_of
 
 
 def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):

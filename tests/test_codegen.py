@@ -115,7 +115,7 @@ def test_gradient_kernel(dtype, reference):
     # far apart. All other cases move more: with a single circuit, 6 to 16 bytes. The rounding error
     # of float32 logits' difference takes six instructions.
     pairs, rounded = tile.tokens / program.threads, 6 if dtype == "fp32" else 0
-    assert len(program.body) / pairs <= SLACK * (47.5 if reference else 38.5) + rounded
+    assert len(program.body) / pairs <= SLACK * (43.2 if reference else 35.1) + rounded
     assert program.body.special / pairs <= 1.25
 
 
@@ -126,6 +126,9 @@ def test_gradient_kernel_elsewhere(target, dtype):
         program = build_gradient(
             target, dtype, reference=reference, hints=False, compiler=compile_kernel
         )
+        if chip_of(target, dtype) == "blackwell":
+            # Two floats at a time; see above.
+            assert len(program.body) / 8 <= SLACK * (35.8 if reference else 29.5)
         # Before the loop, AMD's compiler spills scalars to lanes of a register, by "shuffles".
         blocks = program.loops if target == "gfx942" else (*program.loops, program.outside)
         assert program.stack == program.shared == 0

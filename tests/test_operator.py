@@ -47,7 +47,7 @@ def test_opcheck(pair, dtype, wanted):
     )
     other = (circuit.detach() * 2).requires_grad_(wanted[0])
     torch.library.opcheck(custom_ops.kl_div, ([circuit, other], reference, 2.0, None, True))
-    grad, kept = torch.ones(1, 6), torch.empty(0, 1, 6)
+    grad, kept = torch.ones(1, 6), torch.empty(1, 6, 0)
     torch.library.opcheck(
         custom_ops.kl_div_backward,
         (grad, [circuit.detach()], reference.detach(), kept, [True], True, 2.0, None),
@@ -77,7 +77,7 @@ def test_opcheck_of_what_is_kept(few, triton_kernels, wanted):
     )
     torch.library.opcheck(custom_ops.kl_div, ([circuit], reference, 2.0, "triton", True))
     _, kept = custom_ops.kl_div([circuit.detach()], reference.detach(), 2.0, "triton", True)
-    assert kept.shape == (triton_kernels.N_KEPT, 1, 2)
+    assert kept.shape == (1, 2, triton_kernels.N_KEPT)
     rows = [circuit.detach()], reference.detach(), kept
     torch.library.opcheck(
         custom_ops.kl_div_backward, (torch.ones(1, 2), *rows, [True], True, 2.0, "triton")
@@ -147,7 +147,7 @@ def test_what_is_kept_is_batched(few, triton_kernels):
         torch.testing.assert_close(leaf.grad.flatten(0, 1).double(), exact, rtol=1e-5, atol=1e-7)
     leaf = rows[0].clone().requires_grad_()
     divergence, kept = custom_ops.kl_div([leaf], rows[1], 1.0, "triton", False)
-    assert kept.shape == (0, 1, 4)
+    assert kept.shape == (1, 4, 0)
     divergence.backward(grad[None].float())
     torch.testing.assert_close(leaf.grad, inputs[0].grad.flatten(0, 1), rtol=1e-6, atol=1e-9)
 

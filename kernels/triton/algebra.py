@@ -43,7 +43,7 @@ finite, the divergence is +inf.
 import triton
 import triton.language as tl
 
-from .arithmetic import add, multiply, multiply_add
+from .arithmetic import add, fma, multiply, multiply_add
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -105,10 +105,12 @@ N_KEPT = tl.constexpr(10)
 
 
 @triton.jit
-def phi_over_square(d):
+def phi_over_square(d, CHIP: tl.constexpr = "nvidia"):
     """Return (e^(-d) - 1 + d) / d² for |d| < 0.5: minimax, relative error 8e-7."""
-    series = 0.041667476858 + d * (-0.0083954112 + d * 0.0013914653)
-    return 0.49999995973 + d * (-0.16666280113 + d * series)
+    series = multiply_add(d, 0.0013914653, -0.0083954112, CHIP)
+    series = multiply_add(d, series, 0.041667476858, CHIP)
+    series = multiply_add(d, series, -0.16666280113, CHIP)
+    return multiply_add(d, series, 0.49999995973, CHIP)
 
 
 @triton.jit
@@ -201,7 +203,9 @@ def move_of(pivot, inverse):
 
 
 @triton.jit
-def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr):
+def moved_differences(
+    p, q, moved, of_p, rest, inverse, dtype: tl.constexpr, CHIP: tl.constexpr = "nvidia"
+):
     """Return the tokens' d, given the move of their sides and the reference's part of it.
 
     The rounding error of the difference of two float32 logits is added back. Half-precision logits
@@ -216,7 +220,8 @@ def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr):
         # Keep this order: what is left of the difference is on a finer grid than what is left of
         # the move.
         return tl.fma(off, inverse, tl.fma(difference - moved, inverse, -rest))
-    return tl.fma((p - of_p) - (q + (moved - of_p)), inverse, -rest)
+    difference = fma(add(q, moved - of_p, CHIP), -1.0, add(p, -of_p, CHIP), CHIP)
+    return fma(difference, inverse, -rest, CHIP)
 
 
 @triton.jit

@@ -17,8 +17,8 @@ import triton.language as tl
 
 
 @triton.jit
-def multiply_add(a, b, c, CHIP: tl.constexpr):
-    """Return a · b + c, rounded once wherever it is compiled."""
+def fma(a, b, c, CHIP: tl.constexpr):
+    """Return a · b + c, rounded once."""
     if CHIP == "blackwell":
         return tl.inline_asm_elementwise(
             """{
@@ -35,10 +35,14 @@ def multiply_add(a, b, c, CHIP: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    elif CHIP == "nvidia":
-        return tl.fma(a, b, c)
     else:
-        return a * b + c
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def multiply_add(a, b, c, CHIP: tl.constexpr):
+    """Return a · b + c, where it does not matter how often it is rounded."""
+    return a * b + c if CHIP == "other" else fma(a, b, c, CHIP)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .algebra import N_KEPT, NEAR, moved_differences, phi_over_square, weights
+from .arithmetic import fma, multiply
 from .kernels import load_inside, place_of, row_address, row_pointer, temperature_of
 
 # As in kernels.py: arguments on whose values the compiled code does not depend, and tensors that
@@ -60,13 +61,13 @@ def kept_of(row_ptr):
 
 
 @triton.jit
-def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit):
+def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, CHIP: tl.constexpr):
     """Return the tokens' scale · (Q - P) z_p, as accurate for close P and Q as for distant ones."""
     # With the right pivot the weights e^(-d) are 1 + growth times as large.
-    near = d * d * phi_over_square(d) - d
-    near = weight * tl.fma(near, scale + scale * growth, scale * growth)
+    near = multiply(d, fma(d, phi_over_square(d, CHIP), -1.0, CHIP), CHIP)
+    near = multiply(weight, fma(near, scale + scale * growth, scale * growth, CHIP), CHIP)
     # The same difference, of weights that cannot overflow.
-    other = weights(q, unit, base_q)
+    other = tl.exp2(fma(q, unit, -base_q, CHIP))
     far = tl.fma(other, scale + scale * growth_far, weight * -scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
     return tl.where(q == -float("inf"), nothing(scale), value)
@@ -103,6 +104,7 @@ def differentiate(
     unit,
     inverse,
     REFERENCE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Write gradients of tokens: `offsets` from `at`, counted from `shift` before the row."""
     dtype: tl.constexpr = p_row.dtype.element_ty
@@ -131,10 +133,10 @@ def differentiate(
             if REFERENCE:
                 top_rest = tl.load(top_ptr + 2 * index)
                 mean = tl.load(top_ptr + (2 * index + 1))
-                d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype)
+                d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype, CHIP)
                 total += reference_gradient(p, weight, q, d, mean, scale)
-            d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
-            value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit)
+            d = moved_differences(p, q, moved, of_p, rest, inverse, dtype, CHIP)
+            value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, CHIP)
         if wanted:
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
             tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
@@ -165,6 +167,7 @@ def gradient_kernel(
     VEC: tl.constexpr,
     REFERENCE: tl.constexpr,
     DIVIDE: tl.constexpr,
+    CHIP: tl.constexpr,
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
@@ -206,6 +209,7 @@ def gradient_kernel(
             unit,
             inverse,
             REFERENCE,
+            CHIP,
         )
     else:
         first = (part - n_tiles) * TILE
@@ -230,6 +234,7 @@ def gradient_kernel(
                 unit,
                 inverse,
                 REFERENCE,
+                CHIP,
             )
 
 
