@@ -208,7 +208,9 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
-        z_p, sums = absorb(z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE, CHIP)
+        z_p, sums = absorb(
+            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE, CHIP
+        )
 
     total = ()
     for i in tl.static_range(G):
