@@ -123,11 +123,11 @@ def launch_numbers(dtype: str, group: int, n_rows: int, n_cols: int) -> dict[str
     }
 
 
-def chip_of(target: str, dtype: str) -> str:
-    """Return what the launcher has the kernels' arithmetic compiled for on a target."""
+def packing_of(target: str, dtype: str) -> str:
+    """Return how the launcher has the kernels pack floats on a target."""
     if target.startswith("gfx"):
-        return "other"
-    return launch.nvidia_chip(gpu_target(target).arch // 10, ITEMSIZE[dtype])
+        return "compiler"
+    return launch.nvidia_packing(gpu_target(target).arch // 10, ITEMSIZE[dtype])
 
 
 def options_for(target: str, warps: int, maxnreg: int | None) -> dict[str, int]:
@@ -167,8 +167,8 @@ def build_partial(
     compiler : callable
         What compiles; another one is needed if Triton's interpreter has replaced the kernels.
     """
-    chip = chip_of(target, dtype)
-    tile = tile or launch.tile_of(chip, ITEMSIZE[dtype], group)
+    packing = packing_of(target, dtype)
+    tile = tile or launch.tile_of(packing, ITEMSIZE[dtype], group)
     numbers = launch_numbers(dtype, group, n_rows, n_cols)
     signature, constexprs, divisible = specialize(kernels.partial_kernel, dtype, numbers)
     if not hints:
@@ -179,7 +179,7 @@ def build_partial(
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
         "DIVIDE": False,
-        "CHIP": chip,
+        "PACKING": packing,
     }
     compiled = compiler(
         kernels.partial_kernel,
@@ -208,7 +208,7 @@ def build_finish(
             "SLICES": launch.SLICES,
             "DIVIDE": False,
             "KEEP": keep,
-            "CHIP": chip_of(target, dtype),
+            "PACKING": packing_of(target, dtype),
         },
         target=gpu_target(target),
         divisible=divisible,
@@ -248,7 +248,7 @@ def build_gradient(
             "VEC": tile.vec,
             "REFERENCE": reference,
             "DIVIDE": False,
-            "CHIP": chip_of(target, dtype),
+            "PACKING": packing_of(target, dtype),
         },
         target=gpu_target(target),
         divisible=divisible if hints else (),

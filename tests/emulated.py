@@ -182,16 +182,16 @@ def emulation(arch, approx_ulp=0):
     """Context manager in which the launcher's kernels run in the emulator."""
     session = Session(arch, approx_ulp)
     stand_ins = types.SimpleNamespace(**{name: EmulatedKernel(name, session) for name in KERNELS})
-    chip_of = launch.chip_of
+    packing_of = launch.packing_of
     launch.kernels = gradient_launch.kernels = stand_ins
-    launch.chip_of = gradient_launch.chip_of = lambda device, itemsize: launch.nvidia_chip(
+    launch.packing_of = gradient_launch.packing_of = lambda device, itemsize: launch.nvidia_packing(
         arch // 10, itemsize
     )
     try:
         yield session
     finally:
         launch.kernels, gradient_launch.kernels = kernels, gradient_kernels
-        launch.chip_of = gradient_launch.chip_of = chip_of
+        launch.packing_of = gradient_launch.packing_of = packing_of
 
 
 def emulate(circuits, reference, *, arch, approx_ulp=0, temperature=1.0):

@@ -15,7 +15,7 @@ from emulated import compilations, emulate, launch
 from ptx_emulator import compile_kernel
 from triton.backends.compiler import GPUTarget
 
-from bench.build import build_finish, build_gradient, build_partial, chip_of, gradient_launch
+from bench.build import build_finish, build_gradient, build_partial, gradient_launch, packing_of
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
@@ -72,19 +72,30 @@ def test_other_targets(target, dtype):
 
 @pytest.mark.parametrize(("group", "instructions"), [(1, 18.2), (2, 15.5), (4, 14.0)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_operations_on_two_floats(dtype, group, instructions):
-    """A B200 issues 9.3 instructions while memory delivers 2 bytes: two floats at a time."""
+def test_packed_operations(dtype, group, instructions):
+    """A B200 issues 9.3 instructions while memory delivers 2 bytes: operations take two floats."""
     kernel = build_partial("sm_100", dtype, group, compiler=compile_kernel)
     program, body = kernel.program, kernel.program.body
     assert program.stack == 0
     assert 65536 // (program.registers * program.threads) * program.threads >= 1024
     # The difference, x, three steps of the polynomial, its last one and two products.
-    paired = sum(body.opcodes[name] for name in ("FFMA2", "FMUL2", "FADD2"))
-    assert paired >= 8 / 2 * kernel.body_pairs
+    packed = sum(body.opcodes[name] for name in ("FFMA2", "FMUL2", "FADD2"))
+    assert packed >= 8 / 2 * kernel.body_pairs
     assert len(body) / kernel.body_pairs <= instructions * SLACK
-    # Other cards' memory is slower, or float32 has twice the time.
-    for target, other in (("sm_90", dtype), ("sm_120", dtype), ("sm_100", "fp32")):
-        assert chip_of(target, other) == "nvidia"
+
+
+@pytest.mark.parametrize(
+    ("capability", "itemsize", "packing"),
+    [((9, 0), 2, "none"), ((10, 3), 2, "ptx"), ((10, 0), 4, "none"), ((12, 0), 2, "none")],
+)
+def test_which_cards_pack(monkeypatch, capability, itemsize, packing):
+    """float32 has twice the time for memory, and the memory of other cards is slower."""
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for hip, expected in ((None, packing), ("7.0", "compiler")):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert launch.packing_of(card, itemsize) == expected
+        assert launch.packing_of(torch.device("cpu"), itemsize) == "compiler"
 
 
 @pytest.mark.parametrize("reference", [False, True])
@@ -126,8 +137,8 @@ def test_gradient_kernel_elsewhere(target, dtype):
         program = build_gradient(
             target, dtype, reference=reference, hints=False, compiler=compile_kernel
         )
-        if chip_of(target, dtype) == "blackwell":
-            # Two floats at a time; see above.
+        if packing_of(target, dtype) == "ptx":
+            # Operations take two floats; see above.
             assert len(program.body) / 8 <= SLACK * (35.8 if reference else 29.5)
         # Before the loop, AMD's compiler spills scalars to lanes of a register, by "shuffles".
         blocks = program.loops if target == "gfx942" else (*program.loops, program.outside)
@@ -157,8 +168,8 @@ class PTX:
     """The PTX of a compiled kernel, whose instructions can be counted by name."""
 
     def __init__(self, arch, dtype, group):
-        chip = launch.nvidia_chip(arch // 10, BYTES[dtype])
-        tile = launch.tile_of(chip, BYTES[dtype], group)
+        packing = launch.nvidia_packing(arch // 10, BYTES[dtype])
+        tile = launch.tile_of(packing, BYTES[dtype], group)
         kinds = {"p_row_stride": "i64", "unit": "fp32", "inverse": "fp32"}
         sizes = {name: kinds.get(name, "i32") for name in launch.kernels.SIZES}
         pointers = {"p_ptr": f"*{dtype}", "table_ptr": "*i64", "state_ptr": "*fp32"}
@@ -171,7 +182,7 @@ class PTX:
                 "VEC": tile.vec,
                 "UNROLL": tile.unroll,
                 "DIVIDE": False,
-                "CHIP": chip,
+                "PACKING": packing,
             },
             target=GPUTarget("cuda", arch, 32),
             num_warps=1,

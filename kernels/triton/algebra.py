@@ -105,27 +105,29 @@ N_KEPT = tl.constexpr(10)
 
 
 @triton.jit
-def phi_over_square(d, CHIP: tl.constexpr = "nvidia"):
+def phi_over_square(d, PACKING: tl.constexpr):
     """Return (e^(-d) - 1 + d) / d² for |d| < 0.5: minimax, relative error 8e-7."""
-    series = multiply_add(d, 0.0013914653, -0.0083954112, CHIP)
-    series = multiply_add(d, series, 0.041667476858, CHIP)
-    series = multiply_add(d, series, -0.16666280113, CHIP)
-    return multiply_add(d, series, 0.49999995973, CHIP)
+    series = multiply_add(d, 0.0013914653, -0.0083954112, PACKING)
+    series = multiply_add(d, series, 0.041667476858, PACKING)
+    series = multiply_add(d, series, -0.16666280113, PACKING)
+    return multiply_add(d, series, 0.49999995973, PACKING)
 
 
 @triton.jit
-def rise_over_square(x, CHIP: tl.constexpr):
+def rise_over_square(x, PACKING: tl.constexpr):
     """Return (e^y - 1 - y) / x² for y = x log 2 and |y| < 0.5: the same polynomial."""
-    series = multiply_add(x, 0.000154321042, 0.00134328844, CHIP)
-    series = multiply_add(x, series, 0.009618316128, CHIP)
-    series = multiply_add(x, series, 0.05550282135, CHIP)
-    return multiply_add(x, series, 0.24022648761, CHIP)
+    series = multiply_add(x, 0.000154321042, 0.00134328844, PACKING)
+    series = multiply_add(x, series, 0.009618316128, PACKING)
+    series = multiply_add(x, series, 0.05550282135, PACKING)
+    return multiply_add(x, series, 0.24022648761, PACKING)
 
 
 @triton.jit
 def phi(x):
     """Return e^(-x) - 1 + x without cancellation near 0."""
-    return tl.where(tl.abs(x) < NEAR, x * x * phi_over_square(x), tl.exp2(-x * LOG2_E) - 1.0 + x)
+    return tl.where(
+        tl.abs(x) < NEAR, x * x * phi_over_square(x, "none"), tl.exp2(-x * LOG2_E) - 1.0 + x
+    )
 
 
 @triton.jit
@@ -203,9 +205,7 @@ def move_of(pivot, inverse):
 
 
 @triton.jit
-def moved_differences(
-    p, q, moved, of_p, rest, inverse, dtype: tl.constexpr, CHIP: tl.constexpr = "nvidia"
-):
+def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr, PACKING: tl.constexpr):
     """Return the tokens' d, given the move of their sides and the reference's part of it.
 
     The rounding error of the difference of two float32 logits is added back. Half-precision logits
@@ -220,8 +220,8 @@ def moved_differences(
         # Keep this order: what is left of the difference is on a finer grid than what is left of
         # the move.
         return tl.fma(off, inverse, tl.fma(difference - moved, inverse, -rest))
-    difference = fma(add(q, moved - of_p, CHIP), -1.0, add(p, -of_p, CHIP), CHIP)
-    return fma(difference, inverse, -rest, CHIP)
+    difference = fma(add(q, moved - of_p, PACKING), -1.0, add(p, -of_p, PACKING), PACKING)
+    return fma(difference, inverse, -rest, PACKING)
 
 
 @triton.jit
@@ -255,26 +255,26 @@ def terms(d, weight, q, base_q, unit):
     near = tl.abs(d) < NEAR
     return (
         t,
-        tl.where(near, t * (d * phi_over_square(d)), (circuit_weight - weight) + t),
+        tl.where(near, t * (d * phi_over_square(d, "none")), (circuit_weight - weight) + t),
         circuit_weight,
     )
 
 
 @triton.jit
-def quick_terms(p, q, apart, unit, DIVIDE: tl.constexpr, CHIP: tl.constexpr):
+def quick_terms(p, q, apart, unit, DIVIDE: tl.constexpr, PACKING: tl.constexpr):
     """Return the tokens' -d / log 2 and φ(d), given the difference of the bases.
 
     With x = -d / log 2, 2^x is the ratio of the circuit's weight to the reference's.
     """
     # Subtract before multiplying: a rounded product on one side only would make identical rows
     # differ. If both sides mask a token, the difference is 0; if a single side does, x is infinite.
-    difference = multiply_add(unmasked(p), -1.0, unmasked(q), CHIP)
+    difference = multiply_add(unmasked(p), -1.0, unmasked(q), PACKING)
     if DIVIDE:
         # The difference is doubled, exactly, so that a single side's mask overflows to inf even if
         # unit is less than 1.
         difference, unit = difference + difference, unit * 0.5
-    x = multiply_add(difference, unit, apart, CHIP)
-    near = multiply(x, multiply(x, rise_over_square(x, CHIP), CHIP), CHIP)
+    x = multiply_add(difference, unit, apart, PACKING)
+    near = multiply(x, multiply(x, rise_over_square(x, PACKING), PACKING), PACKING)
     far = (tl.exp2(x) - 1.0) - x * LN_2
     return x, tl.where(tl.abs(x) < NEAR_2, near, far)
 

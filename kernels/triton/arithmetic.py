@@ -1,15 +1,14 @@
-"""Arithmetic as each chip does it best: operations on two floats at once, and the sums of lanes.
+"""Arithmetic on floats, packed where that pays, and the sums of lanes.
 
-`CHIP` names what the code is compiled for:
+`PACKING` says who packs two floats into the operands of one instruction, which takes a single issue
+slot:
 
-- "nvidia": NVIDIA's cards but for the next;
-- "blackwell": NVIDIA's data-center Blackwell, whose PTX has instructions for two floats
-  (`fma.rn.f32x2` and others). They take one issue slot, which is what the kernels are short of on
-  these cards, whose memory is fast. The compiler finds few of them by itself;
-- "other": AMD's cards, whose compiler finds such instructions in sums of products but not in
-  chains of multiply-adds, and Triton's interpreter, where columns would take most of the time.
-
-All results but those of sums have the same bits on all chips.
+- "ptx": we do, by `fma.rn.f32x2` and the like, of which the compiler finds few by itself. Only
+  NVIDIA's data-center Blackwell has them and needs them;
+- "none": nobody, on NVIDIA's other cards;
+- "compiler": AMD's compiler, which finds packed instructions in sums of products but not in chains
+  of multiply-adds. Triton's interpreter runs this code too: it would spend most of its time on
+  `columns`.
 """
 
 import triton
@@ -17,9 +16,9 @@ import triton.language as tl
 
 
 @triton.jit
-def fma(a, b, c, CHIP: tl.constexpr):
+def fma(a, b, c, PACKING: tl.constexpr):
     """Return a · b + c, rounded once."""
-    if CHIP == "blackwell":
+    if PACKING == "ptx":
         return tl.inline_asm_elementwise(
             """{
             .reg .b64 a, b, c;
@@ -40,15 +39,15 @@ def fma(a, b, c, CHIP: tl.constexpr):
 
 
 @triton.jit
-def multiply_add(a, b, c, CHIP: tl.constexpr):
-    """Return a · b + c, where it does not matter how often it is rounded."""
-    return a * b + c if CHIP == "other" else fma(a, b, c, CHIP)
+def multiply_add(a, b, c, PACKING: tl.constexpr):
+    """Return a · b + c, where it does not matter whether it is rounded once or twice."""
+    return a * b + c if PACKING == "compiler" else fma(a, b, c, PACKING)
 
 
 @triton.jit
-def add(a, b, CHIP: tl.constexpr):
+def add(a, b, PACKING: tl.constexpr):
     """Return a + b."""
-    if CHIP == "blackwell":
+    if PACKING == "ptx":
         return tl.inline_asm_elementwise(
             """{
             .reg .b64 a, b;
@@ -68,9 +67,9 @@ def add(a, b, CHIP: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, CHIP: tl.constexpr):
+def multiply(a, b, PACKING: tl.constexpr):
     """Return a · b."""
-    if CHIP == "blackwell":
+    if PACKING == "ptx":
         return tl.inline_asm_elementwise(
             """{
             .reg .b64 a, b;
@@ -91,20 +90,27 @@ def multiply(a, b, CHIP: tl.constexpr):
 
 @triton.jit
 def columns(values):
-    """Split values (LANES, N), which a thread holds, into N tensors (LANES,)."""
+    """Split values (LANES, N), which a thread holds, into N tensors (LANES,); N is up to 8."""
     LANES: tl.constexpr = values.shape[0]
     N: tl.constexpr = values.shape[1]
-    if N == 1:
-        return (values.reshape((LANES,)),)
-    else:
-        even, odd = tl.split(values.reshape((LANES, N // 2, 2)))
-        return columns(even) + columns(odd)
+    parts = (values,)
+    for step in tl.static_range(3):
+        if N >> step > 1:
+            halves = ()
+            for i in tl.static_range(len(parts)):
+                even, odd = tl.split(parts[i].reshape((LANES, N >> (step + 1), 2)))
+                halves = halves + (even, odd)
+            parts = halves
+    result = ()
+    for i in tl.static_range(len(parts)):
+        result = result + (parts[i].reshape((LANES,)),)
+    return result
 
 
 @triton.jit
-def add_up(total, values, CHIP: tl.constexpr):
+def add_up(total, values, PACKING: tl.constexpr):
     """Return the lanes' totals (LANES,) with each lane's values (LANES, N) added."""
-    if CHIP == "other":
+    if PACKING == "compiler":
         return total + tl.sum(values, axis=1)
     else:
         values = columns(values)
@@ -114,12 +120,12 @@ def add_up(total, values, CHIP: tl.constexpr):
 
 
 @triton.jit
-def add_products(total, a, b, CHIP: tl.constexpr):
+def add_products(total, a, b, PACKING: tl.constexpr):
     """Return the lanes' totals (LANES,) with each lane's products a · b (LANES, N) added.
 
-    The sum of a tile's products, added to the total by itself, would take an operation more.
+    A chain of multiply-adds saves an operation over adding the sum of a tile's products.
     """
-    if CHIP == "other":
+    if PACKING == "compiler":
         return total + tl.sum(a * b, axis=1)
     else:
         a, b = columns(a), columns(b)

@@ -61,13 +61,13 @@ def kept_of(row_ptr):
 
 
 @triton.jit
-def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, CHIP: tl.constexpr):
+def circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, PACKING: tl.constexpr):
     """Return the tokens' scale · (Q - P) z_p, as accurate for close P and Q as for distant ones."""
     # With the right pivot the weights e^(-d) are 1 + growth times as large.
-    near = multiply(d, fma(d, phi_over_square(d, CHIP), -1.0, CHIP), CHIP)
-    near = multiply(weight, fma(near, scale + scale * growth, scale * growth, CHIP), CHIP)
+    near = multiply(d, fma(d, phi_over_square(d, PACKING), -1.0, PACKING), PACKING)
+    near = multiply(weight, fma(near, scale + scale * growth, scale * growth, PACKING), PACKING)
     # The same difference, of weights that cannot overflow.
-    other = tl.exp2(fma(q, unit, -base_q, CHIP))
+    other = tl.exp2(fma(q, unit, -base_q, PACKING))
     far = tl.fma(other, scale + scale * growth_far, weight * -scale)
     value = tl.where(tl.abs(d) < NEAR, near, far)
     return tl.where(q == -float("inf"), nothing(scale), value)
@@ -104,7 +104,7 @@ def differentiate(
     unit,
     inverse,
     REFERENCE: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Write gradients of tokens: `offsets` from `at`, counted from `shift` before the row."""
     dtype: tl.constexpr = p_row.dtype.element_ty
@@ -133,10 +133,10 @@ def differentiate(
             if REFERENCE:
                 top_rest = tl.load(top_ptr + 2 * index)
                 mean = tl.load(top_ptr + (2 * index + 1))
-                d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype, CHIP)
+                d = moved_differences(p, q, moved, of_p, top_rest, inverse, dtype, PACKING)
                 total += reference_gradient(p, weight, q, d, mean, scale)
-            d = moved_differences(p, q, moved, of_p, rest, inverse, dtype, CHIP)
-            value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, CHIP)
+            d = moved_differences(p, q, moved, of_p, rest, inverse, dtype, PACKING)
+            value = circuit_gradient(d, weight, q, base_q, growth, growth_far, scale, unit, PACKING)
         if wanted:
             dq_row = row_pointer(table_ptr, n_circuits + circuit, row, shift, dtype)
             tl.store(dq_row + at + offsets, value.to(dtype), mask=inside)
@@ -167,7 +167,7 @@ def gradient_kernel(
     VEC: tl.constexpr,
     REFERENCE: tl.constexpr,
     DIVIDE: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Write the gradients of a tile of one row: of all circuits, and the reference's if REFERENCE.
 
@@ -209,7 +209,7 @@ def gradient_kernel(
             unit,
             inverse,
             REFERENCE,
-            CHIP,
+            PACKING,
         )
     else:
         first = (part - n_tiles) * TILE
@@ -234,7 +234,7 @@ def gradient_kernel(
                 unit,
                 inverse,
                 REFERENCE,
-                CHIP,
+                PACKING,
             )
 
 
@@ -286,7 +286,7 @@ def top_kernel(
         top = tl.max(best, axis=0)
         likeliest = tl.max(tl.where(best == top, likeliest, 0), axis=0)
         beside = tl.load(q_row + likeliest).to(tl.float32)
-        own = moved_differences(top, beside, moved, of_p, 0.0, inverse, dtype)
+        own = moved_differences(top, beside, moved, of_p, 0.0, inverse, dtype, "none")
         if tl.abs(own) < float("inf"):
             rest = own
             total = tl.zeros((TILE,), tl.float32)
@@ -296,7 +296,7 @@ def top_kernel(
                 q = load_inside(q_row + token, token < n_cols)
                 weight = weights(p, unit, base_p)
                 # A masked token adds 0, whatever its d.
-                d = moved_differences(p, q, moved, of_p, rest, inverse, dtype)
+                d = moved_differences(p, q, moved, of_p, rest, inverse, dtype, "none")
                 total += tl.where(p == -float("inf"), 0.0, weight * d)
             mean = tl.sum(total, axis=0) / z_p
     top_ptr += program.to(tl.int64) * 2

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from . import gradient_kernels as kernels
-from .launch import LOG2_E, chip_of, layouts_of, places_of, pointer_table, warp_size
+from .launch import LOG2_E, layouts_of, packing_of, places_of, pointer_table, warp_size
 
 # Threads per program.
 LANES = 128
@@ -83,7 +83,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
             TILE=tile.tokens,
             VEC=tile.vec,
             REFERENCE=dp is not None,
-            CHIP=chip_of(device, itemsize),
+            PACKING=packing_of(device, itemsize),
             num_warps=warps,
             **limits,
         )

@@ -122,12 +122,12 @@ def absorb(
     G: tl.constexpr,
     AGAIN: tl.constexpr,
     DIVIDE: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
     for part in tl.static_range(PARTS):
         weight = weights(ps[part], unit, base_p if AGAIN else base_p - SCALE)
-        z_p = add_up(z_p, weight, CHIP)
+        z_p = add_up(z_p, weight, PACKING)
         new_sums = ()
         for i in tl.static_range(G):
             s, h, mass = sums[i]
@@ -135,13 +135,13 @@ def absorb(
             if AGAIN:
                 d = exact_differences(p, q, base_p, bases_q[i], unit, inverse)
                 t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
-                s = add_up(s, t, CHIP)
-                h = add_up(h, term, CHIP)
-                mass = add_up(mass, circuit_weight, CHIP)
+                s = add_up(s, t, PACKING)
+                h = add_up(h, term, PACKING)
+                mass = add_up(mass, circuit_weight, PACKING)
             else:
-                x, rise = quick_terms(p, q, base_p - bases_q[i], unit, DIVIDE, CHIP)
-                s = add_products(s, weight, x, CHIP)
-                h = add_products(h, weight, rise, CHIP)
+                x, rise = quick_terms(p, q, base_p - bases_q[i], unit, DIVIDE, PACKING)
+                s = add_products(s, weight, x, PACKING)
+                h = add_products(h, weight, rise, PACKING)
             new_sums = new_sums + ((s, h, mass),)
         sums = new_sums
     return z_p, sums
@@ -164,7 +164,7 @@ def sweep(
     UNROLL: tl.constexpr,
     AGAIN: tl.constexpr,
     DIVIDE: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Return z_p and each circuit's (s, h, mass) over tokens [begin, end).
 
@@ -195,7 +195,7 @@ def sweep(
         for i in tl.static_range(G):
             qs = qs + (load_vectors(q_ptrs[i], start, lane, VEC),)
         z_p, sums = absorb(
-            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, DIVIDE, CHIP
+            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, PARTS, G, AGAIN, DIVIDE, PACKING
         )
 
     n_before = body_begin - begin
@@ -209,7 +209,7 @@ def sweep(
             qs = qs + ((load_inside(q_ptrs[i] + token, inside),),)
         ps = (load_inside(p_ptr + token, inside),)
         z_p, sums = absorb(
-            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE, CHIP
+            z_p, sums, base_p, bases_q, ps, qs, unit, inverse, 1, G, AGAIN, DIVIDE, PACKING
         )
 
     total = ()
@@ -285,7 +285,7 @@ def partial_kernel(
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
     DIVIDE: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Write the state of one slice of one row for a group of G circuits.
 
@@ -331,7 +331,7 @@ def partial_kernel(
         UNROLL,
         False,
         DIVIDE,
-        CHIP,
+        PACKING,
     )
 
     out = state_ptr + (row * n_slices + part) * (n_circuits * N_FIELDS) + circuit * N_FIELDS
@@ -386,7 +386,7 @@ def sum_again(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     SLICES: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Return the state of all slices (SLICES,) with those summed `again` at other bases."""
     b_p, z_p, b_q, mass, s, h, size = state
@@ -412,7 +412,7 @@ def sum_again(
                 True,
                 # DIVIDE matters only in the first pass: differences are exact here, whatever T is.
                 False,
-                CHIP,
+                PACKING,
             )
             new_s, new_h, new_mass = sums[0]
             b_p = tl.where(this, base_p, b_p)
@@ -486,7 +486,7 @@ def finish_kernel(
     SLICES: tl.constexpr,
     DIVIDE: tl.constexpr,
     KEEP: tl.constexpr,
-    CHIP: tl.constexpr,
+    PACKING: tl.constexpr,
 ):
     """Merge the slices of one row and circuit into its divergence; look again where necessary.
 
@@ -553,7 +553,7 @@ def finish_kernel(
             LANES,
             VEC,
             SLICES,
-            CHIP,
+            PACKING,
         )
         merged, x, divergence, finite, settled, _ = look_at(state, None, stretch, n_slices, KEEP)
         # A row that is not finite even at its maxima is settled: its divergence is inf or NaN.

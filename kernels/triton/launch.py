@@ -63,8 +63,8 @@ TILES = {
     # 22 of 35.
     (2, 1): Tile(vec=8, unroll=4),
 }
-# Tiles that differ where operations take two floats: these need pairs of adjacent registers.
-PAIRED_TILES = {
+# Tiles that differ where operations are packed, which takes pairs of adjacent registers.
+PACKED_TILES = {
     # With two tiles at a time, registers spill.
     (2, 2): Tile(vec=8, unroll=1),
 }
@@ -114,10 +114,10 @@ def slices(n_cols, itemsize):
     return triton.cdiv(n_cols, size), size
 
 
-def tile_of(chip, itemsize, group):
-    """Return how partial_kernel is built for a chip, an element's size and a group size."""
+def tile_of(packing, itemsize, group):
+    """Return how partial_kernel is built, given how floats are packed: see `packing_of`."""
     tile = TILES[itemsize, group]
-    return PAIRED_TILES.get((itemsize, group), tile) if chip == "blackwell" else tile
+    return PACKED_TILES.get((itemsize, group), tile) if packing == "ptx" else tile
 
 
 def groups(n_circuits):
@@ -181,7 +181,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
     """Launch the kernels on circuits that all have the reference's layout, if `aligned`."""
     n_circuits, (n_rows, n_cols) = len(places), reference.shape
     device, itemsize = reference.device, reference.itemsize
-    chip = chip_of(device, itemsize)
+    packing = packing_of(device, itemsize)
     n_slices, slice_size = slices(n_cols, itemsize)
     lead, _ = layout_of(reference)
     states = torch.empty(
@@ -200,7 +200,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
         "DIVIDE": temperature != 1,
-        "CHIP": chip,
+        "PACKING": packing,
         # One lane per thread of a warp; a warp of AMD's data-center cards has 64 threads.
         "LANES": warp_size(device),
         "state_ptr": states,
@@ -215,7 +215,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
     with on_device:
         rows["table_ptr"] = pointer_table(places, device)
         for first, size, count in groups(n_circuits):
-            tile = tile_of(chip, itemsize, size)
+            tile = tile_of(packing, itemsize, size)
             kernels.partial_kernel[(n_rows * count, n_slices)](
                 **rows,
                 first_circuit=first,
@@ -243,20 +243,20 @@ def warp_size(device):
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
-def chip_of(device, itemsize):
-    """Return what the kernels' arithmetic is to be compiled for: see `arithmetic`."""
+def packing_of(device, itemsize):
+    """Return how the kernels pack floats, as in arithmetic.py, for elements of a size."""
     if device.type != "cuda" or torch.version.hip:
-        return "other"
-    return nvidia_chip(torch.cuda.get_device_capability(device)[0], itemsize)
+        return "compiler"
+    return nvidia_packing(torch.cuda.get_device_capability(device)[0], itemsize)
 
 
-def nvidia_chip(major, itemsize):
+def nvidia_packing(major, itemsize):
     """Return the same for NVIDIA's cards, by their major compute capability.
 
-    10 is data-center Blackwell. Its memory keeps up with instructions in half precision only, and
-    that of other cards in neither.
+    10 is data-center Blackwell. In half precision its memory is faster than its other instructions,
+    as no other card's with packed ones is.
     """
-    return "blackwell" if (major, itemsize) == (10, 2) else "nvidia"
+    return "ptx" if (major, itemsize) == (10, 2) else "none"
 
 
 def pointer_table(places, device):
