@@ -171,6 +171,21 @@ def test_bytes_as_executed(generator, dtype, n_circuits):
     assert 32 * (stats.sectors_loaded - stats.ctas * extra) <= (1 + 1 / 16) * logits
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_common_rows_take_one_look(generator, dtype, temperature):
+    """A second look would hide most faults of the first. Packed operations give the same bits."""
+    noises = (1e-3, 0.01, 0.1, 0.3, 1, 3, 0.05)
+    circuits, reference = make(generator, 2, 2571, noises, dtype, scale=1)
+    found = []
+    for arch in ARCHS:
+        divergence, session = emulate(circuits, reference, arch=arch, temperature=temperature)
+        assert session.accessed("partial_kernel", "row", "load")
+        assert not session.accessed("finish_kernel", "row", "load")
+        found.append(divergence)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_identical_rows_and_noise_near_zero(generator, arch):
     for dtype in DTYPES:
