@@ -212,7 +212,7 @@ def build_finish(
         },
         target=gpu_target(target),
         divisible=divisible,
-        **options_for(target, 1, launch.FINISH_REGISTERS),
+        **options_for(target, 1, None),
     )
     return inspect(compiled)
 

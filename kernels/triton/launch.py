@@ -21,7 +21,8 @@ WIDEST = 16
 # its work, and few enough that 64 rows of GPT-2's vocabulary and 20 circuits fill an H100's 4224
 # places for warps.
 SLICE = 4096
-# The largest number of slices of a row: larger vocabularies have larger slices.
+# The largest number of slices of a row: one for each lane of finish_kernel's warp. Vocabularies of
+# more than 131,072 tokens have larger slices.
 SLICES = 32
 # How many fields partial_kernel writes for a slice's state, and finish_kernel keeps for a row.
 N_FIELDS, N_KEPT = kernels.N_FIELDS.value, algebra.N_KEPT.value
@@ -33,9 +34,6 @@ TABLE_CHUNK = 64
 # Registers per thread of partial_kernel: 32 of its warps fit on an SM, half of what an A100's or
 # H100's SM can hold. Some cards hold fewer programs: see bench/cards.py.
 MAX_REGISTERS = 64
-# The same for finish_kernel: 23 warps fit. Without this limit, the compiler takes fewer registers
-# in half precision, and spills.
-FINISH_REGISTERS = 88
 
 
 class Tile(NamedTuple):
@@ -207,10 +205,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         "num_warps": 1,
     }
     # AMD's compiler has no such option.
-    limits, finish_limits = (
-        {} if torch.version.hip else {"maxnreg": registers}
-        for registers in (MAX_REGISTERS, FINISH_REGISTERS)
-    )
+    limits = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         rows["table_ptr"] = pointer_table(places, device)
@@ -233,7 +228,6 @@ def _launch_part(places, reference, aligned, temperature, keep):
             VEC=TILES[itemsize, 1].vec,
             SLICES=SLICES,
             KEEP=keep,
-            **finish_limits,
         )
     return result
 
