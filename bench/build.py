@@ -146,6 +146,7 @@ def build_partial(
     n_rows: int = N_ROWS,
     n_cols: int = N_COLS,
     hints: bool = True,
+    divide: bool = False,
     compiler: Callable = compile_kernel,
 ) -> Kernel:
     """Compile partial_kernel as the launcher does for a group of circuits, and read it.
@@ -164,6 +165,8 @@ def build_partial(
         Sizes of the launch: Triton specializes on 1 and on multiples of 16.
     hints : bool
         If False, compile for arguments about which Triton knows nothing at all.
+    divide : bool
+        Whether logits are divided by a temperature.
     compiler : callable
         What compiles; another one is needed if Triton's interpreter has replaced the kernels.
     """
@@ -178,7 +181,7 @@ def build_partial(
         "LANES": gpu_target(target).warp_size,
         "VEC": tile.vec,
         "UNROLL": tile.unroll,
-        "DIVIDE": False,
+        "DIVIDE": divide,
         "PACKING": packing,
     }
     compiled = compiler(

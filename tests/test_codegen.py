@@ -21,18 +21,20 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a card: see test_gpu.py"
 )
 
-# The most instructions and special-function operations per pair in the loop: 85 % of what an H100
-# (SXM, 1.755 GHz, 132 SMs, 3.35 TB/s) issues while memory delivers the pair's bytes.
+# The most instructions per pair in the loop: what it takes. That is less than the 85 % of what an
+# H100 (SXM, 1.755 GHz, 132 SMs, 3.35 TB/s) issues while memory delivers the pair's bytes, which are
+# 60.1, 45.1 and 37.6 in float32, and half as many in half precision. Of special-function operations,
+# 85 %.
 BUDGETS = {
-    ("fp32", 1): (60.1, 7.5),
-    ("fp32", 2): (45.1, 5.6),
-    ("fp32", 4): (37.6, 4.7),
-    ("bf16", 1): (30.1, 3.75),
-    ("bf16", 2): (22.6, 2.8),
-    ("fp16", 1): (30.1, 3.75),
-    ("fp16", 2): (22.6, 2.8),
-    ("bf16", 4): (18.8, 2.3),
-    ("fp16", 4): (18.8, 2.3),
+    ("fp32", 1): (21.3, 7.5),
+    ("fp32", 2): (18.9, 5.6),
+    ("fp32", 4): (17.7, 4.7),
+    ("bf16", 1): (22.4, 3.75),
+    ("bf16", 2): (19.6, 2.8),
+    ("fp16", 1): (22.2, 3.75),
+    ("fp16", 2): (19.6, 2.8),
+    ("bf16", 4): (18.3, 2.3),
+    ("fp16", 4): (18.3, 2.3),
 }
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -60,7 +62,7 @@ def test_registers(dtype, group):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_100", GFX942])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", BYTES)
 def test_other_targets(target, dtype):
     """The loop has wide loads, no barriers or shuffles, and no spills, on every generation."""
     for group in (1, 4):
@@ -70,18 +72,23 @@ def test_other_targets(target, dtype):
         assert (body.barriers, body.shuffles, body.spills) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("group", "instructions"), [(1, 18.2), (2, 15.5), (4, 14.0)])
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize(("group", "instructions"), [(1, 18.4), (2, 15.8), (4, 14.3)])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_packed_operations(dtype, group, instructions):
+def test_packed_operations(dtype, group, instructions, divide):
     """A B200 issues 9.3 instructions while memory delivers 2 bytes: operations take two floats."""
-    kernel = build_partial("sm_100", dtype, group, compiler=compile_kernel)
+    kernel = build_partial("sm_100", dtype, group, divide=divide, compiler=compile_kernel)
     program, body = kernel.program, kernel.program.body
-    assert program.stack == 0
+    assert (body.barriers, body.shuffles, body.shared_accesses, body.spills) == (0, 0, 0, 0)
+    # With a temperature, two registers of fp16 are spilled, outside the loop.
+    assert program.stack <= 8 * divide
+    assert program.shared == 0
     assert 65536 // (program.registers * program.threads) * program.threads >= 1024
     # The difference, x, three steps of the polynomial, its last one and two products.
     packed = sum(body.opcodes[name] for name in ("FFMA2", "FMUL2", "FADD2"))
     assert packed >= 8 / 2 * kernel.body_pairs
-    assert len(body) / kernel.body_pairs <= instructions * SLACK
+    # Dividing by a temperature doubles the difference.
+    assert len(body) / kernel.body_pairs <= (instructions + divide) * SLACK
 
 
 @pytest.mark.parametrize(
@@ -200,6 +207,9 @@ def test_instructions_that_decide_the_edge_cases(arch, dtype):
     # The maxima of a row drop a NaN; it survives in the exponentials.
     assert ptx.count("max.f32") > 0
     assert "min.NaN" not in ptx.text
+    packed = launch.nvidia_packing(arch // 10, BYTES[dtype]) == "ptx"
+    assert ptx.count("fma.rn.f32x2" if packed else "fma.rn.f32") > 0
+    assert "fma.rn.ftz" not in ptx.text
     # NaN survives where the lowest float (0xFF7FFFFF) replaces -inf, in circuits and reference.
     vec = launch.TILES[BYTES[dtype], 4].vec
     lowest = re.findall(r"max\.NaN\.f32[^;]*0fFF7FFFFF", ptx.text)

@@ -176,7 +176,7 @@ def test_bytes_as_executed(generator, dtype, n_circuits):
 def test_common_rows_take_one_look(generator, dtype, temperature):
     """A second look would hide most faults of the first. Packed operations give the same bits."""
     noises = (1e-3, 0.01, 0.1, 0.3, 1, 3, 0.05)
-    circuits, reference = make(generator, 2, 2571, noises, dtype, scale=1)
+    circuits, reference = make(generator, 2, 9001, noises, dtype, scale=1)
     found = []
     for arch in ARCHS:
         divergence, session = emulate(circuits, reference, arch=arch, temperature=temperature)
@@ -184,6 +184,18 @@ def test_common_rows_take_one_look(generator, dtype, temperature):
         assert not session.accessed("finish_kernel", "row", "load")
         found.append(divergence)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_all_equal(generator, dtype):
+    """Then all steps of a chain of additions round the same way, and so no chain may be long."""
+    reference = torch.full((1, 151936), 1.3).to(dtype)
+    signs = torch.randint(0, 2, reference.shape, generator=generator) * 2 - 1
+    circuits = [(reference.float() + size * signs).to(dtype) for size in (0.05, 0.3, 1.0)]
+    divergence, _ = emulate(circuits, reference, arch=100)
+    expected = torch.stack([oracle(circuit, reference) for circuit in circuits])
+    # A fifth of the tolerance.
+    assert ((divergence.double() - expected).abs() <= 2e-6 * expected + 2e-9).all()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -152,6 +152,35 @@ def test_what_is_kept_is_batched(few, triton_kernels):
     torch.testing.assert_close(leaf.grad, inputs[0].grad.flatten(0, 1), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_what_is_kept_of_one_row(few, backend):
+    """A vmap batch of output gradients repeats what is kept of a single row, as a view."""
+    if reason := fastkl.unavailable_backends().get(backend):
+        pytest.skip(reason)
+    leaf, reference = few[0][0, :1].clone().requires_grad_(), few[1][0, :1]
+    divergence, _ = custom_ops.kl_div([leaf], reference, 1.0, backend, True)
+    grads = torch.tensor([1.0, 2.0, -0.5])[:, None, None]
+    found = torch.vmap(lambda g: torch.autograd.grad(divergence, leaf, g, retain_graph=True)[0])(
+        grads
+    )
+    exact, _ = oracle_gradients(leaf.detach(), reference, torch.ones(1))
+    torch.testing.assert_close(found.double(), grads * exact, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native", "triton"])
+def test_what_is_kept_of_rows_between_gaps(few, backend):
+    """The operator measures the gaps' rows too: what is kept of the others is a view."""
+    if reason := fastkl.unavailable_backends().get(backend):
+        pytest.skip(reason)
+    circuit, reference = (t[:, :1] for t in few)
+    leaf = few[0].clone().requires_grad_()
+    divergence, _ = custom_ops.kl_div([leaf[:, :1]], reference, 1.0, backend, True)
+    divergence.sum().backward()
+    exact, _ = oracle_gradients(circuit[:, 0], reference[:, 0], torch.ones(2))
+    torch.testing.assert_close(leaf.grad[:, 0].double(), exact, rtol=1e-5, atol=1e-8)
+    assert (leaf.grad[:, 1] == 0).all()
+
+
 def test_what_is_kept_compiles(few, triton_kernels):
     del triton_kernels
     circuit = few[0].clone().requires_grad_()

@@ -187,6 +187,7 @@ def gradients(
     dp = None
     if reference_wanted:
         dp = torch.empty(reference.shape, dtype=reference.dtype, device=reference.device)
+    kept = kept.contiguous()
     _triton.launch_gradients(grad.float(), circuits, reference, kept, dqs, dp, temperature)
     dqs = [None if dq is None else dq.to(dtype) for dq, dtype in zip(dqs, dtypes[0], strict=True)]
     return dqs, None if dp is None else dp.to(dtypes[1])

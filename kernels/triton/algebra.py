@@ -22,7 +22,8 @@ underflows, or most of it cancels when it is moved to the row's pivot. If the si
 p - q is rounded at that distance. `merge` estimates the error that each slice causes, so that the
 worst slices can be summed again, with the rounding error of p - q added back.
 
-These PTX instructions decide the edge cases (tests check that the compiler emits them):
+These PTX instructions decide the edge cases (tests check that the compiler emits them, or
+`fma.rn.f32x2` for `fma.f32`, which treats each of its two floats alike):
 
 - both logits -inf: `max.NaN.f32` replaces each by the lowest float. So d and e^(-d) are finite, and
   the weight ex2(-inf) = +0 takes the token out of all sums.
@@ -272,7 +273,7 @@ def quick_terms(p, q, apart, unit, DIVIDE: tl.constexpr, PACKING: tl.constexpr):
     if DIVIDE:
         # The difference is doubled, exactly, so that a single side's mask overflows to inf even if
         # unit is less than 1.
-        difference, unit = difference + difference, unit * 0.5
+        difference, unit = add(difference, difference, PACKING), unit * 0.5
     x = multiply_add(difference, unit, apart, PACKING)
     near = multiply(x, multiply(x, rise_over_square(x, PACKING), PACKING), PACKING)
     far = (tl.exp2(x) - 1.0) - x * LN_2

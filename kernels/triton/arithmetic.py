@@ -5,7 +5,8 @@ slot:
 
 - "ptx": we do, by `fma.rn.f32x2` and the like, of which the compiler finds few by itself. Only
   NVIDIA's data-center Blackwell has them and needs them;
-- "none": nobody, on NVIDIA's other cards;
+- "none": nobody, on NVIDIA's other cards, in float32, and on all targets outside the loops that
+  every token passes;
 - "compiler": AMD's compiler, which finds packed instructions in sums of products but not in chains
   of multiply-adds. Triton's interpreter runs this code too: it would spend most of its time on
   `columns`.
@@ -109,13 +110,14 @@ def columns(values):
 
 @triton.jit
 def add_up(total, values, PACKING: tl.constexpr):
-    """Return the lanes' totals (LANES,) with each lane's values (LANES, N) added."""
+    """Return the lanes' totals (LANES,) with each lane's values (LANES, N) added; None is 0."""
     if PACKING == "compiler":
-        return total + tl.sum(values, axis=1)
+        part = tl.sum(values, axis=1)
+        return part if total is None else total + part
     else:
         values = columns(values)
         for n in tl.static_range(len(values)):
-            total += values[n]
+            total = values[n] if total is None else total + values[n]
         return total
 
 
@@ -123,12 +125,13 @@ def add_up(total, values, PACKING: tl.constexpr):
 def add_products(total, a, b, PACKING: tl.constexpr):
     """Return the lanes' totals (LANES,) with each lane's products a · b (LANES, N) added.
 
-    A chain of multiply-adds saves an operation over adding the sum of a tile's products.
+    None is 0. Where the compiler does not pack, every addition is part of a multiply-add.
     """
     if PACKING == "compiler":
-        return total + tl.sum(a * b, axis=1)
+        part = tl.sum(a * b, axis=1)
+        return part if total is None else total + part
     else:
         a, b = columns(a), columns(b)
         for n in tl.static_range(len(a)):
-            total = tl.fma(a[n], b[n], total)
+            total = a[n] * b[n] if total is None else tl.fma(a[n], b[n], total)
         return total

@@ -247,7 +247,6 @@ def top_kernel(
     p_row_stride: tl.int64,
     n_rows: tl.int32,
     n_cols: tl.int32,
-    n_circuits: tl.int32,
     unit: tl.float32,
     inverse: tl.float32,
     TILE: tl.constexpr,

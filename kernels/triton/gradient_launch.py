@@ -51,7 +51,6 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         "p_row_stride": reference.stride(0),
         "n_rows": n_rows,
         "n_cols": n_cols,
-        "n_circuits": n_circuits,
         "unit": LOG2_E / temperature,
         "inverse": 1 / temperature,
         "DIVIDE": temperature != 1,
@@ -73,6 +72,7 @@ def launch_gradients(grad, circuits, reference, rows, dqs, dp, temperature):
         # A grid's second dimension is limited to 65535, so it is the vocabulary's.
         kernels.gradient_kernel[(n_rows, n_cols // tile.tokens + 1)](
             **numbers,
+            n_circuits=n_circuits,
             grad_ptr=grad,
             lead=lead,
             top_ptr=top,

@@ -124,14 +124,22 @@ def absorb(
     DIVIDE: tl.constexpr,
     PACKING: tl.constexpr,
 ):
-    """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums."""
+    """Absorb a tile of the reference and the same tile of each circuit into the lanes' sums.
+
+    A tile is summed by itself: if a lane's chain of multiply-adds ran through all tiles, and all
+    weights were equal, its many rounding errors would have the same sign.
+    """
+    tile_z, tile_weights = None, ()
     for part in tl.static_range(PARTS):
         weight = weights(ps[part], unit, base_p if AGAIN else base_p - SCALE)
-        z_p = add_up(z_p, weight, PACKING)
-        new_sums = ()
-        for i in tl.static_range(G):
-            s, h, mass = sums[i]
-            p, q = ps[part], qs[i][part]
+        tile_z = add_up(tile_z, weight, PACKING)
+        tile_weights = tile_weights + (weight,)
+    z_p += tile_z
+    new_sums = ()
+    for i in tl.static_range(G):
+        s, h, mass = None, None, None
+        for part in tl.static_range(PARTS):
+            p, q, weight = ps[part], qs[i][part], tile_weights[part]
             if AGAIN:
                 d = exact_differences(p, q, base_p, bases_q[i], unit, inverse)
                 t, term, circuit_weight = terms(d, weight, q, bases_q[i], unit)
@@ -142,9 +150,9 @@ def absorb(
                 x, rise = quick_terms(p, q, base_p - bases_q[i], unit, DIVIDE, PACKING)
                 s = add_products(s, weight, x, PACKING)
                 h = add_products(h, weight, rise, PACKING)
-            new_sums = new_sums + ((s, h, mass),)
-        sums = new_sums
-    return z_p, sums
+        all_s, all_h, all_mass = sums[i]
+        new_sums = new_sums + ((all_s + s, all_h + h, all_mass + mass if AGAIN else all_mass),)
+    return z_p, new_sums
 
 
 @triton.jit
@@ -269,7 +277,6 @@ def partial_kernel(
     table_ptr,
     state_ptr,
     p_row_stride: tl.int64,
-    n_rows: tl.int32,
     n_cols: tl.int32,
     n_circuits: tl.int32,
     first_circuit: tl.int32,
@@ -334,7 +341,7 @@ def partial_kernel(
         PACKING,
     )
 
-    out = state_ptr + (row * n_slices + part) * (n_circuits * N_FIELDS) + circuit * N_FIELDS
+    out = state_ptr + (row * n_slices * n_circuits + (part * n_circuits + circuit)) * N_FIELDS
     for i in tl.static_range(G):
         s, h, _ = sums[i]
         state = (base_p, z_p, bases_q[i], s, h)

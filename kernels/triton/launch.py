@@ -106,7 +106,8 @@ def launch(circuits, reference, temperature=1.0, *, keep=False):
 def slices(n_cols, itemsize):
     """Return a vocabulary's number of slices and their size, given V and the element's size."""
     # A slice holds whole tiles, however the loop is unrolled and whatever the warp's size.
-    step = max(64 * tile.vec * tile.unroll for (size, _), tile in TILES.items() if size == itemsize)
+    tiles = [*TILES.items(), *PACKED_TILES.items()]
+    step = max(64 * tile.vec * tile.unroll for (size, _), tile in tiles if size == itemsize)
     wanted = min(triton.cdiv(n_cols, SLICE), SLICES)
     size = triton.cdiv(triton.cdiv(n_cols, wanted), step) * step
     return triton.cdiv(n_cols, size), size
@@ -188,7 +189,6 @@ def _launch_part(places, reference, aligned, temperature, keep):
     rows = {
         "p_ptr": reference,
         "p_row_stride": reference.stride(0),
-        "n_rows": n_rows,
         "n_cols": n_cols,
         "n_circuits": n_circuits,
         "n_slices": n_slices,
@@ -224,6 +224,7 @@ def _launch_part(places, reference, aligned, temperature, keep):
         result = torch.empty(shape, dtype=torch.float32, device=device)
         kernels.finish_kernel[(n_circuits * n_rows,)](
             **rows,
+            n_rows=n_rows,
             kl_ptr=result,
             VEC=TILES[itemsize, 1].vec,
             SLICES=SLICES,
@@ -247,8 +248,8 @@ def packing_of(device, itemsize):
 def nvidia_packing(major, itemsize):
     """Return the same for NVIDIA's cards, by their major compute capability.
 
-    10 is data-center Blackwell. In half precision its memory is faster than its other instructions,
-    as no other card's with packed ones is.
+    Cards of 10 are data-center Blackwell, whose memory is so fast that issue binds half precision.
+    Cards of 12 take the same PTX, but issue two operations for a packed one.
     """
     return "ptx" if (major, itemsize) == (10, 2) else "none"
 
