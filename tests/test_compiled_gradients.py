@@ -322,10 +322,7 @@ def test_temperature(generator, temperature):
     ("shift", "temperature"), [(30.0, 1.0), (1000.0, 1.0), (-1e4, 1.0), (-30.0, 0.7)]
 )
 def test_sides_far_apart(generator, shift, temperature):
-    """One side is shifted, off any grid; in some rows one token has a mass of 0.999.
-
-    In those, a pivot is as exact as the mass of the other tokens, 0.001 to within a few 1e-7.
-    """
+    """One side is shifted, off any grid; in some rows one token has a mass of 0.999."""
     circuit, reference = make(generator, (0.05, 0.5), 3000, n_rows=2)
     top = ((reference[::2] / temperature).logsumexp(-1) + 7) * temperature
     reference[::2, 1234] = circuit[::2, 1234] = top
@@ -333,10 +330,7 @@ def test_sides_far_apart(generator, shift, temperature):
         *found, _ = one(moved, still, arch=80, temperature=temperature)
         expected = oracle_gradients(moved.double() / temperature, still.double() / temperature)
         for ours, exact in zip(found, expected, strict=True):
-            off = (ours.double() * temperature - exact).norm(dim=-1)
-            bound = (BOUND if temperature == 1 else 1e-5) * exact.norm(dim=-1)
-            bound[::2] += 5e-10
-            assert (off <= bound).all()
+            assert error(ours, exact / temperature) <= (BOUND if temperature == 1 else 1e-5)
 
 
 def test_sides_on_either_side_of_0(generator):

@@ -44,7 +44,7 @@ finite, the divergence is +inf.
 import triton
 import triton.language as tl
 
-from .arithmetic import add, fma, multiply, multiply_add
+from .arithmetic import fma, multiply, multiply_add
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -221,7 +221,9 @@ def moved_differences(p, q, moved, of_p, rest, inverse, dtype: tl.constexpr, PAC
         # Keep this order: what is left of the difference is on a finer grid than what is left of
         # the move.
         return tl.fma(off, inverse, tl.fma(difference - moved, inverse, -rest))
-    difference = fma(add(q, moved - of_p, PACKING), -1.0, add(p, -of_p, PACKING), PACKING)
+    # A product with 1 is exact: this is (p - of_p) - (q + (moved - of_p)).
+    rest_of_p, q = fma(p, 1.0, -of_p, PACKING), fma(q, 1.0, moved - of_p, PACKING)
+    difference = fma(q, -1.0, rest_of_p, PACKING)
     return fma(difference, inverse, -rest, PACKING)
 
 
@@ -273,7 +275,7 @@ def quick_terms(p, q, apart, unit, DIVIDE: tl.constexpr, PACKING: tl.constexpr):
     if DIVIDE:
         # The difference is doubled, exactly, so that a single side's mask overflows to inf even if
         # unit is less than 1.
-        difference, unit = add(difference, difference, PACKING), unit * 0.5
+        difference, unit = multiply(difference, 2.0, PACKING), unit * 0.5
     x = multiply_add(difference, unit, apart, PACKING)
     near = multiply(x, multiply(x, rise_over_square(x, PACKING), PACKING), PACKING)
     far = (tl.exp2(x) - 1.0) - x * LN_2

@@ -46,28 +46,6 @@ def multiply_add(a, b, c, PACKING: tl.constexpr):
 
 
 @triton.jit
-def add(a, b, PACKING: tl.constexpr):
-    """Return a + b."""
-    if PACKING == "ptx":
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b64 a, b;
-            mov.b64 a, {$2, $3};
-            mov.b64 b, {$4, $5};
-            add.rn.f32x2 a, a, b;
-            mov.b64 {$0, $1}, a;
-            }""",
-            constraints="=r,=r,r,r,r,r",
-            args=[a, b],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return a + b
-
-
-@triton.jit
 def multiply(a, b, PACKING: tl.constexpr):
     """Return a · b."""
     if PACKING == "ptx":
